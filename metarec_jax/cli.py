@@ -1,0 +1,172 @@
+"""The command line: `metarec quickstart | train | evaluate | recommend`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXAMPLE_USER = {50: 5, 172: 5, 174: 4, 313: 2, 294: 1}  # ml-100k: likes adventures, not Titanic nor Liar Liar
+DEFAULT_MODEL = "metarec-model"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="metarec-jax")
+def cli() -> None:
+    """Recommenders that learn a new user from a few ratings.
+
+    \b
+    Start here:   metarec quickstart
+    Your data:    metarec train ratings.csv --out my-model
+                  (columns user_id, item_id, rating, and timestamp if there is one)
+    A new user:   metarec recommend my-model 50=5 172=4 313=1
+    """
+
+
+@cli.command()
+@click.option("--out", default=DEFAULT_MODEL, show_default=True, help="Folder to save the model in.")
+@click.option("--seed", default=0, show_default=True, help="Of the split and of the training.")
+def quickstart(out: str, seed: int) -> None:
+    """Train on MovieLens-100K, compare with plain baselines, recommend films to a new user.
+
+    Fetches the data once (5 MB, into your cache folder), meta-trains the default strategy, shows how it does on users it
+    has never seen, and saves the model.
+    """
+    import metarec_jax as mr
+
+    data = mr.data.load("ml-100k")
+    click.echo(f"{data}")
+    recommender = mr.train(data, seed=seed)
+    _print_evaluation(recommender, None, None)
+    click.echo("\nA new user has rated five films:")
+    assert data.titles is not None
+    for item, rating in EXAMPLE_USER.items():
+        click.echo(f"  {rating} of 5  {data.titles[data.items.encode([item])[0]]}")
+    _print_recommendations(recommender.recommend(EXAMPLE_USER, k=10))
+    recommender.save(out)
+    rated = " ".join(f"{item}={rating}" for item, rating in EXAMPLE_USER.items())
+    click.echo(f"\nThe model is in {out}/. Next:\n  metarec recommend {out} {rated}\n  metarec train --help")
+
+
+@cli.command()
+@click.argument("data")
+@click.option("--strategy", default="ridge", show_default=True, help="How to adapt to a user (see the README's table).")
+@click.option("--model", default="mlp", show_default=True, help="The network that is adapted.")
+@click.option("--target", type=click.Choice(["click", "rating"]), default="click", show_default=True, help="What to predict.")
+@click.option("--threshold", default=4.0, show_default=True, help="Lowest rating that counts as a click.")
+@click.option("--users", type=(int, int), default=(13, 100), show_default=True, help="Fewest and most ratings of a user.")
+@click.option("--query", default=10, show_default=True, help="Ratings of each user that are predicted.")
+@click.option("--epochs", default=60, show_default=True, help="At most so many; training stops when validation does not improve.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--column", multiple=True, metavar="NAME=YOURS", help="Your column names, e.g. --column rating=stars. Repeatable.")
+@click.option("--out", default=DEFAULT_MODEL, show_default=True, help="Folder to save the model in.")
+def train(
+    data: str, strategy: str, model: str, target: Any, threshold: float, users: tuple[int, int], query: int, epochs: int,
+    seed: int, column: tuple[str, ...], out: str,
+) -> None:  # fmt: skip
+    """Meta-train a model on DATA and save it.
+
+    \b
+    DATA is ml-100k, ml-1m, ml-latest-small or ml-latest, the path of such a
+    folder or archive, or a CSV / Parquet table of ratings.
+    Example: metarec train ml-100k --strategy melu --target rating --out melu-model
+    """
+    import metarec_jax as mr
+
+    protocol = mr.ColdUsers(minimum=users[0], maximum=users[1], query=query, target=target, threshold=threshold)
+    recommender = mr.train(_read(data, column), strategy, model, seed=seed, protocol=protocol, epochs=epochs)
+    recommender.save(out)
+    click.echo(f"The model is in {out}/. Next:\n  metarec evaluate {out} {data}\n  metarec recommend {out} ITEM=RATING ...")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.argument("data")
+@click.option("--support", type=int, default=None, help="Adapt to at most so many ratings of a user (default: all).")
+@click.option("--column", multiple=True, metavar="NAME=YOURS", help="Your column names, e.g. --column rating=stars.")
+def evaluate(model: str, data: str, support: int | None, column: tuple[str, ...]) -> None:
+    """Metrics of MODEL on DATA's test users, beside the plain baselines on the same tasks.
+
+    DATA is what the model was trained on; the test users are those that training never saw.
+    """
+    import metarec_jax as mr
+
+    _print_evaluation(mr.load(model), _read(data, column), support)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.argument("ratings", nargs=-1, metavar="[ITEM=RATING]...")
+@click.option("-k", default=10, show_default=True, help="How many items.")
+@click.option("--include-seen", is_flag=True, help="Also recommend what was rated.")
+@click.option("--user", multiple=True, metavar="FIELD=VALUE", help="What is known of the user, e.g. --user age=30. Repeatable.")
+def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, user: tuple[str, ...]) -> None:
+    """The best items of MODEL for a new user with these ratings (none: for a user about whom nothing is known).
+
+    Example: metarec recommend metarec-model 50=5 172=5 313=2 -k 5
+    """
+    import metarec_jax as mr
+
+    recommender = mr.load(model)
+    integers = recommender.catalogue.items.ids.dtype.kind == "i"
+    history = [(_number(item, int, "item id") if integers else item, _number(r, float, "rating")) for item, r in _pairs(ratings)]
+    dense = {f.name for f in recommender.catalogue.user_fields if f.kind == "dense"}
+    attributes = {name: _number(v, float, name) if name in dense else v for name, v in _pairs(user)}
+    unknown = [item for item, row in zip(*_rows(recommender, history), strict=True) if not row]
+    if unknown:
+        click.echo(f"note: the model does not know {', '.join(map(str, unknown))}", err=True)
+    _print_recommendations(recommender.recommend(history, k, exclude_seen=not include_seen, user=attributes))
+
+
+def main() -> None:
+    """Run the command line; errors of the package become one line each."""
+    from metarec_jax.errors import DataError, ModelFileError
+
+    try:
+        cli(standalone_mode=True)
+    except (DataError, ModelFileError, ValueError, FloatingPointError) as error:
+        raise SystemExit(f"metarec: {error}") from error
+
+
+def _read(data: str, column: tuple[str, ...]) -> Any:
+    from metarec_jax.data import from_tables, load, read_table
+
+    if column:
+        return from_tables(read_table(data), columns=dict(_pairs(column)), name=Path(data).stem)
+    return load(data)
+
+
+def _pairs(texts: tuple[str, ...]) -> list[tuple[str, str]]:
+    for text in texts:
+        if "=" not in text:
+            raise click.BadParameter(f"{text!r} should look like NAME=VALUE")
+    return [(left, right) for left, _, right in (text.rpartition("=") for text in texts)]
+
+
+def _number(text: str, kind: type, what: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{what} {text!r} is no {'integer' if kind is int else 'number'}") from error
+
+
+def _rows(recommender: Any, history: list[tuple[Any, float]]) -> tuple[list[Any], Any]:
+    items = [item for item, _ in history]
+    return items, recommender.catalogue.items.encode(items) if items else []
+
+
+def _print_evaluation(recommender: Any, data: Any, support: int | None) -> None:
+    from rich.console import Console
+
+    from metarec_jax.progress import results_table
+
+    results = recommender.evaluate(data, support=support)
+    if recommender.target.kind == "click":
+        shown = ("auc", "within_user_auc", "precision@5", "ndcg@5", "mrr@5", "log_loss")
+        results = {learner: {m: values[m] for m in shown} for learner, values in results.items()}
+    Console(width=110).print(results_table(results, "Users never seen in training, judged on ratings kept from the learner"))
+
+
+def _print_recommendations(recommendations: Any) -> None:
+    click.echo("\nRecommended:")
+    for rank, (item, score, title) in enumerate(recommendations, 1):
+        click.echo(f"{rank:4}. {score:6.3f}  {title or item}" + (f"  [{item}]" if title else ""))

@@ -1,0 +1,181 @@
+"""Batches: ragged histories to `Task` arrays, padded to a few fixed shapes: nothing recompiles in a loop."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.splits import ColdUsers, Histories
+from metarec_jax.data.vocabulary import UNKNOWN
+from metarec_jax.tasks import Examples, Task
+
+
+@dataclass(frozen=True)
+class Target:
+    """Ratings to what the model predicts, and back.
+
+    Attributes:
+      kind: "click" or "rating".
+      threshold: lowest rating that is a click.
+      mean, scale: a rating is standardised by these.
+    """
+
+    kind: str
+    threshold: float = 4.0
+    mean: float = 0.0
+    scale: float = 1.0
+
+    @classmethod
+    def fit(cls, protocol: ColdUsers, train: Histories) -> "Target":
+        """Mean and scale from the training users' ratings alone."""
+        if protocol.target == "click":
+            return cls("click", protocol.threshold)
+        rating = train.data.rating[train.index]
+        return cls("rating", protocol.threshold, float(rating.mean()), float(rating.std()) or 1.0)
+
+    def encode(self, rating: np.ndarray) -> np.ndarray:
+        """float32 targets of ratings."""
+        if self.kind == "click":
+            return (rating >= self.threshold).astype(np.float32)
+        return ((rating - self.mean) / self.scale).astype(np.float32)
+
+    def decode(self, scores: np.ndarray) -> np.ndarray:
+        """Model scores as click probabilities (scores are logits) or as ratings."""
+        if self.kind == "click":
+            return 1 / (1 + np.exp(-np.clip(scores, -60, 60)))
+        return scores * self.scale + self.mean
+
+
+class Batch(NamedTuple):
+    """A task batch of numpy arrays, and the positions in `Histories` of its users (no padding users)."""
+
+    task: Task
+    positions: np.ndarray
+
+
+def features(data: Dataset, users: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
+    """What models read about user rows `[users]` and item rows `[users, examples]`.
+
+    Returns:
+      `item_id` `[users, examples]` int32, and one entry `item/NAME` or `user/NAME` a field,
+      `[users, examples, ...]`.
+    """
+    found = {"item_id": items.astype(np.int32)}
+    for name, table in data.item_features.items():
+        found[f"item/{name}"] = table[items]
+    for name, table in data.user_features.items():
+        row = table[users][:, None]
+        found[f"user/{name}"] = np.broadcast_to(row, items.shape + row.shape[2:])
+    return found
+
+
+def bucket_sizes(lengths: np.ndarray, count: int = 4, multiple: int = 8) -> tuple[int, ...]:
+    """At most `count` padded lengths, multiples of `multiple`, that waste the least padding on these lengths.
+
+    Exact dynamic programming over the distinct rounded lengths.
+    """
+    rounded = -(-np.maximum(np.asarray(lengths), 1) // multiple) * multiple
+    sizes, weights = np.unique(rounded, return_counts=True)
+    total = np.concatenate([[0], np.cumsum(weights)])
+    cost = np.where(np.arange(len(sizes) + 1) == 0, 0.0, np.inf)
+    back = []
+    for _ in range(min(count, len(sizes))):
+        # cost'[j] = min_i cost[i] + sizes[j - 1] * (users between i and j)
+        options = cost[:, None] + np.concatenate([[0], sizes]) * (total[None] - total[:, None])
+        options = np.where(np.arange(len(cost))[:, None] < np.arange(len(cost)), options, np.inf)
+        back.append(options.argmin(0))
+        cost = options.min(0)
+    chosen, end = [], len(sizes)
+    for step in reversed(back):
+        chosen.append(int(sizes[end - 1]))
+        end = step[end]
+    return tuple(reversed(chosen))
+
+
+def batches(
+    histories: Histories,
+    target: Target,
+    *,
+    query: int = 10,
+    support: int | None = None,
+    batch_size: int = 64,
+    buckets: tuple[int, ...],
+    rng: np.random.Generator | None = None,
+    unknown: float = 0.0,
+) -> Iterator[Batch]:
+    """All users once, as task batches of `batch_size` users; each support width is one of `buckets`.
+
+    The last batch of a bucket is filled with users whose masks are 0. A user with no more than `query`
+    interactions keeps at least one for the support; one with more than the largest bucket is cut to it.
+
+    Args:
+      histories: the users.
+      target: ratings to targets.
+      query: largest query size, the query's width.
+      support: largest support size (None: all that is left).
+      batch_size: users a batch.
+      buckets: padded support widths, ascending.
+      rng: shuffles users and interactions when given; else the order of `histories` stands.
+      unknown: share of users, and of items, whose identity is hidden, so that the rows for unknown ids are
+        trained too.
+    """
+    order = np.arange(len(histories))
+    if rng is not None:
+        histories, order = histories.shuffled(rng), rng.permutation(order)
+    length = histories.lengths
+    queries = np.minimum(query, np.maximum(length - 1, 0))
+    supports = np.minimum(length - queries, buckets[-1] if support is None else min(support, buckets[-1]))
+    bucket = np.searchsorted(buckets, supports[order])
+    pieces = [
+        order[bucket == b][i : i + batch_size]
+        for b in range(len(buckets))
+        for i in range(0, int((bucket == b).sum()), batch_size)
+    ]
+    if rng is not None:
+        pieces = [pieces[i] for i in rng.permutation(len(pieces))]
+    for piece in pieces:
+        width = buckets[int(np.searchsorted(buckets, supports[piece].max()))]
+        begin = histories.starts[piece]
+        user = histories.users[piece]
+        if rng is not None and unknown:
+            user = np.where(rng.random(len(user)) < unknown, UNKNOWN, user)
+        chunk = Task(
+            _examples(histories, target, user, begin + queries[piece], supports[piece], width, rng, unknown),
+            _examples(histories, target, user, begin, queries[piece], query, rng, unknown),
+        )
+        yield Batch(pad_users(chunk, batch_size), piece)
+
+
+def pad_users(task: Task, size: int) -> Task:
+    """The task batch filled up to `size` users with zeros (whose masks are 0)."""
+
+    def pad(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)]) if len(x) < size else x
+
+    return jax.tree.map(pad, task)
+
+
+def _examples(
+    histories: Histories,
+    target: Target,
+    users: np.ndarray,
+    begin: np.ndarray,
+    count: np.ndarray,
+    width: int,
+    rng: np.random.Generator | None,
+    unknown: float,
+) -> Examples:
+    """Examples `[users, width]` of the interactions `begin[i] : begin[i] + count[i]` of each user."""
+    data, column = histories.data, np.arange(width)
+    mask = column < count[:, None]
+    index = histories.index[np.where(mask, begin[:, None] + column, 0)]
+    item = np.where(mask, data.item[index], UNKNOWN)
+    found = features(data, users, item)
+    if rng is not None and unknown:
+        found["item_id"] = np.where(rng.random(item.shape) < unknown, UNKNOWN, found["item_id"])
+    wanted: Any = np.where(mask, target.encode(data.rating[index]), 0).astype(np.float32)
+    kept: Any = mask.astype(np.float32)  # numpy here, on the device from the jitted step on
+    return Examples(found, wanted, kept)

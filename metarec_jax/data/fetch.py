@@ -1,0 +1,155 @@
+"""Fetch: a named dataset from a local path, the user's cache, the official archive, or a package's copy."""
+
+import hashlib
+import http.client
+import io
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path
+
+import platformdirs
+
+from metarec_jax.data import movielens
+from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.tables import from_tables, read_table
+from metarec_jax.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+OFFICIAL = "https://files.grouplens.org/datasets/movielens/{}.zip"
+MD5 = {  # as published beside the archives; ml-latest* change over time and have none here
+    "ml-100k": "0e33842e24a9c977be4e0107933c0723",
+    "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
+}
+NAMES = ("ml-100k", "ml-1m", "ml-latest-small", "ml-latest")
+RECBOLE = "recbole==1.2.1"  # its wheel carries a copy of ml-100k; only these members of it are ever read
+RECBOLE_FOLDER = "recbole/dataset_example/ml-100k/"
+RECBOLE_SHA256 = {
+    "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+    "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+    "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+}
+LICENCE = (
+    "MovieLens data has its own licence (research use, no redistribution, cite Harper and Konstan, 2015): "
+    "see https://grouplens.org/datasets/movielens/"
+)
+
+
+def load(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    cache: str | Path | None = None,
+    download: bool = True,
+    timeout: float = 10.0,
+) -> Dataset:
+    """A dataset by name, or from a file.
+
+    `load("ml-100k")` looks, in this order, at `path`, the cache, the official archive, and (ml-100k only) the
+    copy that the PyPI package recbole 1.2.1 carries, of which only the data members are read and nothing is
+    run.
+
+    Args:
+      name: "ml-100k", "ml-1m", "ml-latest-small", "ml-latest"; or the path of a folder or archive in one of
+        these layouts, or of a CSV / Parquet table with the columns user_id, item_id, rating, timestamp.
+      path: a local folder or archive to read instead of downloading.
+      cache: where downloads are kept (default: the user's cache folder, or `METAREC_CACHE`).
+      download: False never touches the network.
+      timeout: seconds to wait for the official server before the next source is tried.
+
+    Raises:
+      DataError: nothing could be found or read; the message says what to do.
+    """
+    if path is not None:
+        return movielens.read(path, name)
+    if name not in NAMES:
+        return _read_path(Path(name))
+    folder = Path(cache or os.environ.get("METAREC_CACHE") or platformdirs.user_cache_dir("metarec_jax"))
+    cached = folder / f"{name}.zip"
+    if cached.exists():
+        try:
+            return movielens.read(cached, name)
+        except DataError as error:
+            raise DataError(f"{error}. Delete {cached} to have it fetched again") from error
+    reasons = ["download=False"]
+    if download:
+        reasons = []
+        sources = [_official, _recbole] if name == "ml-100k" else [_official]
+        for source in sources:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                source(name, cached, timeout)
+            except (OSError, http.client.HTTPException, DataError, subprocess.SubprocessError) as error:
+                reasons.append(f"{source.__name__.strip('_')}: {error}")
+                continue
+            logger.warning(LICENCE)
+            return movielens.read(cached, name)
+    raise DataError(
+        f"{name} is not in the cache ({folder}) and could not be fetched ({'; '.join(reasons)}). "
+        f"Three ways to get on: (1) go online, try again; (2) get the archive from {OFFICIAL.format(name)} "
+        f'on another machine and call load("{name}", path="{name}.zip"); (3) use '
+        "metarec_jax.data.synthetic(...), which needs no download."
+    )
+
+
+def _read_path(path: Path) -> Dataset:
+    if not path.exists():
+        raise DataError(
+            f"{path}: neither a known dataset ({', '.join(NAMES)}) nor an existing file or folder"
+        )
+    if path.suffix in (".csv", ".tsv", ".parquet", ".pq"):
+        return from_tables(read_table(path), name=path.stem)
+    return movielens.read(path)
+
+
+def _official(name: str, target: Path, timeout: float) -> None:
+    """The official archive, checked by its published MD5 where there is one."""
+    with urllib.request.urlopen(OFFICIAL.format(name), timeout=timeout) as response:
+        content = response.read()
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if digest != MD5.get(name, digest):
+        raise DataError(
+            f"the official archive of {name} does not have its published checksum; try again later"
+        )
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        raise DataError(f"what the server sent for {name} is no zip archive")
+    _write(target, content)
+
+
+def _recbole(name: str, target: Path, timeout: float) -> None:
+    """The data members of recbole's wheel, each checked by SHA-256, packed as an archive of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--no-deps", "--quiet", "--only-binary=:all:", "-d", folder]
+        command = [sys.executable, "-m", "pip", "download", *options, RECBOLE]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            lines = done.stderr.strip().splitlines()
+            raise DataError(f"pip could not download {RECBOLE} ({lines[-1] if lines else 'no message'})")
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                content = {member: wheel.read(RECBOLE_FOLDER + member) for member in RECBOLE_SHA256}
+        except (KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"the wheel of {RECBOLE} cannot be read ({error})") from error
+        for member, sha256 in RECBOLE_SHA256.items():
+            if hashlib.sha256(content[member]).hexdigest() != sha256:
+                raise DataError(f"{member} of {RECBOLE} does not have the expected SHA-256")
+        packed = Path(folder) / "packed.zip"
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, data in content.items():
+                archive.writestr(member, data)
+        _write(target, packed.read_bytes())
+
+
+def _write(target: Path, content: bytes) -> None:
+    """Write a whole file or nothing."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # on the same disk: the move is atomic
+        part = Path(folder) / target.name
+        part.write_bytes(content)
+        os.replace(part, target)

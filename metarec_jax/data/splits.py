@@ -1,0 +1,120 @@
+"""Splits: which users meta-train, which validate and which test, as a protocol that is a value."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from metarec_jax.data.dataset import Dataset
+from metarec_jax.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Histories:
+    """Some users of a dataset, each with all interactions, in the order in which tasks take them.
+
+    A task's query is a user's first interactions, its support the ones that follow, so that support sets of
+    several sizes are nested and share one query.
+
+    Attributes:
+      data: the dataset.
+      users: `[n]` user rows.
+      starts: `[n + 1]`; user `i` has the interactions `index[starts[i]:starts[i + 1]]`.
+      index: `[interactions]` positions in the dataset's arrays.
+    """
+
+    data: Dataset
+    users: np.ndarray
+    starts: np.ndarray
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[n]` interactions of each user."""
+        return np.diff(self.starts)
+
+    @classmethod
+    def of(cls, data: Dataset, users: np.ndarray) -> "Histories":
+        """The histories of these user rows, in the dataset's order."""
+        order = np.argsort(data.user, kind="stable")
+        bounds = np.searchsorted(data.user[order], np.arange(len(data.users) + 1))
+        first, last = bounds[users], bounds[users + 1]
+        starts = np.concatenate([[0], np.cumsum(last - first)])
+        within = np.arange(starts[-1]) - np.repeat(starts[:-1], last - first)
+        return cls(data, np.asarray(users), starts, order[np.repeat(first, last - first) + within])
+
+    def shuffled(self, rng: np.random.Generator) -> "Histories":
+        """The same users, each with its interactions in random order."""
+        owner = np.repeat(np.arange(len(self)), self.lengths)
+        return replace(self, index=self.index[np.lexsort((rng.random(len(owner)), owner))])
+
+
+class Split(NamedTuple):
+    """Histories of users who meta-train, validate and test; no user is in two of them."""
+
+    train: Histories
+    validation: Histories
+    test: Histories
+
+
+@dataclass(frozen=True)
+class ColdUsers:
+    """The cold-user protocol: tasks are users never seen in training (as RecBole-MetaRec does it).
+
+    Users with `minimum` to `maximum` interactions are split at random into train, validation and test; in
+    each task `query` random interactions are judged and the rest is the support set.
+
+    Attributes:
+      minimum, maximum: interactions that a user must have to be split.
+      query: size of the query set.
+      fractions: train, validation, test; they sum to 1.
+      target: "click" (1 where the rating is at least `threshold`, else 0) or "rating".
+      threshold: the lowest rating that counts as a click.
+      train_on: "window" trains on the split's training users only; "all" adds every user outside the window
+        (those with at least two interactions), who are never validation or test users.
+    """
+
+    minimum: int = 13
+    maximum: int = 100
+    query: int = 10
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    target: Literal["click", "rating"] = "click"
+    threshold: float = 4.0
+    train_on: Literal["window", "all"] = "window"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.query < self.minimum <= self.maximum:
+            raise ValueError(
+                "need 1 <= query < minimum <= maximum, so that every user has a support set; got "
+                f"query={self.query}, minimum={self.minimum}, maximum={self.maximum}"
+            )
+        if len(self.fractions) != 3 or min(self.fractions) < 0 or not abs(sum(self.fractions) - 1) <= 1e-6:
+            raise ValueError(f"fractions must be three shares that sum to 1, got {self.fractions}")
+        if self.target not in ("click", "rating") or self.train_on not in ("window", "all"):
+            raise ValueError(f'target is "click" or "rating", train_on "window" or "all"; got {self}')
+
+    def split(self, data: Dataset, seed: int = 0) -> Split:
+        """Split the users of a dataset; the same seed gives the same split and the same queries.
+
+        Raises:
+          DataError: too few users have `minimum` to `maximum` interactions.
+        """
+        rng = np.random.default_rng(seed)
+        counts = np.bincount(data.user, minlength=len(data.users))
+        window = np.flatnonzero((counts >= self.minimum) & (counts <= self.maximum))
+        cuts = np.round(np.cumsum(self.fractions[:2]) * len(window)).astype(int)
+        parts = np.split(rng.permutation(window), cuts)
+        if any(len(part) == 0 for part in parts):
+            raise DataError(
+                f"{data.name}: {len(window)} users have {self.minimum} to {self.maximum} interactions, too "
+                f"few to split into {self.fractions}; widen the window (ColdUsers(minimum=..., maximum=..., "
+                f"query=...)). A user needs more than the {self.query} interactions of a query."
+            )
+        train, validation, test = parts
+        if self.train_on == "all":
+            outside = (counts >= 2) & ((counts < self.minimum) | (counts > self.maximum))
+            train = np.concatenate([train, np.flatnonzero(outside)])
+        return Split(*(Histories.of(data, part).shuffled(rng) for part in (train, validation, test)))

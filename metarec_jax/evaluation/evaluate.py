@@ -1,0 +1,84 @@
+"""Evaluate: scores of a learner or a plain baseline on a split's tasks, and what the metrics say of them."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metarec_jax.data.batches import Batch, Target, batches
+from metarec_jax.data.splits import Histories
+from metarec_jax.evaluation import metrics
+from metarec_jax.evaluation.baselines import BASELINES, Interactions
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.tasks import Params, Task
+
+
+class Scores(NamedTuple):
+    """Scores of the query interactions of some users, in the users' order.
+
+    Attributes:
+      scores: `[users, query]` click probabilities or ratings.
+      target: `[users, query]` 0 / 1 clicks or ratings.
+      mask: `[users, query]`.
+    """
+
+    scores: np.ndarray
+    target: np.ndarray
+    mask: np.ndarray
+
+
+@partial(jax.jit, static_argnums=0)
+def score(strategy: Strategy, params: Params, task: Task, key: jax.Array) -> jax.Array:
+    """Raw scores `[users, query]`: adapt to the support set, score the query. Compiled once a shape."""
+    return strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
+
+
+def score_tasks(strategy: Strategy, params: Params, tasks: Iterator[Batch], target: Target) -> Scores:
+    """Scores of every task of an iterator over `batches`."""
+    parts: list[Any] = []
+    positions = []
+    for batch in tasks:
+        n, query = len(batch.positions), batch.task.query
+        raw = np.asarray(score(strategy, params, batch.task, jax.random.key(0)))[:n]
+        wanted, mask = np.asarray(query.target[:n]), np.asarray(query.mask[:n])
+        truth = wanted if target.kind == "click" else target.decode(wanted)
+        parts.append((target.decode(raw), truth, mask))
+        positions.append(batch.positions)
+    order = np.argsort(np.concatenate(positions))
+    return Scores(*(np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True)))
+
+
+def score_baselines(
+    train: Histories, test: Histories, target: Target, *, query: int = 10, support: int | None = None
+) -> dict[str, Scores]:
+    """The plain baselines on the same tasks: same training users, same support sets, same queries."""
+    data = train.data
+
+    def values(index: np.ndarray) -> np.ndarray:
+        return target.encode(data.rating[index]).astype(float)
+
+    known = Interactions(data.user[train.index], data.item[train.index], values(train.index), len(data.items))
+    (batch,) = batches(test, target, query=query, batch_size=len(test), buckets=(int(test.lengths.max()),))
+    order = np.argsort(batch.positions)
+    truth, mask = (np.asarray(x)[order] for x in (batch.task.query.target, batch.task.query.mask))
+    results = {}
+    for name, make in BASELINES.items():
+        predict = make(known)
+        scores = np.zeros_like(truth)
+        for u in range(len(test)):
+            history = test.index[test.starts[u] : test.starts[u + 1]]
+            judged, seen = history[: int(mask[u].sum())], history[int(mask[u].sum()) :][:support]
+            scores[u, : len(judged)] = predict(data.item[seen], values(seen), data.item[judged])
+        if target.kind == "click":  # least squares on 0 / 1 estimates the probability, but may leave [0, 1]
+            results[name] = Scores(np.clip(scores, 0, 1), truth, mask)
+        else:
+            results[name] = Scores(target.decode(scores), target.decode(truth), mask)
+    return results
+
+
+def summarise(scores: Scores, kind: str) -> dict[str, float]:
+    """The click or the rating table of some scores, as plain floats."""
+    table = metrics.click_metrics if kind == "click" else metrics.rating_metrics
+    return {name: float(value) for name, value in table(*scores).items()}

@@ -1,0 +1,142 @@
+"""Metrics in JAX, batched over users: scores and targets `[users, candidates]` with a mask.
+
+Ranking metrics sort a user's candidates by score; of equal scores the earlier candidate ranks first. AUC
+counts a tie as one half; a NaN score ranks below every other. A metric that is not defined, for a user or for
+the whole, is NaN; `mean_defined` leaves such users out.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def mean_defined(per_user: jax.Array) -> jax.Array:
+    """Mean over the users whose value is not NaN; NaN where there is none."""
+    return jnp.nanmean(per_user)
+
+
+def rmse(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Root mean squared error over all interactions, in units of the target."""
+    return jnp.sqrt(_mean(jnp.subtract(scores, target) ** 2, mask))
+
+
+def mae(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean absolute error over all interactions, in units of the target."""
+    return _mean(jnp.abs(jnp.subtract(scores, target)), mask)
+
+
+def log_loss(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood (nats) of 0/1 targets; probabilities are clipped to [1e-7, 1 - 1e-7]."""
+    p = jnp.clip(probability, 1e-7, 1 - 1e-7)
+    return _mean(-target * jnp.log(p) - (1 - target) * jnp.log1p(-p), mask)
+
+
+def accuracy(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Share of interactions on the right side of 1/2."""
+    return _mean((probability >= 0.5) == (target > 0.5), mask)
+
+
+def f1(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Harmonic mean of precision and recall of `probability >= 1/2` over all interactions; 0 if both are."""
+    guess, true = (probability >= 0.5) & (mask > 0), (target > 0.5) & (mask > 0)
+    return 2 * (guess & true).sum() / jnp.maximum(guess.sum() + true.sum(), 1)
+
+
+def auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Area under the ROC curve over all interactions of all users together."""
+    return _auc(scores.ravel(), target.ravel(), mask.ravel())
+
+
+def within_user_auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """`[users]` area under each user's own ROC curve; NaN for users with one class only."""
+    return jax.vmap(_auc)(scores, target, mask)
+
+
+def precision_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """`[users]` share of positives among the top k (of k, also when there are fewer candidates)."""
+    top = _ranked(scores, target, mask)[:, :k]
+    return _defined(top.sum(1) / k, mask)
+
+
+def recall_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """`[users]` share of a user's positives that are in the top k; NaN for users without positives."""
+    ranked = _ranked(scores, target, mask)
+    return ranked[:, :k].sum(1) / _or_nan(ranked.sum(1))
+
+
+def ndcg_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """`[users]` discounted cumulative gain (gain = target, discount 1 / log2(1 + rank)) over the best
+    possible one; NaN for users without gain (Järvelin and Kekäläinen, 2002)."""
+    discount = 1 / jnp.log2(2.0 + jnp.arange(scores.shape[1]))
+    discount = jnp.where(jnp.arange(scores.shape[1]) < k, discount, 0.0)
+    gain = jnp.where(mask > 0, target, 0.0)
+    ideal = -jnp.sort(-gain, axis=1)
+    return (_ranked(scores, gain, mask) * discount).sum(1) / _or_nan((ideal * discount).sum(1))
+
+
+def mrr_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """`[users]` 1 / rank of the first positive, 0 when outside the top k; NaN for users without positives."""
+    ranked = _ranked(scores, target, mask) > 0
+    hit = ranked[:, :k]
+    value = jnp.where(hit.any(1), 1 / (1.0 + hit.argmax(1)), 0.0)
+    return jnp.where(ranked.any(1), value, jnp.nan)
+
+
+@jax.jit
+def click_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """The click table: AUC, within-user AUC, P@5, R@5, nDCG@5, MRR@5; log-loss, accuracy and F1."""
+    return {
+        "auc": auc(scores, target, mask),
+        "within_user_auc": mean_defined(within_user_auc(scores, target, mask)),
+        "precision@5": mean_defined(precision_at(5, scores, target, mask)),
+        "recall@5": mean_defined(recall_at(5, scores, target, mask)),
+        "ndcg@5": mean_defined(ndcg_at(5, scores, target, mask)),
+        "mrr@5": mean_defined(mrr_at(5, scores, target, mask)),
+        "log_loss": log_loss(scores, target, mask),
+        "accuracy": accuracy(scores, target, mask),
+        "f1": f1(scores, target, mask),
+    }
+
+
+@jax.jit
+def rating_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """The rating table: RMSE and MAE in stars, nDCG@5 with the rating as gain."""
+    return {
+        "rmse": rmse(scores, target, mask),
+        "mae": mae(scores, target, mask),
+        "ndcg@5": mean_defined(ndcg_at(5, scores, target, mask)),
+    }
+
+
+def _mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask > 0, values, 0).sum() / _or_nan((mask > 0).sum())
+
+
+def _or_nan(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, jnp.nan)
+
+
+def _no_nan(scores: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+
+
+def _defined(values: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where((mask > 0).any(1), values, jnp.nan)
+
+
+def _ranked(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Targets in the order of falling scores; masked candidates come last, as 0."""
+    order = jnp.lexsort((-_no_nan(scores), mask <= 0), axis=1)
+    return jnp.take_along_axis(jnp.where(mask > 0, target, 0.0), order, axis=1)
+
+
+def _auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mann-Whitney: (sum of the positives' mid-ranks - p (p + 1) / 2) / (p n)."""
+    kept, scores = mask > 0, _no_nan(scores)
+    positive, negative = kept & (target > 0.5), kept & (target <= 0.5)
+    ordered = jnp.sort(jnp.where(kept, scores, jnp.inf))
+    low = jnp.searchsorted(ordered, scores, side="left")
+    high = jnp.minimum(jnp.searchsorted(ordered, scores, side="right"), kept.sum())  # not into the padding
+    rank = jnp.where(positive, (low + high + 1) / 2, 0.0)
+    p, n = positive.sum(), negative.sum()
+    value = (rank.sum() / jnp.maximum(p, 1) - (p + 1) / 2) / jnp.maximum(n, 1)
+    return jnp.where((p > 0) & (n > 0), value, jnp.nan)

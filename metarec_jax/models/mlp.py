@@ -1,0 +1,68 @@
+"""Embedding + MLP over feature fields, with an explicit bias of every field (wide and deep, Cheng et al., 2016)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metarec_jax.data.fields import Field
+from metarec_jax.models.model import Model, from_nnx
+
+Features = Mapping[str, jax.Array]
+
+
+class EmbeddingMLP(nnx.Module):
+    """score = sum of field biases + head(MLP([field embeddings])).
+
+    The item id has a bias and an embedding too, so that `score = item bias + user bias + ...` is in the model's reach
+    without any hidden layer; the user bias is the bias of the head, which strategies adapt.
+    """
+
+    def __init__(self, fields: Mapping[str, Field], width: int, hidden: Sequence[int], rngs: nnx.Rngs) -> None:
+        small = nnx.initializers.normal(0.1)
+        self.fields = nnx.static({name: field.kind for name, field in fields.items()})
+        tables, bias = {}, {}
+        for name, field in fields.items():
+            if field.kind == "dense":
+                tables[name] = nnx.Linear(field.width, width, rngs=rngs)
+                bias[name] = nnx.Linear(field.width, 1, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
+            else:
+                tables[name] = nnx.Embed(field.size, width, embedding_init=small, rngs=rngs)
+                bias[name] = nnx.Embed(field.size, 1, embedding_init=nnx.initializers.zeros, rngs=rngs)
+        self.embedding, self.embedding_bias = nnx.Dict(tables), nnx.Dict(bias)
+        sizes = [width * len(fields), *hidden]
+        self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.head = nnx.Linear(sizes[-1], 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def embed(self, features: Features) -> jax.Array:
+        """Input of the head `[..., width]`."""
+        x = jnp.concatenate([_look_up(self.embedding[f], features[f], kind) for f, kind in self.fields.items()], -1)
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return x
+
+    def __call__(self, features: Features) -> jax.Array:
+        """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
+        bias = sum(_look_up(self.embedding_bias[f], features[f], kind) for f, kind in self.fields.items())
+        return (self.head(self.embed(features)) + bias)[..., 0]
+
+
+def _look_up(layer: Callable[[jax.Array], jax.Array], x: jax.Array, kind: str) -> jax.Array:
+    """`[..., width]` of one field; several values give the mean of their rows, none gives zeros."""
+    if kind != "multi":
+        return layer(x)
+    present = (x > 0)[..., None]
+    return jnp.where(present, layer(x), 0.0).sum(-2) / jnp.maximum(present.sum(-2), 1)
+
+
+def mlp(fields: Mapping[str, Any], *, width: int = 16, hidden: Sequence[int] = (64, 32)) -> Model:
+    """The embedding + MLP tower for these fields (`metarec_jax.models.fields_of(data)`).
+
+    Args:
+      fields: what a batch's features hold, by name.
+      width: width of each field's embedding.
+      hidden: widths of the hidden layers.
+    """
+    return from_nnx(lambda rngs: EmbeddingMLP(fields, width, hidden, rngs))

@@ -1,0 +1,58 @@
+"""Model: the pure functions that a strategy needs to know about a network, and how to get them from flax NNX."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from metarec_jax.tasks import Features, Params
+
+
+class Model(NamedTuple):
+    """A network as pure functions. `Model(init, apply)` with your own two functions is enough for most strategies.
+
+    Attributes:
+      init: `init(key) -> params`.
+      apply: `apply(params, features) -> scores`; features `[..., ...]` and scores share their leading axes.
+      embed: `embed(params, features) -> [..., width]`, the input of the last linear layer (`ridge` needs it).
+      groups: `groups(params) -> pytree like params` of "embedding", "decision" or "head": what `anil` and `melu`
+        choose by.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[[Params, Features], jax.Array]
+    embed: Callable[[Params, Features], jax.Array] | None = None
+    groups: Callable[[Params], Params] | None = None
+
+
+def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+    """The `Model` of a flax NNX module with the methods `__call__(features)` and (optional) `embed(features)`.
+
+    Parameters become a plain dict of arrays. A parameter belongs to the group "head" when its path starts with `head`,
+    to "embedding" when it starts with `embedding`, else to "decision".
+
+    Args:
+      build: makes the module from `nnx.Rngs`; traced abstractly once, run on a device only by `init`.
+    """
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+    def init(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
+
+    def merged(params: Params) -> Any:
+        return nnx.merge(graph, nnx.State(params))
+
+    def groups(params: Params) -> Params:
+        def group(path: tuple[Any, ...], _: jax.Array) -> str:
+            top = str(getattr(path[0], "key", path[0]))
+            return top if top == "head" else "embedding" if top.startswith("embedding") else "decision"
+
+        return jax.tree_util.tree_map_with_path(group, params)
+
+    return Model(
+        init=init,
+        apply=lambda params, features: merged(params)(features),
+        embed=lambda params, features: merged(params).embed(features),
+        groups=groups,
+    )

@@ -1,0 +1,46 @@
+"""Progress and result tables for people, with rich."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+@contextmanager
+def epochs_bar(show: bool, epochs: int, kind: str) -> Iterator[Report | None]:
+    """A progress bar over epochs; yields what `fit` reports to, or None when nothing is to be shown.
+
+    Args:
+      show: whether to show anything.
+      epochs: the most there can be (training may stop earlier).
+      kind: "click" or "rating", which decides the metric beside the bar.
+    """
+    if not show:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    metric = "within_user_auc" if kind == "click" else "rmse"
+    columns = (TextColumn("meta-training"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}")) as bar:
+        task = bar.add_task("", total=epochs, note="compiling")
+
+        def report(epoch: int, entry: dict[str, float]) -> None:
+            bar.update(task, completed=epoch + 1, note=f"loss {entry['loss']:.4f}  validation {metric} {entry[metric]:.4f}")
+
+        yield report
+
+
+def results_table(results: Mapping[str, Mapping[str, float]], title: str) -> Any:
+    """A rich table with a row for each learner and a column for each metric."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("learner")
+    metrics = list(next(iter(results.values())))
+    for metric in metrics:
+        table.add_column(metric.replace("_", " "), justify="right")
+    for learner, values in results.items():
+        table.add_row(learner, *(f"{values[m]:.4f}" for m in metrics))
+    return table

@@ -1,0 +1,299 @@
+"""Recommender: the thin wrapper that people touch. `train` makes one; it recommends, evaluates, saves and loads."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metarec_jax import saving
+from metarec_jax.data.batches import Target, batches
+from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.histories import History, encode_history, encode_user, is_one_user
+from metarec_jax.data.splits import ColdUsers
+from metarec_jax.errors import DataError
+from metarec_jax.evaluation.evaluate import score_baselines, score_tasks, summarise
+from metarec_jax.models import MODELS, Model, fields_of
+from metarec_jax.progress import epochs_bar
+from metarec_jax.strategies import STRATEGIES, Strategy
+from metarec_jax.tasks import Examples, Params
+from metarec_jax.training import EPOCHS, fit
+
+LOSSES = {"click": optax.losses.sigmoid_binary_cross_entropy, "rating": optax.losses.squared_error}
+CHUNK = 256  # users adapted at once
+CELLS = 1 << 20  # users x items scored at once
+
+
+class Recommendation(NamedTuple):
+    """One recommended item: raw id, score (a click probability or a rating) and title, where known."""
+
+    item: Any
+    score: float
+    title: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Recommender:
+    """A trained learner with the catalogue it was trained on.
+
+    Attributes:
+      strategy: the four pure functions.
+      params: meta-trained parameters.
+      catalogue: the dataset; after loading, one without interactions.
+      target: ratings to targets.
+      protocol: how users were split.
+      seed: of the split.
+      recipe: names and options of strategy and model, for `save`.
+      limits: lowest and highest rating seen in training.
+      history: training log, one dict an epoch.
+    """
+
+    strategy: Strategy
+    params: Params
+    catalogue: Dataset
+    target: Target
+    protocol: ColdUsers
+    seed: int
+    recipe: dict[str, Any]
+    limits: tuple[float, float]
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def recommend(
+        self,
+        history: History | Sequence[History],
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        user: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> Any:
+        """The `k` best items for a new user, or for each of a batch of new users.
+
+        Args:
+          history: what a user has rated, `{item: rating}` or `[(item, rating), ...]` with raw item ids; or a list of
+            such. An empty history gets the ranking of a user about whom nothing is known. An item rated twice counts
+            with its later rating; unknown items count as ratings of an unknown item.
+          k: how many; fewer come back when fewer items are left.
+          exclude_seen: leave out what is in the history.
+          user: attributes of the user (or a list of them), `{"age": 30}`; what is left out is unknown.
+
+        Returns:
+          A list of `Recommendation`, best first; for a batch a list of such lists.
+
+        Raises:
+          DataError: item ids of another type than in training; a rating that is no finite number or off the scale; an
+            unknown attribute.
+        """
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise DataError(f"k must be a positive integer, got {k!r}")
+        single = is_one_user(history)
+        histories: list[Any] = [history] if single else list(history)
+        users: Sequence[Any] = [user] if single else [None] * len(histories) if user is None else user  # type: ignore
+        if isinstance(users, Mapping) or len(users) != len(histories):
+            raise DataError(f"user: got attributes of {len(users)} users for {len(histories)} histories")
+        encoded = [
+            encode_history(h, self.catalogue.items, self.limits, "history" if single else f"history {i}")
+            for i, h in enumerate(histories)
+        ]
+        attributes = [encode_user(u, self.catalogue.user_fields) for u in users]
+        size = min(CHUNK, max(1, CELLS // len(self.catalogue.items)))
+        found: list[list[Recommendation]] = []
+        for i in range(0, len(encoded), size):
+            found += self._recommend_chunk(encoded[i : i + size], attributes[i : i + size], int(k), exclude_seen)
+        return found[0] if single else found
+
+    def evaluate(
+        self, data: Dataset | None = None, *, support: int | None = None, baselines: bool = True
+    ) -> dict[str, dict[str, float]]:
+        """Metrics on the test users, who were never seen in training, beside the plain baselines on the same tasks.
+
+        Args:
+          data: the dataset of the training; may be left out unless the model was loaded.
+          support: largest support size (default: all that a user has besides the query).
+          baselines: compute two means, ALS fold-in and item-kNN too.
+
+        Returns:
+          `{learner: {metric: value}}`.
+        """
+        if data is None and not len(self.catalogue.rating):
+            raise DataError("a loaded model holds no interactions: evaluate(data) with the dataset it was trained on")
+        data = self.catalogue if data is None else data
+        self._check_same(data)
+        split = self.protocol.split(data, self.seed)
+        width = int(np.maximum(split.test.lengths - self.protocol.query, 1).max())
+        tasks = batches(
+            split.test, self.target, query=self.protocol.query, support=support, batch_size=len(split.test), buckets=(width,)
+        )
+        name = self.recipe["strategy"]["name"] or "strategy"
+        results = {name: score_tasks(self.strategy, self.params, tasks, self.target)}
+        if baselines:
+            results |= score_baselines(split.train, split.test, self.target, query=self.protocol.query, support=support)
+        return {learner: summarise(scores, self.target.kind) for learner, scores in results.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the model as a folder of JSON and safetensors files; an earlier model there is replaced at once."""
+        config = {
+            "recipe": self.recipe,
+            "target": asdict(self.target),
+            "protocol": asdict(self.protocol),
+            "seed": self.seed,
+            "limits": self.limits,
+            "history": self.history,
+        }
+        saving.write(path, config, self.catalogue, self.params)
+
+    def _check_same(self, data: Dataset) -> None:
+        mine, theirs = fields_of(self.catalogue), fields_of(data)
+        same_items = np.array_equal(self.catalogue.items.ids, data.items.ids)
+        if not same_items or [(n, f.kind, f.size) for n, f in mine.items()] != [(n, f.kind, f.size) for n, f in theirs.items()]:
+            raise DataError(
+                f"{data.name} does not have the items and fields that this model was trained on ({self.catalogue.name}); "
+                "evaluate it on the same dataset, or train a new model"
+            )
+
+    def _recommend_chunk(
+        self, encoded: list[tuple[np.ndarray, np.ndarray]], attributes: list[dict[str, np.ndarray]], k: int, exclude: bool
+    ) -> list[list[Recommendation]]:
+        data = self.catalogue
+        users, width = _bucket(len(encoded), 1), _bucket(max(len(rows) for rows, _ in encoded), 8)
+        items = np.zeros((users, width), np.int32)
+        target, mask = np.zeros((2, users, width), np.float32)
+        for i, (rows, ratings) in enumerate(encoded):
+            items[i, : len(rows)], target[i, : len(rows)] = rows, self.target.encode(ratings)
+            mask[i, : len(rows)] = 1
+        known = {
+            f.name: np.stack([a[f.name] for a in attributes] + [f.unknown()] * (users - len(attributes)))
+            for f in data.user_fields
+        }
+        scores, best = _rank(
+            self.strategy, min(_bucket(k, 8), len(data.items)), exclude, self.params, items, target, mask, known,
+            data.item_features | {"": np.arange(len(data.items), dtype=np.int32)},
+        )  # fmt: skip
+        probability = self.target.decode(np.asarray(scores))
+        found = []
+        for row, finite, value in zip(np.asarray(best), np.isfinite(scores), probability, strict=True):
+            kept = np.flatnonzero(finite)[:k]
+            raw = data.items.decode(row[kept]).tolist()
+            titles = [None] * len(raw) if data.titles is None else data.titles[row[kept]]
+            found.append([Recommendation(*r) for r in zip(raw, value[kept].tolist(), titles, strict=True)])
+        return found[: len(encoded)]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _rank(
+    strategy: Strategy,
+    k: int,
+    exclude: bool,
+    params: Params,
+    items: jax.Array,
+    target: jax.Array,
+    mask: jax.Array,
+    user: dict[str, jax.Array],
+    catalogue: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """The top `k` scores `[users, k]` and item rows `[users, k]`; what must not be recommended has score -inf."""
+
+    def features(rows: jax.Array) -> dict[str, jax.Array]:  # as metarec_jax.data.batches.features
+        found = {"item_id" if name == "" else f"item/{name}": table[rows] for name, table in catalogue.items()}
+        for name, value in user.items():
+            found[f"user/{name}"] = jnp.broadcast_to(value[:, None], rows.shape + value.shape[1:])
+        return found
+
+    adapted = strategy.adapt(params, Examples(features(items), target, mask), jax.random.key(0))
+    everything = jnp.broadcast_to(catalogue[""], (len(items), len(catalogue[""])))
+    scores = strategy.predict(params, adapted, features(everything))
+    scores = scores.at[:, 0].set(-jnp.inf)  # the unknown item is none
+    if exclude:
+        scores = scores.at[jnp.arange(len(items))[:, None], items].set(-jnp.inf)
+    return jax.lax.top_k(scores, k)
+
+
+def train(
+    data: Dataset,
+    strategy: str | Callable[..., Strategy] = "ridge",
+    model: str | Callable[..., Model] = "mlp",
+    *,
+    seed: int = 0,
+    protocol: ColdUsers | None = None,
+    strategy_options: Mapping[str, Any] | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **fit_options: Any,
+) -> Recommender:
+    """Meta-train a recommender on a dataset.
+
+    Args:
+      data: from `metarec_jax.data`.
+      strategy: a name in `metarec_jax.strategies.STRATEGIES`, or a function `(model, loss=...) -> Strategy`.
+      model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model`.
+      seed: of the split, the parameters and the sampling; same seed, same machine: same model.
+      protocol: which users train, validate and test, and what is predicted (default: clicks of cold users).
+      strategy_options, model_options: keyword arguments of the two.
+      progress: show a progress bar.
+      **fit_options: keyword arguments of `metarec_jax.training.fit`, for instance `epochs` or `optimizer`.
+
+    Raises:
+      DataError: the dataset has too few users for the protocol.
+    """
+    protocol = protocol or ColdUsers()
+    split = protocol.split(data, seed)
+    target = Target.fit(protocol, split.train)
+    recipe = {"strategy": saving.part(strategy, strategy_options), "model": saving.part(model, model_options)}
+    network = _named(MODELS, model, "model")(fields_of(data), **dict(model_options or {}))
+    built = _named(STRATEGIES, strategy, "strategy")(network, loss=LOSSES[target.kind], **dict(strategy_options or {}))
+    with epochs_bar(progress, fit_options.get("epochs", EPOCHS), target.kind) as report:
+        fitted = fit(built, split, target, query=protocol.query, seed=seed, report=report, **fit_options)
+    rating = data.rating[split.train.index]
+    return Recommender(
+        built, fitted.params, data, target, protocol, seed, recipe, (float(rating.min()), float(rating.max())), fitted.history
+    )
+
+
+def load(
+    path: str | Path,
+    *,
+    strategy: Callable[..., Strategy] | None = None,
+    model: Callable[..., Model] | None = None,
+) -> Recommender:
+    """A recommender from a folder that `Recommender.save` wrote.
+
+    Args:
+      path: the folder.
+      strategy, model: the functions given to `train`, when they were given as functions and not by name.
+
+    Raises:
+      ModelFileError: no model, a damaged one, one of another version, or one that needs `strategy` or `model`.
+    """
+    config, catalogue, arrays = saving.read(path)
+    recipe, target = config["recipe"], Target(**config["target"])
+    makers = {}
+    for what, given, known in (("strategy", strategy, STRATEGIES), ("model", model, MODELS)):
+        name = recipe[what]["name"]
+        if given is None and name not in known:
+            raise ModelFileError(
+                f"{path}: its {what} is {name or 'a function of the caller'}; load it with load(path, {what}=...)"
+            )
+        makers[what] = partial(known[name], **recipe[what]["options"]) if given is None else given
+    built = makers["strategy"](makers["model"](fields_of(catalogue)), loss=LOSSES[target.kind])
+    params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
+    protocol = ColdUsers(**{**config["protocol"], "fractions": tuple(config["protocol"]["fractions"])})
+    return Recommender(
+        built, params, catalogue, target, protocol, config["seed"], recipe, tuple(config["limits"]), config["history"]
+    )
+
+
+def _named(known: Mapping[str, Callable[..., Any]], choice: Any, what: str) -> Callable[..., Any]:
+    if not isinstance(choice, str):
+        return choice
+    if choice not in known:
+        raise ValueError(f"{what} {choice!r} is unknown; choose from {', '.join(known)}, or pass a function")
+    return known[choice]
+
+
+def _bucket(n: int, smallest: int) -> int:
+    """The smallest power of two that is at least `n` and `smallest`: few shapes, few compilations."""
+    return max(smallest, 1 << max(n - 1, 0).bit_length())

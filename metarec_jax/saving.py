@@ -1,0 +1,174 @@
+"""Saving: a folder of JSON and safetensors (no pickle, no code) that is written whole or not at all, and checked on reading."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.fields import Field
+from metarec_jax.data.vocabulary import Vocabulary
+from metarec_jax.errors import ModelFileError
+from metarec_jax.tasks import Params
+
+FORMAT = "metarec_jax model"
+FORMAT_VERSION = 1
+CONFIG, CATALOGUE, ARRAYS = "model.json", "catalogue.json", "arrays.safetensors"
+
+
+def write(path: str | Path, config: Mapping[str, Any], catalogue: Dataset, params: Params) -> None:
+    """Write a model folder. What stands at `path` is replaced only when it is a model, and only by a complete one.
+
+    Raises:
+      ModelFileError: something that is no model stands at `path`.
+    """
+    path = Path(path)
+    if path.exists() and not (path / CONFIG).is_file():
+        raise ModelFileError(f"{path} exists and is no model folder; choose another path or remove it")
+    arrays = {f"params{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    arrays |= {f"item/{name}": table for name, table in catalogue.item_features.items()}
+    contents = {
+        CATALOGUE: json.dumps(_describe(catalogue)).encode(),
+        ARRAYS: save({name: np.array(x, order="C") for name, x in arrays.items()}),
+    }
+    checks = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "metarec_jax": version("metarec-jax"), "sha256": checks}
+    contents[CONFIG] = json.dumps(head | dict(config), indent=1).encode()
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    for name, content in contents.items():
+        (fresh / name).write_bytes(content)
+    if path.exists():
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
+        os.replace(path, old / "model")
+        os.replace(fresh, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(fresh, path)
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], Dataset, dict[str, np.ndarray]]:
+    """The config, the catalogue (without interactions) and the arrays of a model folder.
+
+    Raises:
+      ModelFileError: no model, a damaged or incomplete one, or one of another format version.
+    """
+    path = Path(path)
+    config = _json(path / CONFIG)
+    if config.get("format") != FORMAT:
+        raise ModelFileError(f"{path}: not a model of metarec_jax; save one with Recommender.save(path)")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ModelFileError(
+            f"{path}: written in format {config.get('format_version')} by metarec_jax {config.get('metarec_jax')}, this "
+            f"version reads format {FORMAT_VERSION}; load it with that version, or train again"
+        )
+    contents = {}
+    for name, sha256 in config["sha256"].items():
+        contents[name] = _bytes(path / name)
+        if hashlib.sha256(contents[name]).hexdigest() != sha256:
+            raise ModelFileError(f"{path / name}: damaged or incomplete (its checksum is not the saved one); save again")
+    try:
+        arrays = load(contents[ARRAYS])
+    except SafetensorError as error:
+        raise ModelFileError(f"{path / ARRAYS}: cannot be read ({error})") from error
+    return config, _restore(json.loads(contents[CATALOGUE]), arrays), arrays
+
+
+def restore_params(arrays: Mapping[str, np.ndarray], like: Params, path: str | Path) -> Params:
+    """The parameters in the structure of `like` (shapes from `jax.eval_shape`)."""
+
+    def one(where: tuple[Any, ...], wanted: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = f"params{jax.tree_util.keystr(where)}"
+        if name not in arrays or arrays[name].shape != wanted.shape:
+            found = arrays[name].shape if name in arrays else "nothing"
+            raise ModelFileError(
+                f"{path}: {name} should be {wanted.shape} and is {found}; the strategy and the model must be those of the "
+                "training"
+            )
+        return arrays[name]
+
+    return jax.tree_util.tree_map_with_path(one, like)
+
+
+def part(choice: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How a strategy or model was chosen, for the config. What has no name or no JSON form is saved as None."""
+    options = dict(options or {})
+    try:
+        json.dumps(options)
+    except TypeError:
+        return {"name": None, "options": None}
+    return {"name": choice if isinstance(choice, str) else None, "options": options if isinstance(choice, str) else None}
+
+
+def _describe(data: Dataset) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "items": _vocabulary_to_json(data.items),
+        "titles": None if data.titles is None else data.titles.tolist(),
+        "user_fields": [_field_to_json(f) for f in data.user_fields],
+        "item_fields": [_field_to_json(f) for f in data.item_fields],
+    }
+
+
+def _restore(described: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Dataset:
+    item_fields = tuple(_field_from_json(f) for f in described["item_fields"])
+    titles = described["titles"]
+    return Dataset(
+        name=described["name"],
+        user=np.zeros(0, np.int32),
+        item=np.zeros(0, np.int32),
+        rating=np.zeros(0, np.float32),
+        timestamp=np.zeros(0, np.int64),
+        users=Vocabulary(np.zeros(0, np.int64), "user_id"),
+        items=_vocabulary_from_json(described["items"]),
+        user_fields=tuple(_field_from_json(f) for f in described["user_fields"]),
+        item_fields=item_fields,
+        item_features={f.name: arrays[f"item/{f.name}"] for f in item_fields},
+        titles=None if titles is None else np.array(titles, object),
+    )
+
+
+def _vocabulary_to_json(vocabulary: Vocabulary) -> dict[str, Any]:
+    return {"name": vocabulary.name, "kind": vocabulary.ids.dtype.kind, "ids": vocabulary.ids.tolist()}
+
+
+def _vocabulary_from_json(described: dict[str, Any]) -> Vocabulary:
+    return Vocabulary(np.array(described["ids"], np.int64 if described["kind"] == "i" else np.str_), described["name"])
+
+
+def _field_to_json(field: Field) -> dict[str, Any]:
+    arrays = {k: None if (v := getattr(field, k)) is None else v.tolist() for k in ("mean", "scale")}
+    vocabulary = None if field.vocabulary is None else _vocabulary_to_json(field.vocabulary)
+    return {k: getattr(field, k) for k in ("name", "kind", "size", "width")} | arrays | {"vocabulary": vocabulary}
+
+
+def _field_from_json(described: dict[str, Any]) -> Field:
+    arrays = {k: None if described[k] is None else np.array(described[k]) for k in ("mean", "scale")}
+    vocabulary = described["vocabulary"] and _vocabulary_from_json(described["vocabulary"])
+    return Field(**{**described, **arrays, "vocabulary": vocabulary})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_bytes(path))
+    except ValueError as error:
+        raise ModelFileError(f"{path}: damaged or no model of metarec_jax ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"{path}: missing or unreadable ({error.strerror}); is this a saved model?") from error

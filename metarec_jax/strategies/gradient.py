@@ -1,0 +1,128 @@
+"""Gradient-based strategies: MAML, FOMAML, ANIL and MeLU are one inner loop over different groups of parameters."""
+
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax import core
+from metarec_jax.models.model import Model
+from metarec_jax.strategies.strategy import Adapted, Strategy
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+
+ALL = ("embedding", "decision", "head")
+
+
+def maml(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 5,
+    learn_step_size: bool = True,
+    first_order: bool = False,
+    groups: Collection[str] = ALL,
+) -> Strategy:
+    """Model-agnostic meta-learning with the exact second-order meta-gradient.
+
+        w_u = theta after `steps` inner steps on user u's mean support loss;   meta-loss = mean_u L_query(w_u)
+
+    Args:
+      model: `init` and `apply`; `groups` too, unless every parameter adapts.
+      loss: elementwise loss of scores and targets, inner and outer.
+      inner: inner optimiser, any optax transformation (default `optax.sgd(0.1)`).
+      steps: inner steps.
+      learn_step_size: meta-learn one factor for each adapted parameter array, which multiplies the inner optimiser's
+        updates and starts at 1 (Antoniou et al., How to train your MAML, ICLR 2019, section 4).
+      first_order: treat inner gradients as constants.
+      groups: which groups of parameters adapt; the rest is shared by all users and never copied.
+
+    References:
+      Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
+    """
+    inner = optax.sgd(0.1) if inner is None else inner
+    if unknown := set(groups) - set(ALL):
+        raise ValueError(f"groups: {sorted(unknown)} unknown; choose from {', '.join(ALL)}")
+    if set(groups) != set(ALL) and model.groups is None:
+        raise ValueError(f"adapting only {sorted(groups)} needs a model with `groups`; pass Model(init, apply, groups=...)")
+
+    def adapted_leaves(params: Params) -> Params:
+        if set(groups) == set(ALL):
+            return jax.tree.map(lambda _: True, params)
+        assert model.groups is not None
+        chosen = jax.tree.map(lambda group: group in groups, model.groups(params))
+        if not any(jax.tree.leaves(chosen)):
+            raise ValueError(f"the model has no parameters in the groups {sorted(groups)}")
+        return chosen
+
+    def init(key: jax.Array) -> Params:
+        params = {"model": model.init(key)}
+        if learn_step_size:
+            fast = core.partition(params["model"], adapted_leaves(params["model"]))
+            params["log_step_size"] = jax.tree.map(lambda _: jnp.zeros(()), fast)
+        return params
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        return core.adapt(
+            model.apply,
+            params["model"],
+            support,
+            loss=loss,
+            optimizer=inner,
+            steps=steps,
+            adapted=adapted_leaves(params["model"]),
+            step_size=jax.tree.map(jnp.exp, params["log_step_size"]) if learn_step_size else 1.0,
+            first_order=first_order,
+        )
+
+    def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        return core.predict(model.apply, params["model"], adapted, features)
+
+    def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        scores = predict(params, adapt(params, task.support, key), task.query.features)
+        return core.query_loss(scores, task.query, loss), {}
+
+    return Strategy(init, adapt, predict, meta_loss)
+
+
+def fomaml(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 5,
+    learn_step_size: bool = True,
+    groups: Collection[str] = ALL,
+) -> Strategy:
+    """`maml` without the second-order terms: the query gradient at the adapted weights (Finn et al., 2017, section 5.2).
+
+    A learned step size still gets its exact gradient, which needs no second derivative.
+    """
+    return maml(
+        model, loss=loss, inner=inner, steps=steps, learn_step_size=learn_step_size, first_order=True, groups=groups
+    )
+
+
+def anil(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 5,
+    learn_step_size: bool = True,
+) -> Strategy:
+    """`maml` that adapts the head only (Raghu et al., Rapid Learning or Feature Reuse?, ICLR 2020)."""
+    return maml(model, loss=loss, inner=inner, steps=steps, learn_step_size=learn_step_size, groups=("head",))
+
+
+def melu(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 5,
+    learn_step_size: bool = True,
+) -> Strategy:
+    """`maml` that shares the embeddings and adapts the decision layers and the head (Lee et al., MeLU, KDD 2019)."""
+    return maml(model, loss=loss, inner=inner, steps=steps, learn_step_size=learn_step_size, groups=("decision", "head"))

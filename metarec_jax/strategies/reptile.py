@@ -1,0 +1,59 @@
+"""Reptile: move the shared parameters towards where each user's plain training ends."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax import core
+from metarec_jax.models.model import Model
+from metarec_jax.strategies.strategy import Adapted, Strategy
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+
+
+def reptile(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 5,
+) -> Strategy:
+    """First-order meta-learning without a query set.
+
+        meta-gradient = mean_u (theta - w_u),   w_u = theta after `steps` inner steps on all examples of user u
+
+    The meta-gradient is handed out as the gradient of `loss`, so Reptile trains with any outer optimiser like every
+    other strategy; the value of `loss` is the users' mean loss at w_u.
+
+    Args:
+      model: `init` and `apply`.
+      loss: elementwise loss of scores and targets.
+      inner: inner optimiser, any optax transformation (default `optax.sgd(0.1)`).
+      steps: inner steps.
+
+    References:
+      Nichol et al., On First-Order Meta-Learning Algorithms, 2018, Algorithm 2.
+    """
+    inner = optax.sgd(0.1) if inner is None else inner
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        return core.adapt(model.apply, params, support, loss=loss, optimizer=inner, steps=steps, first_order=True)
+
+    def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        return core.predict(model.apply, params, adapted, features)
+
+    def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        everything = jax.tree.map(lambda s, q: jnp.concatenate([s, q], axis=1), task.support, task.query)
+        fixed = jax.lax.stop_gradient(params)
+        adapted = adapt(fixed, everything, key)
+        value = core.query_loss(predict(fixed, adapted, everything.features), everything, loss)
+        real = jnp.any(everything.mask > 0, axis=1)
+
+        def pull(theta: jax.Array, w: jax.Array) -> jax.Array:
+            """<theta, mean_u (theta - w_u)> with the mean as a constant, so that its gradient is that mean."""
+            mean = jnp.tensordot(real / jnp.maximum(real.sum(), 1), theta[None] - w, axes=1)
+            return jnp.vdot(theta, jax.lax.stop_gradient(mean))
+
+        surrogate = sum(jax.tree.leaves(jax.tree.map(pull, params, adapted)))
+        return value + surrogate - jax.lax.stop_gradient(surrogate), {}
+
+    return Strategy(model.init, adapt, predict, meta_loss)

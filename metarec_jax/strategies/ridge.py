@@ -1,0 +1,105 @@
+"""Ridge head: each user's last layer is solved in closed form on meta-learned features (R2-D2, LR-D2)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax.core import query_loss
+from metarec_jax.models.model import Model
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+
+Head = dict[str, jax.Array]  # delta [users, width], bias [users]
+
+
+def ridge(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    steps: int = 1,
+    penalty: float = 1.0,
+    bias_penalty: float = 1.0,
+) -> Strategy:
+    """A personal correction of the shared model's head, by `steps` Newton steps on the user's penalised support loss.
+
+        d_u, b_u ~ argmin_{d, b}  sum_{i in support} loss(f(x_i) + phi(x_i).d + b, y_i) + lambda/2 |d|^2 + lambda_b/2 b^2
+        score(x) = f(x) + phi(x).d_u + b_u
+
+    f is the shared model and phi the input of its head, both trained through the solution; `b_u` is the user's bias.
+    For the squared error one step is exact and this is ridge regression (R2-D2); for the logistic loss it is iteratively
+    reweighted least squares (LR-D2). The two penalties are meta-learned. Without support the shared model answers.
+
+    Args:
+      model: needs `embed`.
+      loss: elementwise loss of scores and targets, convex in the score; the user's and the meta-loss.
+      steps: Newton steps; more than one only matters for losses that are not quadratic.
+      penalty: initial lambda.
+      bias_penalty: initial lambda_b.
+
+    References:
+      Bertinetto et al., Meta-learning with Differentiable Closed-form Solvers, ICLR 2019, sections 3.2 and 3.3.
+    """
+    if model.embed is None:
+        raise ValueError("ridge needs a model with `embed`, the features that the head is solved on")
+    if steps < 1 or penalty <= 0 or bias_penalty <= 0:
+        raise ValueError(f"need steps >= 1 and positive penalties, got {steps=}, {penalty=}, {bias_penalty=}")
+    embed = model.embed
+
+    def init(key: jax.Array) -> Params:
+        log_penalty = {"delta": jnp.log(jnp.float32(penalty)), "bias": jnp.log(jnp.float32(bias_penalty))}
+        return {"model": model.init(key), "log_penalty": log_penalty}
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Head:
+        phi, shared = embed(params["model"], support.features), model.apply(params["model"], support.features)
+        prior = jax.tree.map(jnp.exp, params["log_penalty"])
+        users, _, width = phi.shape
+        head = {"delta": jnp.zeros((users, width), phi.dtype), "bias": jnp.zeros(users, phi.dtype)}
+        for _ in range(steps):
+            head = newton_step(head, phi, shared, support, loss, prior)
+        return head
+
+    def predict(params: Params, head: Head, features: Features) -> jax.Array:
+        return correct(head, embed(params["model"], features), model.apply(params["model"], features))
+
+    def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        scores = predict(params, adapt(params, task.support, key), task.query.features)
+        return query_loss(scores, task.query, loss), {}
+
+    return Strategy(init, adapt, predict, meta_loss)
+
+
+def correct(head: Head, phi: jax.Array, shared: jax.Array) -> jax.Array:
+    """`f + phi.d + b`, `[users, examples]`."""
+    return shared + jnp.einsum("unf,uf->un", phi, head["delta"]) + head["bias"][:, None]
+
+
+def newton_step(
+    head: Head, phi: jax.Array, shared: jax.Array, support: Examples, loss: PointwiseLoss, penalty: Head
+) -> Head:
+    """One Newton step of each user's head, by Cholesky factorisation of the penalised Hessian.
+
+    Args:
+      head: where to start.
+      phi: `[users, examples, width]` features.
+      shared: `[users, examples]` scores of the shared model.
+      support: targets and mask `[users, examples]`.
+      loss: elementwise, convex.
+      penalty: `delta` and `bias`, positive scalars.
+
+    Returns:
+      The new head; zeros stay zeros for a user without examples.
+    """
+
+    def slope(scores: jax.Array) -> jax.Array:
+        return jax.grad(lambda s: loss(s, support.target).sum())(scores)
+
+    scores = correct(head, phi, shared)
+    gradient, curvature = jax.jvp(slope, (scores,), (jnp.ones_like(scores),))  # elementwise: the Hessian is diagonal
+    keep = support.mask > 0
+    x = jnp.where(keep[..., None], jnp.concatenate([phi, jnp.ones_like(phi[..., :1])], -1), 0.0)
+    at = jnp.concatenate([head["delta"], head["bias"][:, None]], -1)
+    prior = jnp.concatenate([jnp.broadcast_to(penalty["delta"], phi.shape[-1:]), penalty["bias"][None]])
+    hessian = jnp.einsum("unf,un,ung->ufg", x, jnp.where(keep, curvature, 0.0), x) + jnp.diag(prior)
+    downhill = jnp.einsum("unf,un->uf", x, jnp.where(keep, gradient, 0.0)) + prior * at
+    new = at - jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(hessian), downhill[..., None])[..., 0]
+    return {"delta": new[:, :-1], "bias": new[:, -1]}

@@ -1,0 +1,58 @@
+"""Examples and Task: the two pytrees that everything in this package speaks.
+
+A user is a task. A batch holds many users; every array starts with the axes `[users, examples]`, and histories of
+different lengths are padded with examples whose mask is 0. Padding never changes a loss, a gradient or a metric.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Params = Any  # a pytree of arrays
+Features = Any  # a pytree of arrays, each `[users, examples, ...]` in a batch and `[examples, ...]` for one user
+Apply = Callable[[Params, Features], jax.Array]  # one user's features `[examples, ...]` -> scores `[examples]`
+PointwiseLoss = Callable[[jax.Array, jax.Array], jax.Array]  # scores, targets -> losses, elementwise
+
+
+class Examples(NamedTuple):
+    """Interactions of a batch of users.
+
+    Attributes:
+      features: pytree of arrays `[users, examples, ...]`, whatever the model reads.
+      target: `[users, examples]` what the model should predict: a rating, or 1 for a click and 0 for none.
+      mask: `[users, examples]` 1 for a real interaction, 0 for padding.
+    """
+
+    features: Features
+    target: jax.Array
+    mask: jax.Array
+
+
+class Task(NamedTuple):
+    """A batch of users: adapt to the support examples, be judged on the query examples.
+
+    Attributes:
+      support: `Examples` with arrays `[users, support examples, ...]`.
+      query: `Examples` with arrays `[users, query examples, ...]`.
+    """
+
+    support: Examples
+    query: Examples
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of `values` where `mask` is 1; 0 where nothing is."""
+    kept = mask > 0
+    return jnp.where(kept, values, 0.0).sum() / jnp.maximum(kept.sum(), 1)
+
+
+def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples) -> jax.Array:
+    """Mean loss of one user's real examples: scores, target and mask `[examples]`; 0 without examples.
+
+    Scores and targets under the mask reach neither the result nor its gradient, even when they are NaN or infinite.
+    """
+    kept = examples.mask > 0
+    values = loss(jnp.where(kept, scores, 0.0), jnp.where(kept, examples.target, 0.0))
+    return masked_mean(values, examples.mask)

@@ -1,0 +1,126 @@
+"""Training: meta-train a strategy on the training users, keep the parameters that the validation users like best."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from metarec_jax.core import meta_step
+from metarec_jax.data.batches import Target, batches, bucket_sizes
+from metarec_jax.data.splits import Split
+from metarec_jax.evaluation.evaluate import score_tasks, summarise
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.tasks import Params, Task
+
+EPOCHS = 60
+SELECT = {"click": "log_loss", "rating": "rmse"}  # what validation minimises
+
+
+class Fitted(NamedTuple):
+    """The outcome of `fit`.
+
+    Attributes:
+      params: the best epoch's parameters.
+      epoch: that epoch.
+      history: one dict an epoch: `loss` (mean over the epoch's batches) and the validation metrics.
+    """
+
+    params: Params
+    epoch: int
+    history: list[dict[str, float]]
+
+
+def default_optimizer(learning_rate: float = 3e-3, penalty: float = 3e-4) -> optax.GradientTransformation:
+    """Adam on the meta-loss plus `penalty / 2 * |params|^2`.
+
+    The penalty is part of the gradient, not decoupled as in AdamW: rarely rated items must shrink to the prior in
+    proportion to how little is known about them, and a decoupled decay shrinks all items alike.
+    """
+    return optax.chain(optax.add_decayed_weights(penalty), optax.adam(learning_rate))
+
+
+def fit(
+    strategy: Strategy,
+    split: Split,
+    target: Target,
+    *,
+    query: int = 10,
+    optimizer: optax.GradientTransformation | None = None,
+    epochs: int = EPOCHS,
+    patience: int = 8,
+    batch_size: int = 32,
+    max_support: int = 128,
+    buckets: int | tuple[int, ...] = 2,
+    average: float = 0.9,
+    unknown: float = 0.1,
+    seed: int = 0,
+    report: Callable[[int, dict[str, float]], Any] | None = None,
+) -> Fitted:
+    """Meta-train with early stopping. Support and query sets are drawn anew in each epoch.
+
+    One program is compiled for each bucket of support sizes, none in the loop after that.
+
+    Args:
+      strategy: what to train.
+      split: training and validation users.
+      target: ratings to targets.
+      query: query size of a training task.
+      optimizer: outer optimiser (default `default_optimizer()`).
+      epochs: at most so many passes over the training users.
+      patience: stop after so many epochs without a better validation loss.
+      batch_size: users a meta-step.
+      max_support: longest support set; longer histories are sampled anew in each epoch.
+      buckets: number of padded support widths.
+      unknown: share of users and items whose identity is hidden in training, which trains the unknown rows.
+      seed: of the initial parameters and of the sampling.
+      report: called after each epoch with its number and its entry in `history`.
+
+    Raises:
+      FloatingPointError: the loss is no longer finite.
+    """
+    optimizer = default_optimizer() if optimizer is None else optimizer
+    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    lengths = np.clip(split.train.lengths - query, 1, max_support)
+    widths = bucket_sizes(lengths, buckets) if isinstance(buckets, int) else buckets
+    params = jax.jit(strategy.init)(key)
+    state = jax.jit(optimizer.init)(params)
+    averaged = jax.device_get(params)
+    best, history = Fitted(params, -1, []), []
+    for epoch in range(epochs):
+        losses = []
+        for batch in batches(
+            split.train, target, query=query, batch_size=batch_size, buckets=widths, rng=rng, unknown=unknown
+        ):
+            key, step_key = jax.random.split(key)
+            params, state, aux = _step(params, state, batch.task, step_key, loss=strategy.loss, optimizer=optimizer)
+            losses.append(aux["loss"])
+        loss = float(np.mean(jax.device_get(losses)))
+        if not np.isfinite(loss):
+            raise FloatingPointError(
+                f"the meta-loss became {loss} in epoch {epoch}; lower the outer learning rate or the inner step size"
+            )
+        averaged = _average(averaged, params, average * (epoch > 0))
+        tasks = batches(split.validation, target, query=query, batch_size=batch_size, buckets=widths[-1:])
+        entry = {"loss": loss, **summarise(score_tasks(strategy, averaged, tasks, target), target.kind)}
+        history.append(entry)
+        if report is not None:
+            report(epoch, entry)
+        if best.epoch < 0 or entry[SELECT[target.kind]] < history[best.epoch][SELECT[target.kind]]:
+            best = Fitted(jax.device_get(averaged), epoch, [])
+        elif epoch - best.epoch >= patience:
+            break
+    return best._replace(history=history)
+
+
+@partial(jax.jit, static_argnames=("loss", "optimizer"), donate_argnames=("params", "state"))
+def _step(params: Params, state: Any, task: Task, key: jax.Array, *, loss: Any, optimizer: Any) -> Any:
+    """`meta_step`, compiled once for each loss, optimiser and shape, also over several calls of `fit`."""
+    return meta_step(loss, optimizer)(params, state, task, key)
+
+
+@jax.jit
+def _average(averaged: Params, params: Params, keep: float) -> Params:
+    return optax.incremental_update(params, averaged, 1 - keep)

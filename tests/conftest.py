@@ -1,0 +1,60 @@
+"""Fixtures that several parts of the suite share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metarec_jax as mr
+from metarec_jax.tasks import Examples, Task
+
+
+def random_task(seed=0, users=5, support=7, query=4, width=3, mask=True):
+    """A task batch with features `[users, examples, width]`, ragged masks and 0 / 1 targets."""
+    rng = np.random.default_rng(seed)
+
+    def examples(n):
+        lengths = rng.integers(1, n + 1, size=users) if mask else np.full(users, n)
+        keep = (np.arange(n) < lengths[:, None]).astype(np.float32)
+        features = rng.normal(size=(users, n, width)).astype(np.float32)
+        return Examples(features, (rng.random((users, n)) < 0.5).astype(np.float32), keep)
+
+    return Task(examples(support), examples(query))
+
+
+def tiny_apply(params, x):
+    """Two dense layers, `[..., width]` to `[...]`."""
+    return jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+
+
+def tiny_init(key, width=3, hidden=4):
+    a, b = jax.random.split(key)
+    return {
+        "w1": jax.random.normal(a, (width, hidden)) / width**0.5,
+        "b1": jnp.zeros(hidden),
+        "w2": jax.random.normal(b, (hidden,)) / hidden**0.5,
+        "b2": jnp.zeros(()),
+    }
+
+
+@pytest.fixture
+def task_batch():
+    """The function that makes random task batches."""
+    return random_task
+
+
+@pytest.fixture
+def tiny_model():
+    """A small model of the caller's own, with every function that some strategy needs."""
+    return mr.Model(
+        init=tiny_init,
+        apply=tiny_apply,
+        embed=lambda params, x: jnp.tanh(x @ params["w1"] + params["b1"]),
+        groups=lambda params: {"w1": "embedding", "b1": "decision", "w2": "head", "b2": "head"},
+    )
+
+
+@pytest.fixture(scope="session")
+def synthetic():
+    """A small synthetic dataset."""
+    return mr.data.synthetic(users=120, items=60, seed=3)

@@ -1,0 +1,112 @@
+"""What must hold for every strategy in the list; a new one is tested by being listed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metarec_jax as mr
+from metarec_jax.tasks import Examples, Task
+
+LOGISTIC = optax.losses.sigmoid_binary_cross_entropy
+
+
+@pytest.fixture(params=list(mr.STRATEGIES))
+def strategy(request, tiny_model):
+    return mr.STRATEGIES[request.param](tiny_model, loss=LOGISTIC)
+
+
+def test_shapes_are_those_of_the_interface(strategy, task_batch):
+    task, key = task_batch(), jax.random.key(0)
+    params = strategy.init(key)
+    adapted = strategy.adapt(params, task.support, key)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(adapted)} == {5}
+    assert strategy.predict(params, adapted, task.query.features).shape == (5, 4)
+    value, aux = strategy.loss(params, task, key)
+    assert value.shape == ()
+    assert isinstance(aux, dict)
+
+
+def test_padding_and_empty_users_never_change_loss_gradient_or_scores(strategy, task_batch):
+    key = jax.random.key(0)
+    task = task_batch(mask=False)
+
+    def pad(x):
+        x = np.asarray(x)
+        x = np.concatenate([x, np.zeros((x.shape[0], 3, *x.shape[2:]), x.dtype)], axis=1)
+        return np.concatenate([x, np.zeros((2, *x.shape[1:]), x.dtype)])
+
+    padded = jax.tree.map(pad, task)
+    params = perturbed(strategy.init(key))
+    (expected, _), gradient = jax.value_and_grad(strategy.loss, has_aux=True)(params, task, key)
+    (value, _), padded_gradient = jax.value_and_grad(strategy.loss, has_aux=True)(params, padded, key)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), padded_gradient, gradient)
+    one = strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
+    two = strategy.predict(params, strategy.adapt(params, padded.support, key), padded.query.features)
+    np.testing.assert_allclose(two[:5, :4], one, rtol=1e-4, atol=1e-5)
+
+
+def test_users_do_not_influence_each_other(strategy, task_batch):
+    task, key = task_batch(), jax.random.key(0)
+    params = perturbed(strategy.init(key))
+    together = strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
+    for u in range(5):
+        alone = jax.tree.map(lambda x: x[u : u + 1], task)  # noqa: B023
+        scores = strategy.predict(params, strategy.adapt(params, alone.support, key), alone.query.features)
+        np.testing.assert_allclose(scores[0], together[u], rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_the_support_set_does_not_matter(strategy, task_batch):
+    task, key = task_batch(), jax.random.key(0)
+    params = perturbed(strategy.init(key))
+    reversed_ = jax.tree.map(lambda x: np.asarray(x)[:, ::-1].copy(), task.support)
+    one = strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
+    two = strategy.predict(params, strategy.adapt(params, reversed_, key), task.query.features)
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_no_support_one_class_and_constant_targets_give_finite_scores_and_gradients(strategy, task_batch):
+    task, key = task_batch(), jax.random.key(0)
+    params = strategy.init(key)
+    for target in (0.0, 1.0):
+        for empty in (0.0, 1.0):
+            support = task.support._replace(
+                target=jnp.full_like(task.support.target, target), mask=jnp.asarray(task.support.mask) * empty
+            )
+            value, gradient = jax.value_and_grad(lambda p: strategy.loss(p, Task(support, task.query), key)[0])(params)  # noqa: B023
+            assert np.isfinite(value)
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_meta_training_learns_users_that_differ_in_sign(strategy):
+    """User u likes what sign_u * x_0 > 0 says: nothing can be known without adapting, everything with it."""
+    rng = np.random.default_rng(0)
+
+    def task(users=64):
+        sign = rng.choice([-1.0, 1.0], size=(users, 1))
+
+        def examples(n):
+            x = rng.normal(size=(users, n, 3)).astype(np.float32)
+            return Examples(x, (sign * x[..., 0] > 0).astype(np.float32), np.ones((users, n), np.float32))
+
+        return Task(examples(16), examples(16))
+
+    key, optimizer = jax.random.key(0), optax.adam(0.02)
+    params = strategy.init(key)
+    state, step = optimizer.init(params), jax.jit(mr.meta_step(strategy.loss, optimizer))
+    for _ in range(300):
+        params, state, _ = step(params, state, task(), key)
+    held_out = task(256)
+    scores = strategy.predict(params, strategy.adapt(params, held_out.support, key), held_out.query.features)
+    accuracy = np.mean((np.asarray(scores) > 0) == (held_out.query.target > 0.5))
+    blind = strategy.adapt(params, held_out.support._replace(mask=jnp.zeros((256, 16))), key)
+    unadapted = np.mean((np.asarray(strategy.predict(params, blind, held_out.query.features)) > 0) == (held_out.query.target > 0.5))
+    assert accuracy > 0.8
+    assert 0.4 < unadapted < 0.6
+
+
+def perturbed(params):
+    """Parameters away from their initial zeros, so that no term is hidden by one."""
+    return jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)

@@ -1,0 +1,93 @@
+"""What distinguishes MAML, FOMAML, ANIL, MeLU and Reptile from each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metarec_jax as mr
+from metarec_jax import core
+
+LOSS = optax.losses.squared_error
+
+
+@pytest.mark.parametrize(
+    ("name", "adapted"),
+    [
+        ("maml", {"w1", "b1", "w2", "b2"}),
+        ("fomaml", {"w1", "b1", "w2", "b2"}),
+        ("reptile", {"w1", "b1", "w2", "b2"}),
+        ("melu", {"b1", "w2", "b2"}),
+        ("anil", {"w2", "b2"}),
+    ],
+)
+def test_each_adapts_its_own_groups_and_shares_the_rest(name, adapted, task_batch, tiny_model):
+    strategy = mr.STRATEGIES[name](tiny_model)
+    params = strategy.init(jax.random.key(0))
+    fast = strategy.adapt(params, task_batch().support, jax.random.key(0))
+    assert {leaf for leaf, value in fast.items() if value is not None} == adapted
+
+
+def test_fomaml_is_the_query_gradient_at_the_adapted_weights(task_batch, tiny_model):
+    task, key = task_batch(mask=False), jax.random.key(0)
+    strategy = mr.fomaml(tiny_model, learn_step_size=False, steps=2)
+    params = strategy.init(key)
+    fast = strategy.adapt(params, task.support, key)
+    per_user = jax.vmap(jax.grad(lambda w, x, y: LOSS(tiny_model.apply(w, x), y).mean()))
+    expected = jax.tree.map(lambda g: g.mean(0), per_user(fast, task.query.features, task.query.target))
+    gradient = jax.grad(lambda p: strategy.loss(p, task, key)[0])(params)["model"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected)
+    exact = mr.maml(tiny_model, learn_step_size=False, steps=2)
+    second_order = jax.grad(lambda p: exact.loss(p, task, key)[0])(params)["model"]
+    assert not np.allclose(second_order["w1"], gradient["w1"], rtol=1e-2)
+
+
+def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tiny_model):
+    task, key = task_batch(), jax.random.key(0)
+    strategy = mr.reptile(tiny_model, steps=3)
+    params = strategy.init(key)
+    everything = jax.tree.map(lambda s, q: jnp.concatenate([s, q], 1), task.support, task.query)
+    own = core.adapt(tiny_model.apply, params, everything, loss=LOSS, steps=3)
+    gradient = jax.grad(lambda p: strategy.loss(p, task, key)[0])(params)
+    jax.tree.map(lambda g, p, w: np.testing.assert_allclose(g, p - w.mean(0), rtol=1e-4, atol=1e-6), gradient, params, own)
+
+
+def test_learned_step_sizes_start_at_one_and_get_a_gradient(task_batch, tiny_model):
+    task, key = task_batch(), jax.random.key(0)
+    learned, fixed = mr.maml(tiny_model), mr.maml(tiny_model, learn_step_size=False)
+    params = learned.init(key)
+    plain = {"model": params["model"]}
+    np.testing.assert_allclose(learned.loss(params, task, key)[0], fixed.loss(plain, task, key)[0], rtol=1e-6)
+    gradient = jax.grad(lambda p: learned.loss(p, task, key)[0])(params)["log_step_size"]
+    assert all(abs(g) > 1e-6 for g in jax.tree.leaves(gradient))
+
+
+def test_what_does_not_fit_is_refused_with_what_to_do(tiny_model):
+    plain = mr.Model(tiny_model.init, tiny_model.apply)
+    with pytest.raises(ValueError, match="needs a model with `groups`"):
+        mr.anil(plain)
+    with pytest.raises(ValueError, match="choose from embedding, decision, head"):
+        mr.maml(tiny_model, groups=("haed",))
+    only_head = tiny_model._replace(groups=lambda params: jax.tree.map(lambda _: "head", params))
+    with pytest.raises(ValueError, match="no parameters in the groups"):
+        mr.maml(only_head, groups=("decision",)).init(jax.random.key(0))
+
+
+def test_an_ensemble_trains_each_member_as_if_alone_and_averages_scores(task_batch, tiny_model):
+    task, key = task_batch(), jax.random.key(0)
+    member = mr.maml(tiny_model, steps=2)
+    both = mr.ensemble(member, members=2)
+    params = both.init(key)
+    gradient = jax.grad(lambda p: both.loss(p, task, key)[0])(params)
+    scores = []
+    for m in range(2):
+        own = jax.tree.map(lambda x: x[m], params)  # noqa: B023
+        alone = jax.grad(lambda p: member.loss(p, task, key)[0])(own)
+        jax.tree.map(lambda g, a: np.testing.assert_allclose(g[m], a, rtol=1e-4, atol=1e-6), gradient, alone)  # noqa: B023
+        scores.append(member.predict(own, member.adapt(own, task.support, key), task.query.features))
+    got = both.predict(params, both.adapt(params, task.support, key), task.query.features)
+    np.testing.assert_allclose(got, np.mean(scores, 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(both.loss(params, task, key)[0], np.mean([
+        member.loss(jax.tree.map(lambda x: x[m], params), task, key)[0] for m in range(2)  # noqa: B023
+    ]), rtol=1e-5)  # fmt: skip

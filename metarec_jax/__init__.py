@@ -14,6 +14,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "STRATEGIES", "ColdUsers", "DataError", "Examples", "Model", "ModelFileError", "Recommendation", "Recommender",
-    "Strategy", "Task", "anil", "core", "data", "ensemble", "evaluation", "fomaml", "load", "maml", "melu", "meta_step", "metrics",
-    "models", "reptile", "ridge", "strategies", "train",
+    "Strategy", "Task", "anil", "core", "data", "ensemble", "evaluation", "fomaml", "load", "maml", "melu", "meta_step",
+    "metrics", "models", "reptile", "ridge", "strategies", "train",
 ]  # fmt: skip

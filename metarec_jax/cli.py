@@ -28,8 +28,8 @@ def cli() -> None:
 def quickstart(out: str, seed: int) -> None:
     """Train on MovieLens-100K, compare with plain baselines, recommend films to a new user.
 
-    Fetches the data once (5 MB, into your cache folder), meta-trains the default strategy, shows how it does on users it
-    has never seen, and saves the model.
+    Fetches the data once (5 MB, into your cache folder), meta-trains the default strategy, shows how it does on users
+    it has never seen, and saves the model.
     """
     import metarec_jax as mr
 
@@ -50,18 +50,40 @@ def quickstart(out: str, seed: int) -> None:
 @cli.command()
 @click.argument("data")
 @click.option("--strategy", default="ridge", show_default=True, help="How to adapt to a user (see the README's table).")
-@click.option("--model", default="mlp", show_default=True, help="The network that is adapted.")
-@click.option("--target", type=click.Choice(["click", "rating"]), default="click", show_default=True, help="What to predict.")
+@click.option("--model", default=None, help="The network that is adapted: linear (ridge's default) or mlp (the others').")
+@click.option(
+    "--target",
+    type=click.Choice(["click", "rating"]),
+    default="click",
+    show_default=True,
+    help="What to predict.",
+)
 @click.option("--threshold", default=4.0, show_default=True, help="Lowest rating that counts as a click.")
-@click.option("--users", type=(int, int), default=(13, 100), show_default=True, help="Fewest and most ratings of a user.")
+@click.option(
+    "--users",
+    type=(int, int),
+    default=(13, 100),
+    show_default=True,
+    help="Fewest and most ratings of a user.",
+)
 @click.option("--query", default=10, show_default=True, help="Ratings of each user that are predicted.")
-@click.option("--epochs", default=60, show_default=True, help="At most so many; training stops when validation does not improve.")
+@click.option(
+    "--epochs",
+    default=60,
+    show_default=True,
+    help="At most so many; training stops when validation does not improve.",
+)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--column", multiple=True, metavar="NAME=YOURS", help="Your column names, e.g. --column rating=stars. Repeatable.")
+@click.option(
+    "--column",
+    multiple=True,
+    metavar="NAME=YOURS",
+    help="Your column names, e.g. --column rating=stars. Repeatable.",
+)
 @click.option("--out", default=DEFAULT_MODEL, show_default=True, help="Folder to save the model in.")
 def train(
-    data: str, strategy: str, model: str, target: Any, threshold: float, users: tuple[int, int], query: int, epochs: int,
-    seed: int, column: tuple[str, ...], out: str,
+    data: str, strategy: str, model: str | None, target: Any, threshold: float, users: tuple[int, int], query: int,
+    epochs: int, seed: int, column: tuple[str, ...], out: str,
 ) -> None:  # fmt: skip
     """Meta-train a model on DATA and save it.
 
@@ -75,7 +97,9 @@ def train(
     protocol = mr.ColdUsers(minimum=users[0], maximum=users[1], query=query, target=target, threshold=threshold)
     recommender = mr.train(_read(data, column), strategy, model, seed=seed, protocol=protocol, epochs=epochs)
     recommender.save(out)
-    click.echo(f"The model is in {out}/. Next:\n  metarec evaluate {out} {data}\n  metarec recommend {out} ITEM=RATING ...")
+    click.echo(
+        f"The model is in {out}/. Next:\n  metarec evaluate {out} {data}\n  metarec recommend {out} ITEM=RATING ..."
+    )
 
 
 @cli.command()
@@ -98,7 +122,12 @@ def evaluate(model: str, data: str, support: int | None, column: tuple[str, ...]
 @click.argument("ratings", nargs=-1, metavar="[ITEM=RATING]...")
 @click.option("-k", default=10, show_default=True, help="How many items.")
 @click.option("--include-seen", is_flag=True, help="Also recommend what was rated.")
-@click.option("--user", multiple=True, metavar="FIELD=VALUE", help="What is known of the user, e.g. --user age=30. Repeatable.")
+@click.option(
+    "--user",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="What is known of the user, e.g. --user age=30. Repeatable.",
+)
 def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, user: tuple[str, ...]) -> None:
     """The best items of MODEL for a new user with these ratings (none: for a user about whom nothing is known).
 
@@ -108,7 +137,10 @@ def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, 
 
     recommender = mr.load(model)
     integers = recommender.catalogue.items.ids.dtype.kind == "i"
-    history = [(_number(item, int, "item id") if integers else item, _number(r, float, "rating")) for item, r in _pairs(ratings)]
+    history = [
+        (_number(item, int, "item id") if integers else item, _number(r, float, "rating"))
+        for item, r in _pairs(ratings)
+    ]
     dense = {f.name for f in recommender.catalogue.user_fields if f.kind == "dense"}
     attributes = {name: _number(v, float, name) if name in dense else v for name, v in _pairs(user)}
     unknown = [item for item, row in zip(*_rows(recommender, history), strict=True) if not row]
@@ -163,7 +195,9 @@ def _print_evaluation(recommender: Any, data: Any, support: int | None) -> None:
     if recommender.target.kind == "click":
         shown = ("auc", "within_user_auc", "precision@5", "ndcg@5", "mrr@5", "log_loss")
         results = {learner: {m: values[m] for m in shown} for learner, values in results.items()}
-    Console(width=110).print(results_table(results, "Users never seen in training, judged on ratings kept from the learner"))
+    Console(width=110).print(
+        results_table(results, "Users never seen in training, judged on ratings kept from the learner")
+    )
 
 
 def _print_recommendations(recommendations: Any) -> None:

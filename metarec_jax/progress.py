@@ -22,12 +22,22 @@ def epochs_bar(show: bool, epochs: int, kind: str) -> Iterator[Report | None]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     metric = "within_user_auc" if kind == "click" else "rmse"
-    columns = (TextColumn("meta-training"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn())
+    columns = (
+        TextColumn("meta-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, TextColumn("{task.fields[note]}")) as bar:
         task = bar.add_task("", total=epochs, note="compiling")
 
         def report(epoch: int, entry: dict[str, float]) -> None:
-            bar.update(task, completed=epoch + 1, note=f"loss {entry['loss']:.4f}  validation {metric} {entry[metric]:.4f}")
+            bar.update(
+                task,
+                completed=epoch + 1,
+                note=f"loss {entry['loss']:.4f}  validation {metric} {entry[metric]:.4f}",
+            )
 
         yield report
 

@@ -1,7 +1,7 @@
 """Recommender: the thin wrapper that people touch. `train` makes one; it recommends, evaluates, saves and loads."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +12,13 @@ import numpy as np
 import optax
 
 from metarec_jax import saving
-from metarec_jax.data.batches import Target, batches
+from metarec_jax.data.batches import batches
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.histories import History, encode_history, encode_user, is_one_user
-from metarec_jax.data.splits import ColdUsers
-from metarec_jax.errors import DataError
+from metarec_jax.data.splits import ColdUsers, Split
+from metarec_jax.data.statistics import ItemStatistics
+from metarec_jax.data.target import Target
+from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation.evaluate import score_baselines, score_tasks, summarise
 from metarec_jax.models import MODELS, Model, fields_of
 from metarec_jax.progress import epochs_bar
@@ -121,12 +123,15 @@ class Recommender:
         """
         if data is None and not len(self.catalogue.rating):
             raise DataError("a loaded model holds no interactions: evaluate(data) with the dataset it was trained on")
-        data = self.catalogue if data is None else data
-        self._check_same(data)
-        split = self.protocol.split(data, self.seed)
+        split = self.protocol.split(self.catalogue if data is None else self._as_trained(data), self.seed)
         width = int(np.maximum(split.test.lengths - self.protocol.query, 1).max())
         tasks = batches(
-            split.test, self.target, query=self.protocol.query, support=support, batch_size=len(split.test), buckets=(width,)
+            split.test,
+            self.target,
+            query=self.protocol.query,
+            support=support,
+            batch_size=len(split.test),
+            buckets=(width,),
         )
         name = self.recipe["strategy"]["name"] or "strategy"
         results = {name: score_tasks(self.strategy, self.params, tasks, self.target)}
@@ -146,17 +151,23 @@ class Recommender:
         }
         saving.write(path, config, self.catalogue, self.params)
 
-    def _check_same(self, data: Dataset) -> None:
-        mine, theirs = fields_of(self.catalogue), fields_of(data)
-        same_items = np.array_equal(self.catalogue.items.ids, data.items.ids)
-        if not same_items or [(n, f.kind, f.size) for n, f in mine.items()] != [(n, f.kind, f.size) for n, f in theirs.items()]:
+    def _as_trained(self, data: Dataset) -> Dataset:
+        """The interactions of `data` with the item features of the training, or an error when the two do not fit."""
+        known = {name: (f.kind, f.size) for name, f in fields_of(self.catalogue).items()}
+        given = {name: (f.kind, f.size) for name, f in fields_of(data).items()}
+        if not np.array_equal(self.catalogue.items.ids, data.items.ids) or not given.items() <= known.items():
             raise DataError(
-                f"{data.name} does not have the items and fields that this model was trained on ({self.catalogue.name}); "
+                f"{data.name} does not have the items and fields of the training data ({self.catalogue.name}); "
                 "evaluate it on the same dataset, or train a new model"
             )
+        return replace(data, item_fields=self.catalogue.item_fields, item_features=self.catalogue.item_features)
 
     def _recommend_chunk(
-        self, encoded: list[tuple[np.ndarray, np.ndarray]], attributes: list[dict[str, np.ndarray]], k: int, exclude: bool
+        self,
+        encoded: list[tuple[np.ndarray, np.ndarray]],
+        attributes: list[dict[str, np.ndarray]],
+        k: int,
+        exclude: bool,
     ) -> list[list[Recommendation]]:
         data = self.catalogue
         users, width = _bucket(len(encoded), 1), _bucket(max(len(rows) for rows, _ in encoded), 8)
@@ -215,7 +226,7 @@ def _rank(
 def train(
     data: Dataset,
     strategy: str | Callable[..., Strategy] = "ridge",
-    model: str | Callable[..., Model] = "mlp",
+    model: str | Callable[..., Model] | None = None,
     *,
     seed: int = 0,
     protocol: ColdUsers | None = None,
@@ -229,7 +240,8 @@ def train(
     Args:
       data: from `metarec_jax.data`.
       strategy: a name in `metarec_jax.strategies.STRATEGIES`, or a function `(model, loss=...) -> Strategy`.
-      model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model`.
+      model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model`; by default
+        "linear" for ridge, which solves its head anyway, and "mlp" for the others.
       seed: of the split, the parameters and the sampling; same seed, same machine: same model.
       protocol: which users train, validate and test, and what is predicted (default: clicks of cold users).
       strategy_options, model_options: keyword arguments of the two.
@@ -240,16 +252,38 @@ def train(
       DataError: the dataset has too few users for the protocol.
     """
     protocol = protocol or ColdUsers()
+    if model is None:
+        model = "linear" if strategy == "ridge" else "mlp"
     split = protocol.split(data, seed)
     target = Target.fit(protocol, split.train)
+    statistics = ItemStatistics.fit(split.train, target)
+    data = statistics.extend(data)
+    split = Split(*(replace(part, data=data) for part in split))
     recipe = {"strategy": saving.part(strategy, strategy_options), "model": saving.part(model, model_options)}
     network = _named(MODELS, model, "model")(fields_of(data), **dict(model_options or {}))
     built = _named(STRATEGIES, strategy, "strategy")(network, loss=LOSSES[target.kind], **dict(strategy_options or {}))
     with epochs_bar(progress, fit_options.get("epochs", EPOCHS), target.kind) as report:
-        fitted = fit(built, split, target, query=protocol.query, seed=seed, report=report, **fit_options)
+        fitted = fit(
+            built,
+            split,
+            target,
+            query=protocol.query,
+            statistics=statistics,
+            seed=seed,
+            report=report,
+            **fit_options,
+        )
     rating = data.rating[split.train.index]
     return Recommender(
-        built, fitted.params, data, target, protocol, seed, recipe, (float(rating.min()), float(rating.max())), fitted.history
+        built,
+        fitted.params,
+        data,
+        target,
+        protocol,
+        seed,
+        recipe,
+        (float(rating.min()), float(rating.max())),
+        fitted.history,
     )
 
 
@@ -270,8 +304,9 @@ def load(
     """
     config, catalogue, arrays = saving.read(path)
     recipe, target = config["recipe"], Target(**config["target"])
-    makers = {}
-    for what, given, known in (("strategy", strategy, STRATEGIES), ("model", model, MODELS)):
+    makers: dict[str, Callable[..., Any]] = {}
+    choices: list[Any] = [("strategy", strategy, STRATEGIES), ("model", model, MODELS)]
+    for what, given, known in choices:
         name = recipe[what]["name"]
         if given is None and name not in known:
             raise ModelFileError(
@@ -282,7 +317,15 @@ def load(
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
     protocol = ColdUsers(**{**config["protocol"], "fractions": tuple(config["protocol"]["fractions"])})
     return Recommender(
-        built, params, catalogue, target, protocol, config["seed"], recipe, tuple(config["limits"]), config["history"]
+        built,
+        params,
+        catalogue,
+        target,
+        protocol,
+        config["seed"],
+        recipe,
+        tuple(config["limits"]),
+        config["history"],
     )
 
 

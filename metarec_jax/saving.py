@@ -1,4 +1,4 @@
-"""Saving: a folder of JSON and safetensors (no pickle, no code) that is written whole or not at all, and checked on reading."""
+"""Saving: a folder of JSON and safetensors (no pickle, no code), written whole or not at all, checked on reading."""
 
 import hashlib
 import json
@@ -42,7 +42,12 @@ def write(path: str | Path, config: Mapping[str, Any], catalogue: Dataset, param
         ARRAYS: save({name: np.array(x, order="C") for name, x in arrays.items()}),
     }
     checks = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "metarec_jax": version("metarec-jax"), "sha256": checks}
+    head = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "metarec_jax": version("metarec-jax"),
+        "sha256": checks,
+    }
     contents[CONFIG] = json.dumps(head | dict(config), indent=1).encode()
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,14 +75,16 @@ def read(path: str | Path) -> tuple[dict[str, Any], Dataset, dict[str, np.ndarra
         raise ModelFileError(f"{path}: not a model of metarec_jax; save one with Recommender.save(path)")
     if config.get("format_version") != FORMAT_VERSION:
         raise ModelFileError(
-            f"{path}: written in format {config.get('format_version')} by metarec_jax {config.get('metarec_jax')}, this "
-            f"version reads format {FORMAT_VERSION}; load it with that version, or train again"
+            f"{path}: written in format {config.get('format_version')} by metarec_jax {config.get('metarec_jax')}, "
+            f"this version reads format {FORMAT_VERSION}; load it with that version, or train again"
         )
     contents = {}
     for name, sha256 in config["sha256"].items():
         contents[name] = _bytes(path / name)
         if hashlib.sha256(contents[name]).hexdigest() != sha256:
-            raise ModelFileError(f"{path / name}: damaged or incomplete (its checksum is not the saved one); save again")
+            raise ModelFileError(
+                f"{path / name}: damaged or incomplete (its checksum is not the saved one); save again"
+            )
     try:
         arrays = load(contents[ARRAYS])
     except SafetensorError as error:
@@ -93,8 +100,8 @@ def restore_params(arrays: Mapping[str, np.ndarray], like: Params, path: str | P
         if name not in arrays or arrays[name].shape != wanted.shape:
             found = arrays[name].shape if name in arrays else "nothing"
             raise ModelFileError(
-                f"{path}: {name} should be {wanted.shape} and is {found}; the strategy and the model must be those of the "
-                "training"
+                f"{path}: {name} should be {wanted.shape} and is {found}; the strategy and the model must be those of "
+                "the training"
             )
         return arrays[name]
 
@@ -108,7 +115,10 @@ def part(choice: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
         json.dumps(options)
     except TypeError:
         return {"name": None, "options": None}
-    return {"name": choice if isinstance(choice, str) else None, "options": options if isinstance(choice, str) else None}
+    return {
+        "name": choice if isinstance(choice, str) else None,
+        "options": options if isinstance(choice, str) else None,
+    }
 
 
 def _describe(data: Dataset) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import numpy as np
 import optax
 
 from metarec_jax.core import meta_step
-from metarec_jax.data.batches import Target, batches, bucket_sizes
+from metarec_jax.data.batches import batches, bucket_sizes
 from metarec_jax.data.splits import Split
+from metarec_jax.data.statistics import ItemStatistics
+from metarec_jax.data.target import Target
 from metarec_jax.evaluation.evaluate import score_tasks, summarise
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Params, Task
@@ -33,7 +35,7 @@ class Fitted(NamedTuple):
     history: list[dict[str, float]]
 
 
-def default_optimizer(learning_rate: float = 3e-3, penalty: float = 3e-4) -> optax.GradientTransformation:
+def default_optimizer(learning_rate: float = 3e-3, penalty: float = 2e-3) -> optax.GradientTransformation:
     """Adam on the meta-loss plus `penalty / 2 * |params|^2`.
 
     The penalty is part of the gradient, not decoupled as in AdamW: rarely rated items must shrink to the prior in
@@ -56,6 +58,7 @@ def fit(
     buckets: int | tuple[int, ...] = 2,
     average: float = 0.9,
     unknown: float = 0.1,
+    statistics: ItemStatistics | None = None,
     seed: int = 0,
     report: Callable[[int, dict[str, float]], Any] | None = None,
 ) -> Fitted:
@@ -88,12 +91,11 @@ def fit(
     params = jax.jit(strategy.init)(key)
     state = jax.jit(optimizer.init)(params)
     averaged = jax.device_get(params)
+    sampling: dict[str, Any] = {"query": query, "batch_size": batch_size, "unknown": unknown, "statistics": statistics}
     best, history = Fitted(params, -1, []), []
     for epoch in range(epochs):
         losses = []
-        for batch in batches(
-            split.train, target, query=query, batch_size=batch_size, buckets=widths, rng=rng, unknown=unknown
-        ):
+        for batch in batches(split.train, target, buckets=widths, rng=rng, **sampling):
             key, step_key = jax.random.split(key)
             params, state, aux = _step(params, state, batch.task, step_key, loss=strategy.loss, optimizer=optimizer)
             losses.append(aux["loss"])

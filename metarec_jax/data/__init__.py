@@ -1,15 +1,17 @@
 """Data: read, check, encode, split into tasks, and batch."""
 
-from metarec_jax.data.batches import Batch, Target, batches, bucket_sizes, features
+from metarec_jax.data.batches import Batch, batches, bucket_sizes, features
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fetch import load
 from metarec_jax.data.fields import Field
 from metarec_jax.data.splits import ColdUsers, Histories, Split
+from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tables import from_tables, read_table
+from metarec_jax.data.target import Target
 from metarec_jax.data.vocabulary import Vocabulary
 
 __all__ = [
-    "Batch", "ColdUsers", "Dataset", "Field", "Histories", "Split", "Target", "Vocabulary",
+    "Batch", "ColdUsers", "Dataset", "Field", "Histories", "ItemStatistics", "Split", "Target", "Vocabulary",
     "batches", "bucket_sizes", "features", "from_tables", "load", "read_table", "synthetic",
 ]  # fmt: skip

@@ -1,52 +1,18 @@
 """Batches: ragged histories to `Task` arrays, padded to a few fixed shapes: nothing recompiles in a loop."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from metarec_jax.data.dataset import Dataset
-from metarec_jax.data.splits import ColdUsers, Histories
+from metarec_jax.data.splits import Histories
+from metarec_jax.data.statistics import NAME as STATISTICS
+from metarec_jax.data.statistics import ItemStatistics
+from metarec_jax.data.target import Target
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.tasks import Examples, Task
-
-
-@dataclass(frozen=True)
-class Target:
-    """Ratings to what the model predicts, and back.
-
-    Attributes:
-      kind: "click" or "rating".
-      threshold: lowest rating that is a click.
-      mean, scale: a rating is standardised by these.
-    """
-
-    kind: str
-    threshold: float = 4.0
-    mean: float = 0.0
-    scale: float = 1.0
-
-    @classmethod
-    def fit(cls, protocol: ColdUsers, train: Histories) -> "Target":
-        """Mean and scale from the training users' ratings alone."""
-        if protocol.target == "click":
-            return cls("click", protocol.threshold)
-        rating = train.data.rating[train.index]
-        return cls("rating", protocol.threshold, float(rating.mean()), float(rating.std()) or 1.0)
-
-    def encode(self, rating: np.ndarray) -> np.ndarray:
-        """float32 targets of ratings."""
-        if self.kind == "click":
-            return (rating >= self.threshold).astype(np.float32)
-        return ((rating - self.mean) / self.scale).astype(np.float32)
-
-    def decode(self, scores: np.ndarray) -> np.ndarray:
-        """Model scores as click probabilities (scores are logits) or as ratings."""
-        if self.kind == "click":
-            return 1 / (1 + np.exp(-np.clip(scores, -60, 60)))
-        return scores * self.scale + self.mean
 
 
 class Batch(NamedTuple):
@@ -105,6 +71,7 @@ def batches(
     buckets: tuple[int, ...],
     rng: np.random.Generator | None = None,
     unknown: float = 0.0,
+    statistics: ItemStatistics | None = None,
 ) -> Iterator[Batch]:
     """All users once, as task batches of `batch_size` users; each support width is one of `buckets`.
 
@@ -121,6 +88,7 @@ def batches(
       rng: shuffles users and interactions when given; else the order of `histories` stands.
       unknown: share of users, and of items, whose identity is hidden, so that the rows for unknown ids are
         trained too.
+      statistics: takes each user's own interactions out of the field `training statistics`; for training users only.
     """
     order = np.arange(len(histories))
     if rng is not None:
@@ -142,9 +110,10 @@ def batches(
         user = histories.users[piece]
         if rng is not None and unknown:
             user = np.where(rng.random(len(user)) < unknown, UNKNOWN, user)
+        shared = (rng, unknown, statistics)
         chunk = Task(
-            _examples(histories, target, user, begin + queries[piece], supports[piece], width, rng, unknown),
-            _examples(histories, target, user, begin, queries[piece], query, rng, unknown),
+            _examples(histories, target, user, begin + queries[piece], supports[piece], width, *shared),
+            _examples(histories, target, user, begin, queries[piece], query, *shared),
         )
         yield Batch(pad_users(chunk, batch_size), piece)
 
@@ -167,6 +136,7 @@ def _examples(
     width: int,
     rng: np.random.Generator | None,
     unknown: float,
+    statistics: ItemStatistics | None,
 ) -> Examples:
     """Examples `[users, width]` of the interactions `begin[i] : begin[i] + count[i]` of each user."""
     data, column = histories.data, np.arange(width)
@@ -176,6 +146,8 @@ def _examples(
     found = features(data, users, item)
     if rng is not None and unknown:
         found["item_id"] = np.where(rng.random(item.shape) < unknown, UNKNOWN, found["item_id"])
-    wanted: Any = np.where(mask, target.encode(data.rating[index]), 0).astype(np.float32)
+    values: Any = np.where(mask, target.encode(data.rating[index]), 0).astype(np.float32)
     kept: Any = mask.astype(np.float32)  # numpy here, on the device from the jitted step on
-    return Examples(found, wanted, kept)
+    if statistics is not None:
+        found[f"item/{STATISTICS}"] = statistics.without(item, values)
+    return Examples(found, values, kept)

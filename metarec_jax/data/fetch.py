@@ -100,9 +100,7 @@ def load(
 
 def _read_path(path: Path) -> Dataset:
     if not path.exists():
-        raise DataError(
-            f"{path}: neither a known dataset ({', '.join(NAMES)}) nor an existing file or folder"
-        )
+        raise DataError(f"{path}: neither a known dataset ({', '.join(NAMES)}) nor an existing file or folder")
     if path.suffix in (".csv", ".tsv", ".parquet", ".pq"):
         return from_tables(read_table(path), name=path.stem)
     return movielens.read(path)
@@ -114,9 +112,7 @@ def _official(name: str, target: Path, timeout: float) -> None:
         content = response.read()
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if digest != MD5.get(name, digest):
-        raise DataError(
-            f"the official archive of {name} does not have its published checksum; try again later"
-        )
+        raise DataError(f"the official archive of {name} does not have its published checksum; try again later")
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise DataError(f"what the server sent for {name} is no zip archive")
     _write(target, content)

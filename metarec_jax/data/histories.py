@@ -22,9 +22,7 @@ def is_one_user(history: Any) -> bool:
             f"got {type(history).__name__}"
         )
     first = history[0] if len(history) else None
-    return first is None or (
-        isinstance(first, tuple) and len(first) == 2 and not isinstance(first[0], Mapping | tuple)
-    )
+    return first is None or (isinstance(first, tuple) and len(first) == 2 and not isinstance(first[0], Mapping | tuple))
 
 
 def encode_history(
@@ -66,6 +64,4 @@ def encode_user(attributes: Mapping[str, Any] | None, fields: tuple[Field, ...])
             f"user attribute {sorted(unknown)[0]!r} is unknown to the model; it knows: "
             f"{', '.join(f.name for f in fields) or 'none'}"
         )
-    return {
-        f.name: f.encode([attributes[f.name]])[0] if f.name in attributes else f.unknown() for f in fields
-    }
+    return {f.name: f.encode([attributes[f.name]])[0] if f.name in attributes else f.unknown() for f in fields}

@@ -58,8 +58,7 @@ def read(path: str | Path, name: str | None = None) -> Dataset:
     if any(f.endswith(".inter") for f in files):
         return read_recbole(files, name)
     raise DataError(
-        f"{path}: no known layout; expected u.data (ml-100k), ratings.dat (ml-1m), ratings.csv (ml-latest) "
-        "or *.inter"
+        f"{path}: no known layout; expected u.data (ml-100k), ratings.dat (ml-1m), ratings.csv (ml-latest) or *.inter"
     )
 
 
@@ -86,9 +85,7 @@ def _read_100k(files: Members, name: str) -> Dataset:
     if "u.item" in files:
         flags = [f"g{i}" for i in range(len(GENRES_100K))]
         raw = _csv(files, "u.item", "|", ["item_id", "title", "date", "video", "url", *flags], "latin-1")
-        genres = [
-            [g for g, on in zip(GENRES_100K, row, strict=True) if on] for row in raw.select(flags).rows()
-        ]
+        genres = [[g for g, on in zip(GENRES_100K, row, strict=True) if on] for row in raw.select(flags).rows()]
         items = pl.DataFrame(
             {
                 "item_id": raw["item_id"],

@@ -38,9 +38,7 @@ def synthetic(
       A `Dataset` whose `truth` is `[users + 1, items + 1]` (row and column 0, the unknown, are NaN).
     """
     if not 1 <= ratings_per_user[0] <= ratings_per_user[1] <= items:
-        raise ValueError(
-            f"ratings_per_user must satisfy 1 <= low <= high <= items ({items}), got {ratings_per_user}"
-        )
+        raise ValueError(f"ratings_per_user must satisfy 1 <= low <= high <= items ({items}), got {ratings_per_user}")
     rng = np.random.default_rng(seed)
     user_bias, item_bias = 0.3 * rng.normal(size=users), 0.3 * rng.normal(size=items)
     taste = rng.normal(size=(users, rank)) / np.sqrt(rank)

@@ -195,9 +195,9 @@ def _series(values: Any, where: str) -> "pl.Series":
         kinds = [type(v) for v in values]
         if set(kinds) <= {int, float, type(None)} and float in kinds:  # [4, 3.5, None]
             return pl.Series(values=np.array(values, float))
-        if set(kinds) <= {int, type(None)}:
-            row = next(r for r, v in enumerate(values) if v is not None and not -(2**63) <= v < 2**63)
-            raise DataError(f"{where} holds {values[row]} in row {row}, beyond 64 bits") from error
+        numbers = ((r, v) for r, v in enumerate(values) if type(v) is int)
+        if wide := next(((r, v) for r, v in numbers if not -(2**63) <= v < 2**63), None):
+            raise DataError(f"{where} holds {wide[1]} in row {wide[0]}, beyond 64 bits") from error
         first = next((k for k in kinds if k is not type(None)), None)
         row = next((r for r, k in enumerate(kinds) if k not in (first, type(None))), None)
         if row is None or first is None:
@@ -227,9 +227,7 @@ def _vocabulary(raw: np.ndarray, table: "pl.DataFrame | None", key: str, what: s
         )
     unique, count = np.unique(listed, return_counts=True)
     if (count > 1).any():
-        raise DataError(
-            f"{what}: {key} {unique[count > 1][0]} stands in more than one row; keep one row each"
-        )
+        raise DataError(f"{what}: {key} {unique[count > 1][0]} stands in more than one row; keep one row each")
     return Vocabulary.of(np.concatenate([raw, listed]), key)
 
 

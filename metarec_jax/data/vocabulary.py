@@ -90,9 +90,7 @@ def _from_objects(array: np.ndarray, name: str) -> np.ndarray:
                 gap = np.isnan(array)
                 row = int(np.argmax(gap if gap.any() else array % 1 != 0))
             what = "missing" if is_missing(items[row]) else repr(items[row])
-            raise DataError(
-                f"{name}: the id in row {row} is {what}; every id must be an integer, or every id a string"
-            )
+            raise DataError(f"{name}: the id in row {row} is {what}; every id must be an integer, or every id a string")
         if not isinstance(value, str) and not -(2**63) <= value < 2**63:
             raise DataError(f"{name}: row {row} holds {value}, beyond 64 bits; pass such ids as strings")
     return np.array(items, dtype=np.str_ if strings else np.int64)

@@ -49,9 +49,7 @@ def two_means(train: Interactions) -> Predict:
     return predict
 
 
-def als_fold_in(
-    train: Interactions, rank: int = 8, ridge: float = 5.0, sweeps: int = 15, seed: int = 0
-) -> Predict:
+def als_fold_in(train: Interactions, rank: int = 8, ridge: float = 5.0, sweeps: int = 15, seed: int = 0) -> Predict:
     """Matrix factorisation of the residuals after the two means by alternating least squares (Zhou et al.,
     2008); a new user's factor is the ridge solution on the support set."""
     means = _means(train)
@@ -67,9 +65,7 @@ def als_fold_in(
     def predict(items: np.ndarray, target: np.ndarray, query: np.ndarray) -> np.ndarray:
         bias = means.user(items, target)
         x = vectors[items]
-        factor = np.linalg.solve(
-            x.T @ x + ridge * np.eye(rank), x.T @ (target - means.mean - means.item[items] - bias)
-        )
+        factor = np.linalg.solve(x.T @ x + ridge * np.eye(rank), x.T @ (target - means.mean - means.item[items] - bias))
         return means.mean + means.item[query] + bias + vectors[query] @ factor
 
     return predict

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metarec_jax.data.batches import Batch, Target, batches
+from metarec_jax.data.batches import Batch, batches
 from metarec_jax.data.splits import Histories
+from metarec_jax.data.target import Target
 from metarec_jax.evaluation import metrics
 from metarec_jax.evaluation.baselines import BASELINES, Interactions
 from metarec_jax.strategies.strategy import Strategy

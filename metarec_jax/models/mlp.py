@@ -1,7 +1,7 @@
 """Embedding + MLP over feature fields, with an explicit bias of every field (wide and deep, Cheng et al., 2016)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +17,34 @@ class EmbeddingMLP(nnx.Module):
     """score = sum of field biases + head(MLP([field embeddings])).
 
     The item id has a bias and an embedding too, so that `score = item bias + user bias + ...` is in the model's reach
-    without any hidden layer; the user bias is the bias of the head, which strategies adapt.
+    without any hidden layer; the user bias is the bias of the head, which strategies adapt. Without hidden layers user
+    fields have a bias only: an embedding of theirs would add the same number to all of a user's scores.
     """
 
     def __init__(self, fields: Mapping[str, Field], width: int, hidden: Sequence[int], rngs: nnx.Rngs) -> None:
         small = nnx.initializers.normal(0.1)
         self.fields = nnx.static({name: field.kind for name, field in fields.items()})
-        tables, bias = {}, {}
+        tables: dict[str, nnx.Module] = {}
+        bias: dict[str, nnx.Module] = {}
         for name, field in fields.items():
+            deep = bool(hidden) or not name.startswith("user/")
             if field.kind == "dense":
-                tables[name] = nnx.Linear(field.width, width, rngs=rngs)
                 bias[name] = nnx.Linear(field.width, 1, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
+                if deep:
+                    tables[name] = nnx.Linear(field.width, width, rngs=rngs)
             else:
-                tables[name] = nnx.Embed(field.size, width, embedding_init=small, rngs=rngs)
                 bias[name] = nnx.Embed(field.size, 1, embedding_init=nnx.initializers.zeros, rngs=rngs)
+                if deep:
+                    tables[name] = nnx.Embed(field.size, width, embedding_init=small, rngs=rngs)
+        self.deep = tuple(tables)
         self.embedding, self.embedding_bias = nnx.Dict(tables), nnx.Dict(bias)
-        sizes = [width * len(fields), *hidden]
-        self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in zip(sizes[:-1], sizes[1:], strict=True)])
+        sizes = [width * len(tables), *hidden]
+        self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(sizes)])
         self.head = nnx.Linear(sizes[-1], 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def embed(self, features: Features) -> jax.Array:
         """Input of the head `[..., width]`."""
-        x = jnp.concatenate([_look_up(self.embedding[f], features[f], kind) for f, kind in self.fields.items()], -1)
+        x = jnp.concatenate([_look_up(self.embedding[f], features[f], self.fields[f]) for f in self.deep], -1)
         for layer in self.layers:
             x = nnx.relu(layer(x))
         return x
@@ -57,7 +63,7 @@ def _look_up(layer: Callable[[jax.Array], jax.Array], x: jax.Array, kind: str) -
     return jnp.where(present, layer(x), 0.0).sum(-2) / jnp.maximum(present.sum(-2), 1)
 
 
-def mlp(fields: Mapping[str, Any], *, width: int = 16, hidden: Sequence[int] = (64, 32)) -> Model:
+def mlp(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (32,)) -> Model:
     """The embedding + MLP tower for these fields (`metarec_jax.models.fields_of(data)`).
 
     Args:
@@ -66,3 +72,14 @@ def mlp(fields: Mapping[str, Any], *, width: int = 16, hidden: Sequence[int] = (
       hidden: widths of the hidden layers.
     """
     return from_nnx(lambda rngs: EmbeddingMLP(fields, width, hidden, rngs))
+
+
+def linear(fields: Mapping[str, Field], *, width: int = 16) -> Model:
+    """A factorisation model: the head reads the item fields' embeddings directly, so that a user's adapted head is the
+    user's factor (what matrix factorisation calls p_u) and every field keeps its bias.
+
+    Args:
+      fields: what a batch's features hold, by name.
+      width: width of each item field's embedding.
+    """
+    return mlp(fields, width=width, hidden=())

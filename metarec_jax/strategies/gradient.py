@@ -45,7 +45,9 @@ def maml(
     if unknown := set(groups) - set(ALL):
         raise ValueError(f"groups: {sorted(unknown)} unknown; choose from {', '.join(ALL)}")
     if set(groups) != set(ALL) and model.groups is None:
-        raise ValueError(f"adapting only {sorted(groups)} needs a model with `groups`; pass Model(init, apply, groups=...)")
+        raise ValueError(
+            f"adapting only {sorted(groups)} needs a model with `groups`; pass Model(init, apply, groups=...)"
+        )
 
     def adapted_leaves(params: Params) -> Params:
         if set(groups) == set(ALL):
@@ -95,12 +97,18 @@ def fomaml(
     learn_step_size: bool = True,
     groups: Collection[str] = ALL,
 ) -> Strategy:
-    """`maml` without the second-order terms: the query gradient at the adapted weights (Finn et al., 2017, section 5.2).
+    """`maml` without the second-order terms: the query gradient at the adapted weights.
 
-    A learned step size still gets its exact gradient, which needs no second derivative.
+    Finn et al., 2017, section 5.2. A learned step size still gets its exact gradient, which needs no second derivative.
     """
     return maml(
-        model, loss=loss, inner=inner, steps=steps, learn_step_size=learn_step_size, first_order=True, groups=groups
+        model,
+        loss=loss,
+        inner=inner,
+        steps=steps,
+        learn_step_size=learn_step_size,
+        first_order=True,
+        groups=groups,
     )
 
 
@@ -125,4 +133,11 @@ def melu(
     learn_step_size: bool = True,
 ) -> Strategy:
     """`maml` that shares the embeddings and adapts the decision layers and the head (Lee et al., MeLU, KDD 2019)."""
-    return maml(model, loss=loss, inner=inner, steps=steps, learn_step_size=learn_step_size, groups=("decision", "head"))
+    return maml(
+        model,
+        loss=loss,
+        inner=inner,
+        steps=steps,
+        learn_step_size=learn_step_size,
+        groups=("decision", "head"),
+    )

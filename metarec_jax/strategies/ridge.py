@@ -22,19 +22,19 @@ def ridge(
 ) -> Strategy:
     """A personal correction of the shared model's head, by `steps` Newton steps on the user's penalised support loss.
 
-        d_u, b_u ~ argmin_{d, b}  sum_{i in support} loss(f(x_i) + phi(x_i).d + b, y_i) + lambda/2 |d|^2 + lambda_b/2 b^2
+        d_u, b_u ~ argmin_{d, b}  sum_{i in support} loss(f(x_i) + phi(x_i).d + b, y_i) + l/2 |d|^2 + l_b/2 b^2
         score(x) = f(x) + phi(x).d_u + b_u
 
     f is the shared model and phi the input of its head, both trained through the solution; `b_u` is the user's bias.
-    For the squared error one step is exact and this is ridge regression (R2-D2); for the logistic loss it is iteratively
-    reweighted least squares (LR-D2). The two penalties are meta-learned. Without support the shared model answers.
+    For the squared error one step is exact and this is ridge regression (R2-D2); for the logistic loss it is
+    iteratively reweighted least squares (LR-D2). The two penalties are meta-learned. Without support the shared model answers.
 
     Args:
       model: needs `embed`.
       loss: elementwise loss of scores and targets, convex in the score; the user's and the meta-loss.
       steps: Newton steps; more than one only matters for losses that are not quadratic.
-      penalty: initial lambda.
-      bias_penalty: initial lambda_b.
+      penalty: initial l.
+      bias_penalty: initial l_b.
 
     References:
       Bertinetto et al., Meta-learning with Differentiable Closed-form Solvers, ICLR 2019, sections 3.2 and 3.3.

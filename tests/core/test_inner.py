@@ -82,7 +82,9 @@ def test_meta_gradient_agrees_with_finite_differences_in_float64(task_batch, tin
         def moved(h):
             return loss(jax.tree.map(lambda x, d: x + h * d, inputs, direction))
 
-        slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(loss)(inputs), direction)), strict=True))
+        slope = sum(
+            jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(loss)(inputs), direction)), strict=True)
+        )
         h = 1e-4
         numeric = (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h)
         np.testing.assert_allclose(slope, numeric, rtol=1e-7)
@@ -95,10 +97,12 @@ def test_adapt_is_the_plain_python_loop_of_each_user(task_batch, tiny_model):
     for u in range(len(support.target)):
         own, state = params, optimizer.init(params)
         for _ in range(4):
-            gradient = jax.grad(lambda p: squared(tiny_model.apply(p, support.features[u]), support.target[u]).mean())(own)  # noqa: B023
+            gradient = jax.grad(lambda p: squared(tiny_model.apply(p, support.features[u]), support.target[u]).mean())(
+                own
+            )
             updates, state = optimizer.update(gradient, state)
             own = optax.apply_updates(own, updates)
-        for mine, theirs in zip(jax.tree.leaves(jax.tree.map(lambda w: w[u], fast)), jax.tree.leaves(own), strict=True):  # noqa: B023
+        for mine, theirs in zip(jax.tree.leaves(jax.tree.map(lambda w: w[u], fast)), jax.tree.leaves(own), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=1e-6)
 
 

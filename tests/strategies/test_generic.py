@@ -53,7 +53,7 @@ def test_users_do_not_influence_each_other(strategy, task_batch):
     params = perturbed(strategy.init(key))
     together = strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
     for u in range(5):
-        alone = jax.tree.map(lambda x: x[u : u + 1], task)  # noqa: B023
+        alone = jax.tree.map(lambda x: x[u : u + 1], task)
         scores = strategy.predict(params, strategy.adapt(params, alone.support, key), alone.query.features)
         np.testing.assert_allclose(scores[0], together[u], rtol=1e-4, atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_no_support_one_class_and_constant_targets_give_finite_scores_and_gradie
             support = task.support._replace(
                 target=jnp.full_like(task.support.target, target), mask=jnp.asarray(task.support.mask) * empty
             )
-            value, gradient = jax.value_and_grad(lambda p: strategy.loss(p, Task(support, task.query), key)[0])(params)  # noqa: B023
+            value, gradient = jax.value_and_grad(lambda p: strategy.loss(p, Task(support, task.query), key)[0])(params)
             assert np.isfinite(value)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
@@ -102,7 +102,9 @@ def test_meta_training_learns_users_that_differ_in_sign(strategy):
     scores = strategy.predict(params, strategy.adapt(params, held_out.support, key), held_out.query.features)
     accuracy = np.mean((np.asarray(scores) > 0) == (held_out.query.target > 0.5))
     blind = strategy.adapt(params, held_out.support._replace(mask=jnp.zeros((256, 16))), key)
-    unadapted = np.mean((np.asarray(strategy.predict(params, blind, held_out.query.features)) > 0) == (held_out.query.target > 0.5))
+    unadapted = np.mean(
+        (np.asarray(strategy.predict(params, blind, held_out.query.features)) > 0) == (held_out.query.target > 0.5)
+    )
     assert accuracy > 0.8
     assert 0.4 < unadapted < 0.6
 

@@ -50,7 +50,12 @@ def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tin
     everything = jax.tree.map(lambda s, q: jnp.concatenate([s, q], 1), task.support, task.query)
     own = core.adapt(tiny_model.apply, params, everything, loss=LOSS, steps=3)
     gradient = jax.grad(lambda p: strategy.loss(p, task, key)[0])(params)
-    jax.tree.map(lambda g, p, w: np.testing.assert_allclose(g, p - w.mean(0), rtol=1e-4, atol=1e-6), gradient, params, own)
+    jax.tree.map(
+        lambda g, p, w: np.testing.assert_allclose(g, p - w.mean(0), rtol=1e-4, atol=1e-6),
+        gradient,
+        params,
+        own,
+    )
 
 
 def test_learned_step_sizes_start_at_one_and_get_a_gradient(task_batch, tiny_model):
@@ -82,12 +87,12 @@ def test_an_ensemble_trains_each_member_as_if_alone_and_averages_scores(task_bat
     gradient = jax.grad(lambda p: both.loss(p, task, key)[0])(params)
     scores = []
     for m in range(2):
-        own = jax.tree.map(lambda x: x[m], params)  # noqa: B023
+        own = jax.tree.map(lambda x: x[m], params)
         alone = jax.grad(lambda p: member.loss(p, task, key)[0])(own)
-        jax.tree.map(lambda g, a: np.testing.assert_allclose(g[m], a, rtol=1e-4, atol=1e-6), gradient, alone)  # noqa: B023
+        jax.tree.map(lambda g, a: np.testing.assert_allclose(g[m], a, rtol=1e-4, atol=1e-6), gradient, alone)
         scores.append(member.predict(own, member.adapt(own, task.support, key), task.query.features))
     got = both.predict(params, both.adapt(params, task.support, key), task.query.features)
     np.testing.assert_allclose(got, np.mean(scores, 0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(both.loss(params, task, key)[0], np.mean([
-        member.loss(jax.tree.map(lambda x: x[m], params), task, key)[0] for m in range(2)  # noqa: B023
+        member.loss(jax.tree.map(lambda x: x[m], params), task, key)[0] for m in range(2)
     ]), rtol=1e-5)  # fmt: skip

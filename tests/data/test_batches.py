@@ -1,0 +1,266 @@
+"""Batches: targets, padding, masks and shapes."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metarec_jax.data.batches import Target, batches, bucket_sizes, features, pad_users
+from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.splits import ColdUsers, Histories
+from metarec_jax.data.synthetic import synthetic
+from metarec_jax.data.tables import from_tables
+
+CLICK = Target("click", 4.0)
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    """Ragged histories of 1 to 12 ratings; fields of every kind; a rating is 100 u + i."""
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(1, 24), 1 + np.arange(23) % 12)
+    item = np.concatenate([rng.permutation(15)[:n] + 1 for n in 1 + np.arange(23) % 12])
+    return from_tables(
+        {"user_id": user, "item_id": item, "rating": 100.0 * user + item},
+        users={
+            "user_id": np.arange(1, 24),
+            "age": np.arange(23.0),
+            "job": [f"job {i % 3}" for i in range(23)],
+        },
+        items={
+            "item_id": np.arange(1, 16),
+            "price": np.arange(15.0),
+            "tags": [[f"t{j}" for j in range(i % 4)] for i in range(15)],
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def histories(data: Dataset) -> Histories:
+    return Histories.of(data, np.arange(1, 24)[::-1])
+
+
+RATING = Target("rating", mean=1200.0, scale=100.0)
+
+
+# Targets
+
+
+def test_a_rating_survives_encoding_and_decoding():
+    data = synthetic(users=60, seed=1)
+    train = ColdUsers(target="rating").split(data).train
+    target = Target.fit(ColdUsers(target="rating"), train)
+    encoded = target.encode(data.rating[train.index])
+    assert encoded.dtype == np.float32
+    np.testing.assert_allclose([encoded.mean(), encoded.std()], [0, 1], atol=1e-5)
+    np.testing.assert_allclose(target.decode(encoded), data.rating[train.index], rtol=1e-5)
+
+
+def test_the_scale_comes_from_training_users_alone():
+    data = synthetic(users=60, seed=1)
+    split = ColdUsers(target="rating").split(data)
+    own = np.concatenate([data.rating[data.user == u] for u in split.train.users]).astype(float)
+    target = Target.fit(ColdUsers(target="rating"), split.train)
+    np.testing.assert_allclose([target.mean, target.scale], [own.mean(), own.std()], rtol=1e-6)
+
+
+def test_a_constant_rating_does_not_divide_by_zero():
+    data = from_tables({"user_id": [1, 1, 2], "item_id": [1, 2, 1], "rating": [3, 3, 3]})
+    target = Target.fit(ColdUsers(target="rating"), Histories.of(data, np.array([1, 2])))
+    assert target.encode(data.rating).tolist() == [0, 0, 0]
+    assert target.decode(np.zeros(1)).tolist() == [3]
+
+
+def test_a_click_is_a_rating_of_at_least_the_threshold():
+    assert Target("click", 3.5).encode(np.array([1, 3.49, 3.5, 5], np.float32)).tolist() == [0, 0, 1, 1]
+    assert Target.fit(ColdUsers(threshold=3.0), Histories.of(synthetic(users=5), np.array([1]))) == Target("click", 3.0)
+
+
+def test_click_scores_are_logits():
+    logits = np.array([-1e4, -3.0, 0.0, 2.0, 1e4])
+    with np.errstate(all="raise"):
+        probability = CLICK.decode(logits)
+    np.testing.assert_allclose(probability, [0, 1 / (1 + np.exp(3.0)), 0.5, 1 / (1 + np.exp(-2.0)), 1], atol=1e-12)
+
+
+# Buckets
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=12), st.integers(1, 4), st.sampled_from([1, 4, 8]))
+def test_bucket_sizes_waste_no_more_than_the_best_of_all_choices(lengths, count, multiple):
+    def padded(buckets: tuple[int, ...]) -> float:
+        return sum(min((b for b in buckets if b >= n), default=np.inf) for n in lengths)
+
+    sizes = range(multiple, 60 + multiple, multiple)
+    possible = sorted({-(-max(n, 1) // multiple) * multiple for n in lengths})
+    best = min(padded(c) for k in range(1, count + 1) for c in itertools.combinations(possible, k))
+    found = bucket_sizes(np.array(lengths), count, multiple)
+    assert padded(found) == best
+    assert len(found) <= count
+    assert list(found) == sorted(set(found))
+    assert set(found) <= set(sizes)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize(("query", "support", "size"), [(3, None, 4), (3, 2, 5), (10, None, 64), (1, 1, 1)])
+def test_batches_cover_each_user_exactly_once(histories, seed, query, support, size):
+    rng = None if seed is None else np.random.default_rng(seed)
+    made = batches(histories, CLICK, query=query, support=support, batch_size=size, buckets=(4, 12), rng=rng)
+    positions = np.concatenate([batch.positions for batch in made])
+    assert sorted(positions.tolist()) == list(range(len(histories)))
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize(("query", "support"), [(3, None), (3, 2), (10, None), (1, 0)])
+def test_every_task_holds_what_a_plain_loop_finds(data, histories, seed, query, support):
+    """The rating says whose and of what it is: 100 user + item."""
+    buckets, rng = (2, 5, 12), None if seed is None else np.random.default_rng(seed)
+    for batch in batches(histories, RATING, query=query, support=support, batch_size=4, buckets=buckets, rng=rng):
+        for row, position in enumerate(batch.positions):
+            user = int(histories.users[position])
+            own = data.item[data.user == user].tolist()
+            taken = []
+            for part in batch.task:
+                kept = part.mask[row] > 0
+                items = part.features["item_id"][row][kept]
+                rating = np.rint(RATING.decode(part.target[row][kept].astype(float))).astype(int)
+                assert rating.tolist() == (100 * user + items).tolist()
+                taken.append(items.tolist())
+            judged = min(query, len(own) - 1)
+            left = len(own) - judged
+            assert len(taken[1]) == judged
+            assert len(taken[0]) == (left if support is None else min(support, left))
+            assert set(taken[0] + taken[1]) <= set(own)
+            assert len(set(taken[0] + taken[1])) == len(taken[0] + taken[1])
+            if rng is None:
+                assert taken[1] + taken[0] == own[: len(taken[0] + taken[1])]
+
+
+def test_a_user_with_fewer_ratings_than_the_query_size_keeps_one_for_the_support(histories):
+    (batch,) = batches(histories, CLICK, query=10, batch_size=len(histories), buckets=(12,))
+    lengths = histories.lengths[batch.positions]
+    assert lengths.min() == 1
+    assert batch.task.support.mask.sum(1).tolist() == np.maximum(lengths - 10, 1).tolist()
+    assert batch.task.query.mask.sum(1).tolist() == np.minimum(lengths - 1, 10).tolist()
+
+
+def test_only_bucket_widths_occur_and_the_smallest_that_fits(histories):
+    buckets = (2, 5, 12)
+    shapes = set()
+    for batch in batches(histories, CLICK, query=3, batch_size=4, buckets=buckets, rng=np.random.default_rng(0)):
+        width = batch.task.support.mask.shape[1]
+        longest = int(batch.task.support.mask.sum(1).max())
+        assert width == min(b for b in buckets if b >= longest)
+        shapes.add((batch.task.support.mask.shape, batch.task.query.mask.shape))
+    assert shapes == {((4, b), (4, 3)) for b in buckets}
+
+
+def test_a_user_with_more_than_the_largest_bucket_is_cut_to_it(histories):
+    for batch in batches(histories, CLICK, query=3, batch_size=4, buckets=(2, 4)):
+        wanted = np.minimum(np.maximum(histories.lengths[batch.positions] - 3, 1), 4)
+        assert batch.task.support.mask[: len(batch.positions)].sum(1).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("unknown", [0.0, 0.5])
+def test_padding_is_zero_everywhere_and_masks_are_zero_or_one_with_the_ones_first(data, histories, unknown):
+    made = batches(
+        histories,
+        RATING,
+        query=3,
+        batch_size=5,
+        buckets=(4, 12),
+        rng=np.random.default_rng(0),
+        unknown=unknown,
+    )
+    for batch in made:
+        for part in batch.task:
+            assert set(np.unique(part.mask)) <= {0.0, 1.0}
+            assert (np.diff(part.mask, axis=1) <= 0).all()
+            padded = part.mask == 0
+            assert not part.target[padded].any()
+            assert not part.features["item_id"][padded].any()
+            for name in data.item_features:
+                assert not part.features[f"item/{name}"][padded].any()
+            empty = np.arange(len(padded)) >= len(batch.positions)
+            for x in (part.mask, part.target, *part.features.values()):
+                assert not x[empty].any()
+                assert len(x) == 5
+
+
+def test_features_are_the_rows_of_the_tables(data, histories):
+    for batch in batches(histories, CLICK, query=3, batch_size=4, buckets=(12,)):
+        for part in batch.task:
+            assert part.features.keys() == {"item_id", "item/price", "item/tags", "user/age", "user/job"}
+            assert {x.dtype.name for x in part.features.values()} == {"int32", "float32"}
+            for row, position in enumerate(batch.positions):
+                user = histories.users[position]
+                for column in range(part.mask.shape[1]):
+                    item = part.features["item_id"][row, column]
+                    for name in ("price", "tags"):
+                        assert (part.features[f"item/{name}"][row, column] == data.item_features[name][item]).all()
+                    for name in ("age", "job"):
+                        assert (part.features[f"user/{name}"][row, column] == data.user_features[name][user]).all()
+
+
+def test_features_of_unknown_users_and_items_are_those_of_row_zero(data):
+    found = features(data, np.array([0]), np.array([[0, 3]]))
+    assert not found["user/age"].any()
+    assert not found["user/job"].any()
+    assert not found["item/tags"][0, 0].any()
+    assert found["item/price"][0, 1] != 0
+
+
+def test_the_same_generator_gives_the_same_batches_and_another_others(histories):
+    def run(seed: int) -> list[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        made = batches(histories, CLICK, query=3, batch_size=4, buckets=(4, 12), rng=rng, unknown=0.2)
+        return [x for b in made for x in (b.positions, b.task.query.features["item_id"], b.task.support.mask)]
+
+    one, same, other = run(1), run(1), run(2)
+    assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_without_a_generator_the_histories_order_stands(histories):
+    made = list(batches(histories, CLICK, query=3, batch_size=4, buckets=(12,)))
+    assert np.concatenate([b.positions for b in made]).tolist() == list(range(len(histories)))
+
+
+def test_the_asked_share_of_identities_is_hidden_and_nothing_else():
+    data = synthetic(users=300, items=80, seed=0)
+    histories = Histories.of(data, np.arange(1, 301))
+    made = batches(histories, RATING, batch_size=300, buckets=(40,), rng=np.random.default_rng(0), unknown=0.25)
+    (batch,) = made
+    hidden, real = 0, 0
+    for part in batch.task:
+        kept = part.mask > 0
+        hidden += int((part.features["item_id"][kept] == 0).sum())
+        real += int(kept.sum())
+        assert (part.features["item/genre"][kept] > 0).all()
+        assert (np.abs(RATING.decode(part.target[kept]) - 3.5) < 20).all()
+    assert abs(hidden / real - 0.25) < 4 * np.sqrt(0.25 * 0.75 / real)
+
+
+def test_hiding_a_user_hides_its_attributes_in_support_and_query_alike(data, histories):
+    rng = np.random.default_rng(0)
+    (batch,) = batches(histories, CLICK, query=3, batch_size=23, buckets=(12,), rng=rng, unknown=0.5)
+    hidden = (batch.task.query.features["user/job"] == 0).all(1)
+    assert 0 < hidden.sum() < 23
+    assert ((batch.task.support.features["user/job"] == 0).all(1) == hidden).all()
+    assert not batch.task.support.features["user/age"][hidden].any()
+
+
+def test_padding_users_leaves_a_full_batch_alone(histories):
+    (batch,) = batches(histories, CLICK, query=3, batch_size=len(histories), buckets=(12,))
+    same = pad_users(batch.task, len(histories))
+    more = pad_users(batch.task, len(histories) + 4)
+    assert same.query.mask is batch.task.query.mask
+    assert more.query.mask.shape == (len(histories) + 4, 3)
+    np.testing.assert_array_equal(more.query.mask[: len(histories)], batch.task.query.mask)
+    assert not more.query.mask[len(histories) :].any()

@@ -1,0 +1,237 @@
+"""The wrapper: recommendations for new users, evaluation, saving, loading, and bad input."""
+
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import metarec_jax as mr
+
+QUICK = {"epochs": 2, "progress": False, "model_options": {"width": 4}}
+
+
+@pytest.fixture(scope="module")
+def recommender(synthetic):
+    return mr.train(synthetic, seed=1, **QUICK)
+
+
+@pytest.fixture
+def saved(recommender, tmp_path):
+    recommender.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_recommendations_are_the_best_scores_of_adapt_and_predict(recommender):
+    history = {3: 5.0, 7: 1.0, 11: 4.5}
+    data = recommender.catalogue
+    rows = data.items.encode(list(history))[None]
+    target = recommender.target.encode(np.array([list(history.values())], np.float32))
+    support = mr.Examples(mr.data.features(data, np.zeros(1, int), rows), target, np.ones_like(target))
+    adapted = recommender.strategy.adapt(recommender.params, support, jax.random.key(0))
+    everything = mr.data.features(data, np.zeros(1, int), np.arange(1, len(data.items))[None])
+    scores = np.asarray(recommender.strategy.predict(recommender.params, adapted, everything))[0]
+    scores[rows[0] - 1] = -np.inf
+    best = np.argsort(-scores, kind="stable")[:5]
+    got = recommender.recommend(history, k=5)
+    assert [r.item for r in got] == data.items.ids[best].tolist()
+    np.testing.assert_allclose([r.score for r in got], 1 / (1 + np.exp(-scores[best])), rtol=1e-4)
+    assert got[0].title == data.titles[best[0] + 1]
+
+
+def test_a_batch_gives_what_each_user_gets_alone(recommender):
+    histories = [{1: 5, 2: 1}, {}, [(i, 3.0) for i in range(1, 21)]]
+    together = recommender.recommend(histories, k=4)
+    for history, got in zip(histories, together, strict=True):
+        alone = recommender.recommend(history, k=4)
+        assert [r.item for r in got] == [r.item for r in alone]
+        np.testing.assert_allclose([r.score for r in got], [r.score for r in alone], rtol=1e-4)
+
+
+def test_seen_items_are_left_out_unless_asked_for(recommender):
+    history = {i: 5.0 for i in range(1, 31)}
+    assert not {r.item for r in recommender.recommend(history, k=60)} & set(history)
+    assert len(recommender.recommend(history, k=60)) == 30
+    assert len(recommender.recommend(history, k=60, exclude_seen=False)) == 60
+
+
+def test_a_user_without_history_gets_a_ranking_that_follows_the_items_mean_rating(recommender, synthetic):
+    ranking = [r.item for r in recommender.recommend({}, k=60)]
+    assert sorted(ranking) == list(range(1, 61))
+    clicks = (
+        np.bincount(synthetic.item, synthetic.rating >= 4, len(synthetic.items))[1:] / np.bincount(synthetic.item)[1:]
+    )
+    position = np.empty(60)
+    position[np.array(ranking) - 1] = np.arange(60)
+    assert np.corrcoef(position, clicks)[0, 1] < -0.5
+
+
+def test_unknown_items_are_allowed_and_repeated_ones_count_once_with_the_later_rating(recommender):
+    known = recommender.recommend([(1, 5.0)], k=3)
+    assert len(recommender.recommend({10**12: 5.0, 1: 5.0}, k=3)) == 3
+    assert recommender.recommend([(1, 1.0), (1, 5.0)], k=3) == known
+
+
+@pytest.mark.parametrize(
+    ("history", "k", "message"),
+    [
+        ({1: float("nan")}, 5, "finite number"),
+        ({1: float("inf")}, 5, "finite number"),
+        ({1: "five"}, 5, "finite number"),
+        ({1: 500.0}, 5, "off the scale"),
+        ({"1": 5.0}, 5, "strings"),
+        ({1.5: 5.0}, 5, "must be an integer"),
+        ([(1, 2, 3)], 5, "expected|must be"),
+        (5, 5, "expected"),
+        ("abc", 5, "expected"),
+        ({1: 5.0}, 0, "k must be"),
+        ({1: 5.0}, 2.5, "k must be"),
+    ],
+)
+def test_bad_histories_get_a_clear_error(recommender, history, k, message):
+    with pytest.raises(mr.DataError, match=message):
+        recommender.recommend(history, k=k)
+
+
+def test_user_attributes_change_the_scores_and_unknown_ones_are_refused():
+    rng = np.random.default_rng(0)
+    group = rng.choice(["a", "b"], size=80)
+    user, item = np.repeat(np.arange(80), 16), np.concatenate([rng.permutation(30)[:16] for _ in range(80)])
+    liked = (group[user] == "a") == (item % 2 == 0)
+    data = mr.data.from_tables(
+        {"user_id": user, "item_id": item, "rating": np.where(liked, 5.0, 2.0)},
+        {"user_id": np.arange(80), "group": group},
+    )
+    recommender = mr.train(data, epochs=40, progress=False, optimizer=optax.adam(0.01), model="mlp", model_options={"hidden": [8]})
+    for who, parity in (("a", 0), ("b", 1)):
+        best = recommender.recommend({}, k=5, user={"group": who})
+        assert np.mean([r.item % 2 == parity for r in best]) > 0.5
+    with pytest.raises(mr.DataError, match="'colour' is unknown"):
+        recommender.recommend({}, user={"colour": "red"})
+    with pytest.raises(mr.DataError, match="1 users for 2 histories"):
+        recommender.recommend([{}, {}], user=[{"group": "a"}])
+
+
+def test_string_ids_and_ids_beyond_32_bits_come_back_as_they_went_in():
+    rng = np.random.default_rng(0)
+    for ids in (np.array([f"sku-{i}" for i in range(25)]), 2**40 + np.arange(25)):
+        users = np.repeat(np.arange(40), 15)
+        items = np.concatenate([rng.permutation(ids)[:15] for _ in range(40)])
+        data = mr.data.from_tables({"user_id": users, "item_id": items, "rating": rng.integers(1, 6, size=600)})
+        got = mr.train(data, **QUICK).recommend({ids[0].item(): 5.0}, k=25)
+        assert {r.item for r in got} == set(ids[1:].tolist())
+        assert all(r.title is None for r in got)
+
+
+@pytest.mark.parametrize("strategy", list(mr.STRATEGIES))
+@pytest.mark.parametrize("target", ["click", "rating"])
+def test_every_strategy_trains_evaluates_saves_and_loads(strategy, target, synthetic, tmp_path):
+    recommender = mr.train(synthetic, strategy, protocol=mr.ColdUsers(target=target), **QUICK)
+    results = recommender.evaluate()
+    assert set(results) == {strategy, "two means", "ALS fold-in", "item-kNN"}
+    assert all(np.isfinite(v) for row in results.values() for v in row.values())
+    recommender.save(tmp_path / "model")
+    loaded = mr.load(tmp_path / "model")
+    assert loaded.recommend({1: 5.0, 2: 2.0}) == recommender.recommend({1: 5.0, 2: 2.0})
+    assert loaded.evaluate(synthetic) == results
+
+
+def test_training_is_reproducible_and_learns(synthetic):
+    one, two = (mr.train(synthetic, seed=5, **QUICK) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    longer = mr.train(synthetic, seed=5, epochs=40, progress=False, protocol=mr.ColdUsers(target="rating"))
+    results = longer.evaluate()
+    assert results["ridge"]["rmse"] < results["two means"]["rmse"]
+    # the best possible error is the noise, 0.5
+    assert 0.4 < results["ridge"]["rmse"] < 0.75
+
+
+def test_one_compilation_for_each_bucket_shape_over_a_whole_training_run(synthetic):
+    traces = []
+
+    def counting(model, **options):
+        inner = mr.ridge(model, **options)
+
+        def loss(params, task, key):
+            traces.append(task.support.mask.shape)  # runs when traced, not when executed
+            return inner.loss(params, task, key)
+
+        return inner._replace(loss=loss)
+
+    mr.train(synthetic, counting, epochs=6, progress=False, buckets=3, batch_size=16, model="linear")
+    assert len(traces) == len(set(traces)) <= 3
+
+
+def test_strategies_and_models_of_the_callers_own_need_to_be_named_again_when_loading(synthetic, tmp_path):
+    strategy = functools.partial(mr.maml, inner=optax.adam(0.05), steps=2)
+    recommender = mr.train(synthetic, strategy, **QUICK)
+    recommender.save(tmp_path / "model")
+    with pytest.raises(mr.ModelFileError, match="strategy="):
+        mr.load(tmp_path / "model")
+    loaded = mr.load(tmp_path / "model", strategy=strategy)
+    assert loaded.recommend({1: 5.0}) == recommender.recommend({1: 5.0})
+    with pytest.raises(mr.ModelFileError, match="must be those of the training"):
+        mr.load(tmp_path / "model", strategy=mr.ridge)
+
+
+def test_saving_replaces_a_model_and_never_anything_else(recommender, saved, tmp_path):
+    recommender.save(saved)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").write_text("do not touch")
+    with pytest.raises(mr.ModelFileError, match="is no model"):
+        recommender.save(other)
+    assert (other / "chapter.txt").read_text() == "do not touch"
+
+
+@pytest.mark.parametrize("file", ["model.json", "catalogue.json", "arrays.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_damaged_model_is_refused_with_the_files_name(saved, file, damage):
+    path = saved / file
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[0] ^= 0xFF
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    with pytest.raises(mr.ModelFileError, match=file):
+        mr.load(saved)
+
+
+def test_foreign_and_newer_models_are_refused(saved, tmp_path):
+    with pytest.raises(mr.ModelFileError, match="missing"):
+        mr.load(tmp_path / "nothing")
+    config = json.loads((saved / "model.json").read_text())
+    (saved / "model.json").write_text(json.dumps(config | {"format_version": 99}))
+    with pytest.raises(mr.ModelFileError, match="format 99"):
+        mr.load(saved)
+    (saved / "model.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(mr.ModelFileError, match="not a model of metarec_jax"):
+        mr.load(saved)
+    shutil.rmtree(saved)
+
+
+def test_a_loaded_model_is_evaluated_on_its_own_dataset_only(saved, synthetic):
+    loaded = mr.load(saved)
+    with pytest.raises(mr.DataError, match="holds no interactions"):
+        loaded.evaluate()
+    with pytest.raises(mr.DataError, match="does not have the items"):
+        loaded.evaluate(mr.data.synthetic(users=60, items=61))
+    assert loaded.evaluate(synthetic, support=3)
+
+
+def test_unknown_names_and_impossible_data_are_refused(synthetic):
+    with pytest.raises(ValueError, match="'mammal' is unknown; choose from ridge"):
+        mr.train(synthetic, "mammal")
+    with pytest.raises(ValueError, match="model 'vgg' is unknown"):
+        mr.train(synthetic, model="vgg")
+    with pytest.raises(mr.DataError, match="widen the window"):
+        mr.train(mr.data.synthetic(users=20, items=8, ratings_per_user=(5, 8)))
+    with pytest.raises(FloatingPointError, match="lower the outer learning rate"):
+        mr.train(synthetic, optimizer=optax.sgd(1e30), **QUICK)

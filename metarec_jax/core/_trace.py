@@ -1,0 +1,344 @@
+"""What a model does with its weights, read from its jaxpr: which of them are only layers' weights or tables.
+
+Also what an optimiser does with its gradients: which leaves it treats linearly, so updates can stay factored.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend import core as jex
+
+from metarec_jax.tasks import Apply, Features, Params
+
+_INLINED = ("jit", "pjit", "closed_call", "core_call")  # calls that mean no more than their body
+_REMAT = (
+    "checkpoint",
+    "remat",
+    "remat2",
+)  # inlined only where an adapted weight enters, to reach its product
+_LINEAR_UNARY = ("neg", "convert_element_type", "reshape", "broadcast_in_dim", "squeeze", "copy", "copy_p")
+
+
+class Op(NamedTuple):
+    """One primitive of a flat program; inputs are value numbers or literals, outputs value numbers."""
+
+    eqn: Any
+    inputs: tuple[Any, ...]
+    outputs: tuple[int, ...]
+
+    def __call__(self, *values: Any) -> Sequence[Any]:
+        with self.eqn.ctx.manager:
+            results = self.eqn.primitive.bind(*values, **self.eqn.primitive.get_bind_params(self.eqn.params))
+        return results if self.eqn.primitive.multiple_results else (results,)
+
+
+class Program(NamedTuple):
+    """A function as a straight list of primitives over numbered values.
+
+    Attributes:
+      ops: in order of evaluation.
+      consts: value number -> array, what the function closes over.
+      inputs: value numbers of each argument's leaves, in the order of the arguments.
+      outputs: value numbers or literals.
+      tree: structure of the result.
+      shapes: value number -> shape and dtype.
+    """
+
+    ops: list[Op]
+    consts: dict[int, Any]
+    inputs: list[list[int]]
+    outputs: list[Any]
+    tree: Any
+    shapes: dict[int, Any]
+
+    def read(self, atom: Any, env: dict[int, Any]) -> Any:
+        return env[atom] if isinstance(atom, int) else atom.val
+
+    def run(self, ops: Sequence[int], env: dict[int, Any], replaced: dict[int, Callable[..., Any]]) -> None:
+        """Evaluates the ops at the given positions into `env`, some by the functions in `replaced`."""
+        for position in ops:
+            op = self.ops[position]
+            values = [self.read(atom, env) for atom in op.inputs]
+            results = (replaced[position](*values),) if position in replaced else op(*values)
+            env.update(zip(op.outputs, results, strict=True))
+
+    def result(self, env: dict[int, Any]) -> Any:
+        return jax.tree.unflatten(self.tree, [self.read(atom, env) for atom in self.outputs])
+
+    def dependents(self, sources: Sequence[int]) -> set[int]:
+        """Every value that is computed from one of the `sources`, the sources included."""
+        found = set(sources)
+        for op in self.ops:
+            if any(isinstance(atom, int) and atom in found for atom in op.inputs):
+                found.update(op.outputs)
+        return found
+
+
+def trace(function: Callable[..., Any], *args: Any, opened: Sequence[int] = ()) -> Program:
+    """The program of `function(*args)`; args are pytrees of arrays or `ShapeDtypeStruct`.
+
+    Calls are inlined; rematerialised blocks only where a leaf of the first argument in `opened` enters.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    result: list[Any] = []
+
+    def flat(*flat_args: Any) -> list[Any]:
+        out, tree = jax.tree.flatten(function(*jax.tree.unflatten(structure, flat_args)))
+        result.append(tree)
+        return out
+
+    closed = jax.make_jaxpr(flat)(*leaves)
+    program = Program([], {}, [], [], result[0], {})
+
+    def new(variable: Any) -> int:
+        number = len(program.shapes)
+        program.shapes[number] = variable.aval
+        return number
+
+    names: dict[Any, Any] = {}
+    for variable, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+        names[variable] = new(variable)
+        program.consts[names[variable]] = value
+    numbers = iter([new(variable) for variable in closed.jaxpr.invars])
+    names.update(zip(closed.jaxpr.invars, range(len(program.consts), len(program.shapes)), strict=True))
+    for arg in args:
+        program.inputs.append([next(numbers) for _ in jax.tree.leaves(arg)])
+    inside = {program.inputs[0][i] for i in opened}
+    program.outputs.extend(_inline(closed.jaxpr, names, program, new, inside))
+    return program
+
+
+def _inline(jaxpr: Any, names: dict[Any, Any], program: Program, new: Callable, opened: set[int]) -> list[Any]:
+    """Appends the equations of `jaxpr` to the program; returns its outputs as value numbers or literals."""
+
+    def atom(variable: Any) -> Any:
+        return variable if isinstance(variable, jex.Literal) else names[variable]
+
+    for eqn in jaxpr.eqns:
+        inputs = tuple(atom(v) for v in eqn.invars)
+        name = eqn.primitive.name
+        if name in _INLINED or (name in _REMAT and any(isinstance(a, int) and a in opened for a in inputs)):
+            body = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+            consts = getattr(body, "consts", ())
+            body = getattr(body, "jaxpr", body)
+            inner = dict(zip(body.invars, inputs, strict=True))
+            for variable, value in zip(body.constvars, consts, strict=True):
+                inner[variable] = new(variable)
+                program.consts[inner[variable]] = value
+            names.update(zip(eqn.outvars, _inline(body, inner, program, new, opened), strict=True))
+            continue
+        outputs = tuple(new(v) for v in eqn.outvars)
+        names.update(zip(eqn.outvars, outputs, strict=True))
+        program.ops.append(Op(eqn, inputs, outputs))
+    return [atom(v) for v in jaxpr.outvars]
+
+
+class Site(NamedTuple):
+    """One use of an adapted leaf: as the weight of a dense layer, or as a table whose rows are looked up.
+
+    Attributes:
+      leaf: number of the leaf among the parameters.
+      operand: value number of the layer's input, or of the indices.
+      position: of the leaf among the op's two operands.
+      axes: the leaf's axes that the layer contracts, ascending; None for a table.
+      contract: the input's axes that they meet.
+      fixed: the operand depends on no adapted leaf, so it is the same at every inner step.
+      rows: how many rows one user's operand has (examples, times tokens).
+      width, outputs: inputs and outputs of the layer; for a table, its length and the width of a row.
+      clip: indices beyond the table read its last row.
+    """
+
+    leaf: int
+    operand: int
+    position: int
+    axes: tuple[int, ...] | None
+    contract: tuple[int, ...]
+    fixed: bool
+    rows: int
+    width: int
+    outputs: int
+    clip: bool
+
+    def inputs(self, operand: jax.Array) -> jax.Array:
+        """The operand as `[rows, in]`, or the looked-up rows' numbers `[rows]`."""
+        if self.axes is None:
+            flat = operand.reshape(-1)
+            return jnp.clip(flat, 0, self.width - 1) if self.clip else flat
+        last = range(operand.ndim - len(self.contract), operand.ndim)
+        return jnp.moveaxis(operand, self.contract, tuple(last)).reshape(self.rows, self.width)
+
+    def flat(self, output: jax.Array) -> jax.Array:
+        """The layer's output, or a gradient at it, as `[rows, out]`."""
+        if self.axes is not None and self.position == 0:
+            return output.reshape(self.outputs, self.rows).T
+        return output.reshape(self.rows, self.outputs)
+
+    def unflat(self, flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """`[rows, out]` in the shape of the layer's output."""
+        return (flat.T if self.axes is not None and self.position == 0 else flat).reshape(shape)
+
+    def gram(self, inputs: jax.Array, basis: jax.Array, precision: Any) -> jax.Array:
+        """`inputs basis^T`, `[rows, rank]`; for a table, 1 where the two looked up the same row."""
+        if self.axes is None:
+            return (inputs[:, None] == basis[None, :]).astype(jnp.float32)
+        return jnp.matmul(inputs, basis.T, precision=precision)
+
+
+class Roles(NamedTuple):
+    """How a program uses its adapted leaves.
+
+    Attributes:
+      sites: op position -> its site, for every leaf that is used only at sites of one kind.
+      reasons: leaf -> why it has to be held as explicit per-user values.
+    """
+
+    sites: dict[int, Site]
+    reasons: dict[int, str]
+
+
+def model(apply: Apply, params: Params, features: Features, adapted: Sequence[int]) -> Program:
+    """The program of `apply` for one user, from that user's `features` and the adapted leaves' numbers."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), (params, features))
+    return trace(apply, *shapes, opened=adapted)
+
+
+def roles(program: Program, adapted: Sequence[int]) -> Roles:
+    """Finds the adapted leaves that are used only as a layer's weight or only as a table of rows."""
+    number = {program.inputs[0][leaf]: leaf for leaf in adapted}
+    moving = program.dependents(list(number))
+    found: dict[int, list[tuple[int, Site]]] = {leaf: [] for leaf in adapted}
+    reasons: dict[int, str] = {
+        number[a]: "it is returned" for a in program.outputs if isinstance(a, int) and a in number
+    }
+    for at, op in enumerate(program.ops):
+        for position, atom in enumerate(op.inputs):
+            if not isinstance(atom, int) or atom not in number:
+                continue
+            leaf = number[atom]
+            site = _site(program, op, position, leaf, moving)
+            if site is None:
+                reasons[leaf] = f"it enters `{op.eqn.primitive.name}`, not as the weight of a matrix product"
+            else:
+                found[leaf].append((at, site))
+    sites: dict[int, Site] = {}
+    for leaf, uses in found.items():
+        if len({site.axes for _, site in uses}) > 1:
+            reasons[leaf] = "it is used in two ways"
+        elif not uses:
+            reasons.setdefault(leaf, "it is not used")
+        if leaf not in reasons:
+            sites.update(uses)
+    return Roles(sites, reasons)
+
+
+def _site(program: Program, op: Op, position: int, leaf: int, moving: set[int]) -> Site | None:
+    other = op.inputs[1 - position] if len(op.inputs) == 2 else None
+    if not isinstance(other, int) or other == op.inputs[position]:
+        return None
+    shape = program.shapes[op.inputs[position]].shape
+    fixed, size = other not in moving, math.prod(program.shapes[other].shape)
+    if op.eqn.primitive.name == "dot_general":
+        contract, batch = op.eqn.params["dimension_numbers"]
+        if batch[0]:
+            return None
+        pairs = sorted(zip(contract[position], contract[1 - position], strict=True))
+        axes, theirs = tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
+        width = math.prod(shape[a] for a in axes)
+        outputs = math.prod(shape) // width
+        return Site(leaf, other, position, axes, theirs, fixed, size // width, width, outputs, False)
+    if op.eqn.primitive.name == "gather" and position == 0 and _is_lookup(op, program, shape):
+        clip = op.eqn.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP
+        return Site(leaf, other, position, None, (), fixed, size, shape[0], math.prod(shape[1:]), clip)
+    return None
+
+
+def _is_lookup(op: Op, program: Program, shape: tuple[int, ...]) -> bool:
+    """Whether a gather reads whole rows of a table: `table[indices]`."""
+    numbers, indices = op.eqn.params["dimension_numbers"], program.shapes[op.inputs[1]]
+    rank = len(op.eqn.outvars[0].aval.shape)
+    return (
+        numbers.collapsed_slice_dims == (0,)
+        and numbers.start_index_map == (0,)
+        and not numbers.operand_batching_dims
+        and indices.shape[-1:] == (1,)
+        and tuple(op.eqn.params["slice_sizes"]) == (1, *shape[1:])
+        and tuple(numbers.offset_dims) == tuple(range(rank - len(shape) + 1, rank))
+    )
+
+
+class Linearity(NamedTuple):
+    """Of one leaf: are its updates `own`, no other leaf's business, and `linear` in its gradients?"""
+
+    own: bool
+    linear: bool
+
+
+def linearity(optimizer: optax.GradientTransformation, params: Params, steps: int) -> list[Linearity]:
+    """Whether updates of each leaf are `sum_j c_kj g_j` with scalars `c` that no gradient or parameter moves.
+
+    Shown on the optimiser's jaxpr for so many `steps`: only sums, and products with values that depend on no
+    gradient or parameter, may lie between a gradient and an update. A few do: all run the same.
+    """
+    shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct((1,) * jnp.ndim(w), jnp.result_type(w)), params)
+
+    def updates(start: Params, gradients: list[Params]) -> list[Params]:
+        state, out = optimizer.init(start), []
+        for gradient in gradients:
+            update, state = optimizer.update(gradient, state, start)
+            out.append(update)
+        return out
+
+    program = trace(updates, shapes, [shapes] * steps)
+    starts, gradients = program.inputs
+    count = len(starts)
+    kinds: dict[int, tuple[bool, frozenset[int]]] = {n: (False, frozenset([i])) for i, n in enumerate(starts)}
+    kinds.update({n: (True, frozenset([i % count])) for i, n in enumerate(gradients)})
+    for op in program.ops:
+        kind = _kind(op, [_atom_kind(atom, kinds) for atom in op.inputs])
+        kinds.update({n: kind for n in op.outputs})
+    results = [Linearity(True, True)] * count
+    for i, atom in enumerate(program.outputs):
+        linear, leaves = _atom_kind(atom, kinds) or (True, frozenset())
+        before, own = results[i % count], leaves <= {i % count}
+        results[i % count] = Linearity(before.own and own, before.linear and own and linear)
+    return results
+
+
+_ZERO = (
+    True,
+    frozenset[int](),
+)  # a value's kind: None for a constant, else (linear in the gradients?, leaves)
+
+
+def _atom_kind(atom: Any, kinds: dict[int, Any]) -> Any:
+    if isinstance(atom, int):
+        return kinds.get(atom)
+    value = atom.val
+    return (
+        _ZERO if jnp.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.floating) and value == 0 else None
+    )
+
+
+def _kind(op: Op, kinds: list[Any]) -> Any:
+    name = op.eqn.primitive.name
+    moving = [k for k in kinds if k is not None and k != _ZERO]
+    leaves = frozenset().union(*(k[1] for k in moving))
+    linear = all(k[0] for k in moving)
+    additive = name in ("add", "sub", "add_any") or (name == "select_n" and kinds[0] is None)
+    if name in _LINEAR_UNARY and len(kinds) == 1:
+        same = jnp.issubdtype(op.eqn.outvars[0].aval.dtype, jnp.floating)
+        return kinds[0] if same or not moving else (False, leaves)
+    if additive:
+        terms = kinds[1:] if name == "select_n" else kinds
+        if not moving:
+            return _ZERO if all(k == _ZERO for k in terms) else None
+        return (linear and all(k is not None for k in terms), leaves)
+    if name == "mul" and (kinds[0] is None or kinds[1] is None or _ZERO in kinds):
+        return _ZERO if _ZERO in kinds else ((linear, leaves) if moving else None)
+    if name == "div" and kinds[1] is None:
+        return kinds[0]
+    return (False, leaves) if moving else None

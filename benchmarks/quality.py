@@ -63,7 +63,7 @@ def once(make: Callable[..., Any]) -> Callable[..., Any]:
     return first
 
 
-def run(strategies: Sequence[str], target: str, splits: int, data: mr.data.Dataset, train_on: str) -> None:
+def run(strategies: Sequence[str], target: str, splits: int, data: mr.data.Dataset, train_on: str, epochs: int) -> None:
     """Train and judge everything, print the table."""
     protocol = mr.ColdUsers(target=target, train_on=train_on)
     values: dict[str, list[list[float]]] = {}
@@ -72,7 +72,16 @@ def run(strategies: Sequence[str], target: str, splits: int, data: mr.data.Datas
     for seed in range(splits):
         for name in strategies:
             start = time.perf_counter()
-            recommender = mr.train(data, makers[name], MODEL.get(name), seed=seed, protocol=protocol, progress=False, buckets=BUCKETS)
+            recommender = mr.train(
+                data,
+                makers[name],
+                MODEL.get(name),
+                seed=seed,
+                protocol=protocol,
+                progress=False,
+                buckets=BUCKETS,
+                epochs=epochs,
+            )
             seconds = time.perf_counter() - start
             results = recommender.evaluate(baselines=name == strategies[0])
             results = {name if learner == "strategy" else learner: row for learner, row in results.items()}
@@ -112,12 +121,9 @@ if __name__ == "__main__":
     parser.add_argument("--splits", type=int, default=10)
     parser.add_argument("--target", choices=["click", "rating"], default="click")
     parser.add_argument("--train-on", choices=["window", "all"], default="window")
-    parser.add_argument("--strategies", nargs="+", default=list(mr.STRATEGIES), choices=list(mr.STRATEGIES))
-    arguments = parser.parse_args()
-    run(
-        arguments.strategies,
-        arguments.target,
-        arguments.splits,
-        mr.data.load(arguments.data),
-        arguments.train_on,
+    parser.add_argument(
+        "--epochs", type=int, default=60, help="at most; training stops when validation does not improve"
     )
+    parser.add_argument("--strategies", nargs="+", default=list(mr.STRATEGIES), choices=list(mr.STRATEGIES))
+    given = parser.parse_args()
+    run(given.strategies, given.target, given.splits, mr.data.load(given.data), given.train_on, given.epochs)

@@ -1,7 +1,7 @@
 """Training: meta-train a strategy on the training users, keep the parameters that the validation users like best."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,11 +35,13 @@ class Fitted(NamedTuple):
     history: list[dict[str, float]]
 
 
+@cache
 def default_optimizer(learning_rate: float = 3e-3, penalty: float = 2e-3) -> optax.GradientTransformation:
     """Adam on the meta-loss plus `penalty / 2 * |params|^2`.
 
     The penalty is part of the gradient, not decoupled as in AdamW: rarely rated items must shrink to the prior in
-    proportion to how little is known about them, and a decoupled decay shrinks all items alike.
+    proportion to how little is known about them, and a decoupled decay shrinks all items alike. Cached, because a new
+    value is a new function to `jit`, and every call of `fit` would compile anew.
     """
     return optax.chain(optax.add_decayed_weights(penalty), optax.adam(learning_rate))
 

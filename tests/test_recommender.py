@@ -33,7 +33,7 @@ def test_recommendations_are_the_best_scores_of_adapt_and_predict(recommender):
     support = mr.Examples(mr.data.features(data, np.zeros(1, int), rows), target, np.ones_like(target))
     adapted = recommender.strategy.adapt(recommender.params, support, jax.random.key(0))
     everything = mr.data.features(data, np.zeros(1, int), np.arange(1, len(data.items))[None])
-    scores = np.asarray(recommender.strategy.predict(recommender.params, adapted, everything))[0]
+    scores = np.array(recommender.strategy.predict(recommender.params, adapted, everything))[0]
     scores[rows[0] - 1] = -np.inf
     best = np.argsort(-scores, kind="stable")[:5]
     got = recommender.recommend(history, k=5)
@@ -96,19 +96,27 @@ def test_bad_histories_get_a_clear_error(recommender, history, k, message):
         recommender.recommend(history, k=k)
 
 
-def test_user_attributes_change_the_scores_and_unknown_ones_are_refused():
+def test_user_attributes_reach_the_scores_and_unknown_ones_are_refused():
     rng = np.random.default_rng(0)
-    group = rng.choice(["a", "b"], size=80)
-    user, item = np.repeat(np.arange(80), 16), np.concatenate([rng.permutation(30)[:16] for _ in range(80)])
-    liked = (group[user] == "a") == (item % 2 == 0)
+    group, users = np.array(["a", "b"] * 20), np.repeat(np.arange(40), 15)
+    items = np.concatenate([rng.permutation(30)[:15] for _ in range(40)])
     data = mr.data.from_tables(
-        {"user_id": user, "item_id": item, "rating": np.where(liked, 5.0, 2.0)},
-        {"user_id": np.arange(80), "group": group},
+        {
+            "user_id": users,
+            "item_id": items,
+            "rating": np.where(group[users] == "a", 5.0, rng.integers(1, 6, size=600)),
+        },
+        {"user_id": np.arange(40), "group": group, "age": np.arange(40.0)},
     )
-    recommender = mr.train(data, epochs=40, progress=False, optimizer=optax.adam(0.01), model="mlp", model_options={"hidden": [8]})
-    for who, parity in (("a", 0), ("b", 1)):
-        best = recommender.recommend({}, k=5, user={"group": who})
-        assert np.mean([r.item % 2 == parity for r in best]) > 0.5
+    recommender = mr.train(data, **QUICK)
+    everything = mr.data.features(recommender.catalogue, np.array([1, 2]), np.tile(np.arange(1, 31), (2, 1)))
+    nothing = mr.Examples(jax.tree.map(lambda x: x[:, :8], everything), np.zeros((2, 8)), np.zeros((2, 8)))
+    adapted = recommender.strategy.adapt(recommender.params, nothing, jax.random.key(0))
+    scores = np.asarray(recommender.strategy.predict(recommender.params, adapted, everything))
+    attributes = [{"group": "a", "age": 0.0}, {"group": "b", "age": 1.0}]
+    for own, got in zip(scores, recommender.recommend([{}, {}], k=30, user=attributes), strict=True):
+        np.testing.assert_allclose([r.score for r in got], 1 / (1 + np.exp(-np.sort(own)[::-1])), rtol=1e-4)
+    assert not np.allclose(scores[0], scores[1])
     with pytest.raises(mr.DataError, match="'colour' is unknown"):
         recommender.recommend({}, user={"colour": "red"})
     with pytest.raises(mr.DataError, match="1 users for 2 histories"):

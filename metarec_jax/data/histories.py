@@ -34,9 +34,11 @@ def encode_history(
     tells how high the user rates. Ratings must be finite and, to catch another scale, no further outside the
     training range `limits` than half its width.
     """
-    pairs = list(history.items()) if isinstance(history, Mapping) else [tuple(pair) for pair in history]
-    if bad := next((pair for pair in pairs if len(pair) != 2), None):
-        raise DataError(f"{who}: every entry must be (item, rating), got {bad!r}")
+    if not isinstance(history, Mapping | Sequence) or isinstance(history, str | bytes):
+        raise DataError(f"{who}: expected {{item: rating}} or [(item, rating), ...], got {history!r}")
+    pairs = list(history.items()) if isinstance(history, Mapping) else list(history)
+    if bad := [p for p in pairs if isinstance(p, str | bytes) or not isinstance(p, Sequence) or len(p) != 2]:
+        raise DataError(f"{who}: every entry must be (item, rating), got {bad[0]!r}")
     if not pairs:
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
     rows = items.encode(as_objects([item for item, _ in pairs]))

@@ -27,7 +27,8 @@ def ridge(
 
     f is the shared model and phi the input of its head, both trained through the solution; `b_u` is the user's bias.
     For the squared error one step is exact and this is ridge regression (R2-D2); for the logistic loss it is
-    iteratively reweighted least squares (LR-D2). The two penalties are meta-learned. Without support the shared model answers.
+    iteratively reweighted least squares (LR-D2). The two penalties l and l_b are meta-learned. Without support
+    examples the shared model answers.
 
     Args:
       model: needs `embed`.

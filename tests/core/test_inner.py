@@ -83,7 +83,8 @@ def test_meta_gradient_agrees_with_finite_differences_in_float64(task_batch, tin
             return loss(jax.tree.map(lambda x, d: x + h * d, inputs, direction))
 
         slope = sum(
-            jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(loss)(inputs), direction)), strict=True)
+            jnp.vdot(g, d)
+            for g, d in zip(*map(jax.tree.leaves, (jax.jit(jax.grad(loss))(inputs), direction)), strict=True)
         )
         h = 1e-4
         numeric = (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h)
@@ -116,7 +117,7 @@ def test_padding_never_changes_the_meta_gradient(task_batch, tiny_model):
     def padded(e, fill):
         return Examples(pad(e.features, fill), pad(e.target, fill), pad(e.mask, 0))
 
-    gradient = jax.grad(lambda p, t: meta_loss(tiny_model.apply, p, t, steps=2))
+    gradient = jax.jit(jax.grad(lambda p, t: meta_loss(tiny_model.apply, p, t, steps=2)))
     expected = gradient(params, task)
     for fill in (0.0, 7.0):
         more = Task(padded(task.support, fill), padded(task.query, fill))

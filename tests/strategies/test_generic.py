@@ -1,5 +1,7 @@
 """What must hold for every strategy in the list; a new one is tested by being listed."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +21,8 @@ def strategy(request, tiny_model):
 
 def test_shapes_are_those_of_the_interface(strategy, task_batch):
     task, key = task_batch(), jax.random.key(0)
-    params = strategy.init(key)
-    adapted = strategy.adapt(params, task.support, key)
+    params = jax.jit(strategy.init)(key)
+    adapted = jax.jit(strategy.adapt)(params, task.support, key)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(adapted)} == {5}
     assert strategy.predict(params, adapted, task.query.features).shape == (5, 4)
     value, aux = strategy.loss(params, task, key)
@@ -38,44 +40,45 @@ def test_padding_and_empty_users_never_change_loss_gradient_or_scores(strategy, 
         return np.concatenate([x, np.zeros((2, *x.shape[1:]), x.dtype)])
 
     padded = jax.tree.map(pad, task)
-    params = perturbed(strategy.init(key))
-    (expected, _), gradient = jax.value_and_grad(strategy.loss, has_aux=True)(params, task, key)
-    (value, _), padded_gradient = jax.value_and_grad(strategy.loss, has_aux=True)(params, padded, key)
+    params = perturbed(jax.jit(strategy.init)(key))
+    loss = jax.jit(jax.value_and_grad(strategy.loss, has_aux=True))
+    (expected, _), gradient = loss(params, task, key)
+    (value, _), padded_gradient = loss(params, padded, key)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), padded_gradient, gradient)
-    one = strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
-    two = strategy.predict(params, strategy.adapt(params, padded.support, key), padded.query.features)
+    one = scores(strategy, params, task)
+    two = scores(strategy, params, padded)
     np.testing.assert_allclose(two[:5, :4], one, rtol=1e-4, atol=1e-5)
 
 
 def test_users_do_not_influence_each_other(strategy, task_batch):
     task, key = task_batch(), jax.random.key(0)
-    params = perturbed(strategy.init(key))
-    together = strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
+    params = perturbed(jax.jit(strategy.init)(key))
+    together = scores(strategy, params, task)
     for u in range(5):
         alone = jax.tree.map(lambda x: x[u : u + 1], task)
-        scores = strategy.predict(params, strategy.adapt(params, alone.support, key), alone.query.features)
-        np.testing.assert_allclose(scores[0], together[u], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(scores(strategy, params, alone)[0], together[u], rtol=1e-4, atol=1e-5)
 
 
 def test_the_order_of_the_support_set_does_not_matter(strategy, task_batch):
     task, key = task_batch(), jax.random.key(0)
-    params = perturbed(strategy.init(key))
+    params = perturbed(jax.jit(strategy.init)(key))
     reversed_ = jax.tree.map(lambda x: np.asarray(x)[:, ::-1].copy(), task.support)
-    one = strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
-    two = strategy.predict(params, strategy.adapt(params, reversed_, key), task.query.features)
+    one = scores(strategy, params, task)
+    two = scores(strategy, params, Task(reversed_, task.query))
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
 
 
 def test_no_support_one_class_and_constant_targets_give_finite_scores_and_gradients(strategy, task_batch):
     task, key = task_batch(), jax.random.key(0)
-    params = strategy.init(key)
+    params = jax.jit(strategy.init)(key)
+    loss = jax.jit(jax.value_and_grad(lambda p, task: strategy.loss(p, task, key)[0]))
     for target in (0.0, 1.0):
         for empty in (0.0, 1.0):
             support = task.support._replace(
                 target=jnp.full_like(task.support.target, target), mask=jnp.asarray(task.support.mask) * empty
             )
-            value, gradient = jax.value_and_grad(lambda p: strategy.loss(p, Task(support, task.query), key)[0])(params)
+            value, gradient = loss(params, Task(support, task.query))
             assert np.isfinite(value)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
@@ -99,14 +102,18 @@ def test_meta_training_learns_users_that_differ_in_sign(strategy):
     for _ in range(300):
         params, state, _ = step(params, state, task(), key)
     held_out = task(256)
-    scores = strategy.predict(params, strategy.adapt(params, held_out.support, key), held_out.query.features)
-    accuracy = np.mean((np.asarray(scores) > 0) == (held_out.query.target > 0.5))
-    blind = strategy.adapt(params, held_out.support._replace(mask=jnp.zeros((256, 16))), key)
-    unadapted = np.mean(
-        (np.asarray(strategy.predict(params, blind, held_out.query.features)) > 0) == (held_out.query.target > 0.5)
+    blind = Task(held_out.support._replace(mask=np.zeros((256, 16), np.float32)), held_out.query)
+    adapted, unadapted = (
+        np.mean((np.asarray(scores(strategy, params, t)) > 0) == (t.query.target > 0.5)) for t in (held_out, blind)
     )
-    assert accuracy > 0.8
+    assert adapted > 0.8
     assert 0.4 < unadapted < 0.6
+
+
+@partial(jax.jit, static_argnums=0)
+def scores(strategy, params, task):
+    """Adapt to the support, score the query."""
+    return strategy.predict(params, strategy.adapt(params, task.support, jax.random.key(0)), task.query.features)
 
 
 def perturbed(params):

@@ -36,10 +36,10 @@ def test_fomaml_is_the_query_gradient_at_the_adapted_weights(task_batch, tiny_mo
     fast = strategy.adapt(params, task.support, key)
     per_user = jax.vmap(jax.grad(lambda w, x, y: LOSS(tiny_model.apply(w, x), y).mean()))
     expected = jax.tree.map(lambda g: g.mean(0), per_user(fast, task.query.features, task.query.target))
-    gradient = jax.grad(lambda p: strategy.loss(p, task, key)[0])(params)["model"]
+    gradient = jax.jit(jax.grad(lambda p: strategy.loss(p, task, key)[0]))(params)["model"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected)
     exact = mr.maml(tiny_model, learn_step_size=False, steps=2)
-    second_order = jax.grad(lambda p: exact.loss(p, task, key)[0])(params)["model"]
+    second_order = jax.jit(jax.grad(lambda p: exact.loss(p, task, key)[0]))(params)["model"]
     assert not np.allclose(second_order["w1"], gradient["w1"], rtol=1e-2)
 
 
@@ -49,7 +49,7 @@ def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tin
     params = strategy.init(key)
     everything = jax.tree.map(lambda s, q: jnp.concatenate([s, q], 1), task.support, task.query)
     own = core.adapt(tiny_model.apply, params, everything, loss=LOSS, steps=3)
-    gradient = jax.grad(lambda p: strategy.loss(p, task, key)[0])(params)
+    gradient = jax.jit(jax.grad(lambda p: strategy.loss(p, task, key)[0]))(params)
     jax.tree.map(
         lambda g, p, w: np.testing.assert_allclose(g, p - w.mean(0), rtol=1e-4, atol=1e-6),
         gradient,
@@ -64,7 +64,7 @@ def test_learned_step_sizes_start_at_one_and_get_a_gradient(task_batch, tiny_mod
     params = learned.init(key)
     plain = {"model": params["model"]}
     np.testing.assert_allclose(learned.loss(params, task, key)[0], fixed.loss(plain, task, key)[0], rtol=1e-6)
-    gradient = jax.grad(lambda p: learned.loss(p, task, key)[0])(params)["log_step_size"]
+    gradient = jax.jit(jax.grad(lambda p: learned.loss(p, task, key)[0]))(params)["log_step_size"]
     assert all(abs(g) > 1e-6 for g in jax.tree.leaves(gradient))
 
 
@@ -83,16 +83,24 @@ def test_an_ensemble_trains_each_member_as_if_alone_and_averages_scores(task_bat
     task, key = task_batch(), jax.random.key(0)
     member = mr.maml(tiny_model, steps=2)
     both = mr.ensemble(member, members=2)
-    params = both.init(key)
-    gradient = jax.grad(lambda p: both.loss(p, task, key)[0])(params)
-    scores = []
-    for m in range(2):
-        own = jax.tree.map(lambda x: x[m], params)
-        alone = jax.grad(lambda p: member.loss(p, task, key)[0])(own)
-        jax.tree.map(lambda g, a: np.testing.assert_allclose(g[m], a, rtol=1e-4, atol=1e-6), gradient, alone)
-        scores.append(member.predict(own, member.adapt(own, task.support, key), task.query.features))
-    got = both.predict(params, both.adapt(params, task.support, key), task.query.features)
-    np.testing.assert_allclose(got, np.mean(scores, 0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(both.loss(params, task, key)[0], np.mean([
-        member.loss(jax.tree.map(lambda x: x[m], params), task, key)[0] for m in range(2)
-    ]), rtol=1e-5)  # fmt: skip
+
+    def run(strategy):
+        def everything(params):
+            value, gradient = jax.value_and_grad(lambda p: strategy.loss(p, task, key)[0])(params)
+            return (
+                value,
+                gradient,
+                strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features),
+            )
+
+        return jax.jit(everything)
+
+    params, alone = both.init(key), run(member)
+    value, gradient, scores = run(both)(params)
+    members = [alone(jax.tree.map(lambda x: x[m], params)) for m in range(2)]
+    np.testing.assert_allclose(value, np.mean([m[0] for m in members]), rtol=1e-5)
+    np.testing.assert_allclose(scores, np.mean([m[2] for m in members], axis=0), rtol=1e-5, atol=1e-6)
+    for i, (_, own, _) in enumerate(members):
+        jax.tree.map(lambda g, a: np.testing.assert_allclose(g[i], a, rtol=1e-4, atol=1e-6), gradient, own)
+    with pytest.raises(ValueError, match="at least one member"):
+        mr.ensemble(member, members=0)

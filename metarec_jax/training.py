@@ -104,7 +104,8 @@ def fit(
         loss = float(np.mean(jax.device_get(losses)))
         if not np.isfinite(loss):
             raise FloatingPointError(
-                f"the meta-loss became {loss} in epoch {epoch}; lower the outer learning rate or the inner step size"
+                f"the meta-loss became {loss} in epoch {epoch}; lower the outer learning rate or the inner step "
+                "size; inner Adam needs optax.adam(..., eps_root=1e-8)"
             )
         averaged = _average(averaged, params, average * (epoch > 0))
         tasks = batches(split.validation, target, query=query, batch_size=batch_size, buckets=widths[-1:])

@@ -31,7 +31,8 @@ def maml(
     Args:
       model: `init` and `apply`; `groups` too, unless every parameter adapts.
       loss: elementwise loss of scores and targets, inner and outer.
-      inner: inner optimiser, any optax transformation (default `optax.sgd(0.1)`).
+      inner: inner optimiser, any optax transformation (default `optax.sgd(0.1)`). Give Adam an `eps_root` (1e-8): its
+        square root has no derivative where a gradient is zero, and the meta-gradient would be NaN.
       steps: inner steps.
       learn_step_size: meta-learn one factor for each adapted parameter array, which multiplies the inner optimiser's
         updates and starts at 1 (Antoniou et al., How to train your MAML, ICLR 2019, section 4).

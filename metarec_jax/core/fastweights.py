@@ -19,7 +19,7 @@ from metarec_jax.core import _trace
 from metarec_jax.core._trace import Program, Site
 from metarec_jax.core.inner import partition
 from metarec_jax.core.outer import Loss
-from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss, Task, masked_mean
+from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss, Task, mean_loss
 
 EXPLICIT, DUAL, MERGED = "explicit", "dual", "merged"
 UNROLLED = 8  # inner steps written out, which runs faster; beyond, a scan, which compiles faster
@@ -447,7 +447,7 @@ class _Loop(NamedTuple):
     ) -> tuple[dict[int, Explicit | Factored], jax.Array]:
         """One user's inner loop: the adapted leaves, and whether every number was finite."""
         plan, env = self.plan, {**shared, **still}
-        present, target = jnp.any(mask > 0), jnp.where(mask > 0, target, 0)
+        present = jnp.any(mask > 0)
         values = {leaf: env[plan.program.inputs[0][leaf]] for leaf in plan.ranked(EXPLICIT)}
         bases = {leaf: self._inputs(leaf, env, {}) for leaf in plan.ranked(MERGED)}
         grams = {
@@ -523,7 +523,7 @@ class _Loop(NamedTuple):
             products = {at: replaced[at] for at in sites if at in replaced}
             replaced.update({at: partial(layer, at) for at in sites})
             program.run(self.plan.moving, local, replaced)
-            value = masked_mean(self.loss(program.result(local), target), mask)
+            value = mean_loss(self.loss, program.result(local), Examples((), target, mask))
             return value, {site.operand: local[site.operand] for site in sites.values() if not site.fixed}
 
         outputs = {at: program.shapes[program.ops[at].outputs[0]] for at in sites}

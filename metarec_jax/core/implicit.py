@@ -171,7 +171,7 @@ class _Problem(NamedTuple):
             origin = {leaf: leaves[leaf] if self.loop.plan.kinds[leaf] == EXPLICIT else 0 for leaf in y}
             return {leaf: self.damping * (y[leaf] - origin[leaf]) + slopes[leaf] for leaf in y}
 
-        return jax.vmap(user)(y, still, jnp.where(support.mask > 0, support.target, 0), support.mask)
+        return jax.vmap(user)(y, still, support.target, support.mask)
 
     def adjoint(
         self, y: dict[int, jax.Array], bar: dict[int, jax.Array], leaves: list[jax.Array], support: Examples
@@ -197,7 +197,7 @@ class _Problem(NamedTuple):
             kappa = _conjugate_gradients(operator, effect, hessian(bar), self.iterations)
             return jax.tree.map(lambda b, k: (b - k) / self.damping, bar, effect(kappa))
 
-        return jax.vmap(user)(y, bar, still, jnp.where(support.mask > 0, support.target, 0), support.mask)
+        return jax.vmap(user)(y, bar, still, support.target, support.mask)
 
 
 def _solve(problem: _Problem, leaves: list[jax.Array], support: Examples) -> tuple[dict[int, jax.Array], jax.Array]:

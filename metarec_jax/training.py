@@ -78,8 +78,11 @@ def fit(
       patience: stop after so many epochs without a better validation loss.
       batch_size: users a meta-step.
       max_support: longest support set; longer histories are sampled anew in each epoch.
-      buckets: number of padded support widths.
+      buckets: number of padded support widths, chosen to waste the least; or the widths themselves.
+      average: what is validated and kept is a running average of the parameters that keeps this share of itself at each
+        epoch (0: the last parameters; Polyak and Juditsky, 1992).
       unknown: share of users and items whose identity is hidden in training, which trains the unknown rows.
+      statistics: takes a training user's own interactions out of the item field that it made, when the data has it.
       seed: of the initial parameters and of the sampling.
       report: called after each epoch with its number and its entry in `history`.
 

@@ -30,6 +30,8 @@ from metarec_jax.tasks import Apply, Examples, Params, PointwiseLoss
 
 
 class ProximalState(NamedTuple):
+    """State of `proximal`: that of the optimiser inside, and how far the parameters have moved."""
+
     inner: Any
     moved: Params  # the sum of all updates, w - params
 

@@ -31,7 +31,7 @@ class EmbeddingMLP(nnx.Module):
             if field.kind == "dense":
                 bias[name] = nnx.Linear(field.width, 1, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
                 if deep:
-                    tables[name] = nnx.Linear(field.width, width, rngs=rngs)
+                    tables[name] = nnx.Linear(field.width, width, kernel_init=small, rngs=rngs)
             else:
                 bias[name] = nnx.Embed(field.size, 1, embedding_init=nnx.initializers.zeros, rngs=rngs)
                 if deep:

@@ -153,9 +153,12 @@ class Recommender:
 
     def _as_trained(self, data: Dataset) -> Dataset:
         """The interactions of `data` with the item features of the training, or an error when the two do not fit."""
-        known = {name: (f.kind, f.size) for name, f in fields_of(self.catalogue).items()}
-        given = {name: (f.kind, f.size) for name, f in fields_of(data).items()}
-        if not np.array_equal(self.catalogue.items.ids, data.items.ids) or not given.items() <= known.items():
+        known, given = (
+            {n: (f.kind, f.size, f.vocabulary and f.vocabulary.ids.tolist()) for n, f in fields_of(d).items()}
+            for d in (self.catalogue, data)
+        )
+        same_fields = all(known.get(name) == field for name, field in given.items())
+        if not np.array_equal(self.catalogue.items.ids, data.items.ids) or not same_fields:
             raise DataError(
                 f"{data.name} does not have the items and fields of the training data ({self.catalogue.name}); "
                 "evaluate it on the same dataset, or train a new model"

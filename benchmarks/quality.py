@@ -63,13 +63,13 @@ def once(make: Callable[..., Any]) -> Callable[..., Any]:
     return first
 
 
-def run(strategies: Sequence[str], target: str, splits: int, data: mr.data.Dataset, train_on: str, epochs: int) -> None:
+def run(strategies: Sequence[str], target: str, splits: range, data: mr.data.Dataset, train_on: str, epochs: int) -> None:
     """Train and judge everything, print the table."""
     protocol = mr.ColdUsers(target=target, train_on=train_on)
     values: dict[str, list[list[float]]] = {}
     costs: dict[str, list[tuple[float, float, int]]] = {}
     makers = {name: once(mr.STRATEGIES[name]) for name in strategies}
-    for seed in range(splits):
+    for seed in splits:
         for name in strategies:
             start = time.perf_counter()
             recommender = mr.train(
@@ -95,7 +95,7 @@ def run(strategies: Sequence[str], target: str, splits: int, data: mr.data.Datas
             )
     table = {learner: np.array(rows) for learner, rows in values.items()}
     baselines = [b for b in mr.evaluation.BASELINES if b in table]
-    print(f"\n{data.name}, target {target}, {protocol}, splits 0 to {splits - 1}")
+    print(f"\n{data.name}, target {target}, {protocol}, splits {splits[0]} to {splits[-1]}")
     print(f"{platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     header = ["learner", *SHOWN[target], *(f"{m} minus best baseline" for m in PAIRED[target])]
     header += ["training s, median", "users/s", "adapted values"]
@@ -118,7 +118,8 @@ BUCKETS = (40, 90)  # the same for every split, so that a strategy compiles once
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="ml-100k")
-    parser.add_argument("--splits", type=int, default=10)
+    parser.add_argument("--splits", type=int, default=10, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first split")
     parser.add_argument("--target", choices=["click", "rating"], default="click")
     parser.add_argument("--train-on", choices=["window", "all"], default="window")
     parser.add_argument(
@@ -126,4 +127,5 @@ if __name__ == "__main__":
     )
     parser.add_argument("--strategies", nargs="+", default=list(mr.STRATEGIES), choices=list(mr.STRATEGIES))
     given = parser.parse_args()
-    run(given.strategies, given.target, given.splits, mr.data.load(given.data), given.train_on, given.epochs)
+    splits = range(given.first, given.first + given.splits)
+    run(given.strategies, given.target, splits, mr.data.load(given.data), given.train_on, given.epochs)

@@ -63,7 +63,9 @@ def once(make: Callable[..., Any]) -> Callable[..., Any]:
     return first
 
 
-def run(strategies: Sequence[str], target: str, splits: range, data: mr.data.Dataset, train_on: str, epochs: int) -> None:
+def run(
+    strategies: Sequence[str], target: str, splits: range, data: mr.data.Dataset, train_on: str, epochs: int
+) -> None:
     """Train and judge everything, print the table."""
     protocol = mr.ColdUsers(target=target, train_on=train_on)
     values: dict[str, list[list[float]]] = {}

@@ -1,4 +1,7 @@
-"""Fixtures that several parts of the suite share."""
+"""Fixtures that several parts of the suite share, and how hard the compiler tries for tests."""
+
+import os
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,13 @@ import pytest
 
 import metarec_jax as mr
 from metarec_jax.tasks import Examples, Task
+
+# Most of what the suite compiles runs a few times only. XLA reads this at its first use, after all imports; what the
+# caller set wins.
+QUICK = ["--xla_backend_optimization_level=0"]
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12):  # newer ones have no such emitters and no such flag
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")])
 
 
 def random_task(seed=0, users=5, support=7, query=4, width=3, mask=True):

@@ -19,11 +19,6 @@ from metarec_jax.core.fastweights import Explicit, Factored, PlainFormWarning
 from metarec_jax.tasks import Examples, Task
 
 USERS, SUPPORT, QUERY, INPUTS, ITEMS = 3, 5, 3, 6, 9
-# What is compiled here runs once: the compiler need not try hard (newer ones have no such emitters).
-QUICK: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 12):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
-JIT = partial(jax.jit, compiler_options=QUICK)
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
@@ -88,7 +83,7 @@ def meta_loss(engine: Any, case: Case, params: Any, step_size: Any, task: Task, 
 
 def meta_gradient(engine: Any, case: Case, task: Task, **only: Any) -> Any:
     loss = partial(meta_loss, engine, case, **only)
-    return JIT(jax.value_and_grad(loss, (0, 1)))(case.params, case.step_size, task)
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(case.params, case.step_size, task)
 
 
 def distance(a: Any, b: Any) -> float:
@@ -240,8 +235,8 @@ def test_a_learned_rate_inside_the_optimizer_stays_factored_and_gets_its_gradien
         return meta_loss(engine, Case(run_tower, params, 1.0, options), params, 1.0, task(), **only)
 
     params = tower((INPUTS, 4))
-    found = JIT(jax.grad(lambda r: loss(fastweights, r, form="dual")))(0.1)
-    np.testing.assert_allclose(found, JIT(jax.grad(lambda r: loss(inner, r)))(0.1), rtol=1e-5)
+    found = jax.jit(jax.grad(lambda r: loss(fastweights, r, form="dual")))(0.1)
+    np.testing.assert_allclose(found, jax.jit(jax.grad(lambda r: loss(inner, r)))(0.1), rtol=1e-5)
 
 
 def test_forms_can_be_forced_by_leaf_and_long_loops_are_scanned():
@@ -262,8 +257,8 @@ def test_shared_leaves_stay_shared():
 
 
 CASE = Case(run_tower, tower((INPUTS, 4, 3)), jnp.array(1.0), {"steps": 2})
-ENGINE = JIT(jax.value_and_grad(partial(meta_loss, fastweights, CASE, form="dual"), (0, 1)))
-ADAPT = JIT(partial(fastweights.adapt, run_tower, steps=2, form="dual"))
+ENGINE = jax.jit(jax.value_and_grad(partial(meta_loss, fastweights, CASE, form="dual"), (0, 1)))
+ADAPT = jax.jit(partial(fastweights.adapt, run_tower, steps=2, form="dual"))
 
 
 def test_padding_never_changes_the_meta_gradient():
@@ -320,7 +315,7 @@ def test_chunks_have_the_gradient_of_the_whole_batch():
         return value, {"mean": value, "users": counted, "scores": scores}
 
     chunked = fastweights.chunked(loss, 2)
-    (value, aux), gradient = JIT(jax.value_and_grad(chunked, has_aux=True))(CASE.params, data, jax.random.key(0))
+    (value, aux), gradient = jax.jit(jax.value_and_grad(chunked, has_aux=True))(CASE.params, data, jax.random.key(0))
     whole = ENGINE(CASE.params, CASE.step_size, data)
     assert distance((value, gradient), (whole[0], whole[1][0])) < 1e-5
     assert aux["users"] == 2
@@ -334,7 +329,7 @@ def test_bfloat16_is_asked_of_every_product_and_changes_little():
     only = partial(meta_loss, fastweights, CASE, form="dual", precision=jnp.bfloat16)
     program = str(jax.make_jaxpr(jax.grad(only))(CASE.params, CASE.step_size, data))
     assert program.count("BF16_BF16_F32") == program.count("dot_general[")
-    found = JIT(only)(CASE.params, CASE.step_size, data)
+    found = jax.jit(only)(CASE.params, CASE.step_size, data)
     np.testing.assert_allclose(found, ENGINE(CASE.params, CASE.step_size, data)[0], rtol=3e-2)
 
 

@@ -12,11 +12,6 @@ from metarec_jax.core import fastweights, implicit, inner, outer
 from metarec_jax.tasks import Examples, Task
 
 USERS, SUPPORT, QUERY, INPUTS, ITEMS, DAMPING = 3, 5, 4, 3, 6, 3.0
-# What is compiled here runs once: the compiler need not try hard (newer ones have no such emitters).
-QUICK: dict[str, bool | int] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 12):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
-JIT = partial(jax.jit, compiler_options=QUICK)
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +74,8 @@ def test_linear_regression_has_the_gradient_of_the_closed_form(form):
         return outer.query_loss(scores, task.query, optax.losses.squared_error)
 
     params = {"w": jnp.ones((INPUTS, 1))}
-    found = JIT(jax.value_and_grad(partial(meta_loss, linear, steps=80, form=form)))(params, TASK)
-    assert_close(found, JIT(jax.value_and_grad(closed))(params, TASK), 1e-4)
+    found = jax.jit(jax.value_and_grad(partial(meta_loss, linear, steps=80, form=form)))(params, TASK)
+    assert_close(found, jax.jit(jax.value_and_grad(closed))(params, TASK), 1e-4)
 
 
 def test_the_gradient_is_that_of_maml_run_to_convergence_shared_leaves_included():
@@ -94,13 +89,13 @@ def test_the_gradient_is_that_of_maml_run_to_convergence_shared_leaves_included(
 
     options = {"optimizer": optax.sgd(0.2), "steps": 80, "adapted": mask, "iterations": 12, "form": "dual"}
     params = network_params()
-    found = JIT(jax.value_and_grad(partial(meta_loss, network, **options)))(params, TASK)
-    assert_close(found, JIT(jax.value_and_grad(unrolled))(params, TASK), 1e-3)
+    found = jax.jit(jax.value_and_grad(partial(meta_loss, network, **options)))(params, TASK)
+    assert_close(found, jax.jit(jax.value_and_grad(unrolled))(params, TASK), 1e-3)
 
 
 def test_users_without_support_or_with_bad_numbers_pass_the_gradient_straight_through():
     params = {"w": jnp.ones((INPUTS, 1))}
-    gradient = JIT(jax.value_and_grad(partial(meta_loss, linear, steps=20, form="dual")))
+    gradient = jax.jit(jax.value_and_grad(partial(meta_loss, linear, steps=20, form="dual")))
     empty = TASK.support._replace(mask=TASK.support.mask.at[1].set(0))
     bad = TASK.support._replace(target=TASK.support.target.at[1, 0].set(jnp.inf))
     found = gradient(params, TASK._replace(support=empty))

@@ -133,11 +133,11 @@ def jax_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> It
     users = task.query.mask.shape[0]
     for name, engine, chunk in (("plain JAX vmap", inner, 0), ("this engine", fastweights, args.chunk)):
         loss = partial(meta_loss, engine, steps)
-        chunked = fastweights.chunked(loss, chunk) if chunk else loss
+        chunked = outer.chunked(loss, chunk) if chunk else loss
         gradient = jax.value_and_grad(chunked, has_aux=True)
         yield name, compiled(lambda p, t, g=gradient: g(p, t, None), (params, task), users, args.repeats)
         if args.both and not chunk:
-            gradient = jax.value_and_grad(fastweights.chunked(loss, args.chunk or users), has_aux=True)
+            gradient = jax.value_and_grad(outer.chunked(loss, args.chunk or users), has_aux=True)
             timing = compiled(lambda p, t, g=gradient: g(p, t, None), (params, task), users, args.repeats)
             yield "plain JAX vmap in chunks", timing
 

@@ -12,19 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metarec_jax.core.fastweights import (
-    EXPLICIT,
-    MERGED,
-    Adapted,
-    Explicit,
-    Factored,
-    _choose,
-    _healthy,
-    _Loop,
-    _plan,
-    _precision,
-    _reset,
-)
+from metarec_jax.core._loop import Adapted, Explicit, Factored, Loop, as_precision, choose, healthy, reset
+from metarec_jax.core._plan import EXPLICIT, MERGED, make_plan
 from metarec_jax.core.inner import partition
 from metarec_jax.tasks import Apply, Examples, Params, PointwiseLoss
 
@@ -100,8 +89,8 @@ def adapt(
         raise ValueError(f"damping must be more than 0 and steps 1 or more, got {damping} and {steps}")
     start = partition(params, adapted)
     pulled = proximal(optax.sgd(0.1) if optimizer is None else optimizer, damping)
-    plan = _plan(apply, params, support, start, pulled, steps, adapted, 1.0, form, kept=(MERGED,))
-    loop = _Loop(plan, jax.tree.structure(start), loss, pulled, steps, True, False, _precision(precision))
+    plan = make_plan(apply, params, support.features, start, pulled, steps, adapted, 1.0, form, kept=(MERGED,))
+    loop = Loop(plan, jax.tree.structure(start), loss, pulled, steps, True, False, as_precision(precision))
     leaves = jax.tree.leaves(params)
     found, fine = _solve(_Problem(loop, damping, iterations), leaves, support)
     shared, still = loop.prepare(leaves, support.features)
@@ -111,8 +100,8 @@ def adapt(
             entries[leaf] = Explicit(value)
             continue
         axes = plan.sites[plan.sites_of(leaf)[0]].axes
-        inputs = jax.vmap(lambda still, leaf=leaf: loop._inputs(leaf, {**shared, **still}, {}))(still)
-        entries[leaf] = Factored(_choose(fine, inputs, 0), value, axes)
+        inputs = jax.vmap(lambda still, leaf=leaf: loop.inputs(leaf, {**shared, **still}, {}))(still)
+        entries[leaf] = Factored(choose(fine, inputs, 0), value, axes)
     return Adapted(tuple(entries.get(i) for i in range(len(leaves))), ~fine, loop.precision)
 
 
@@ -124,13 +113,13 @@ class _Problem(NamedTuple):
     otherwise).
     """
 
-    loop: _Loop
+    loop: Loop
     damping: float
     iterations: int
 
     def minimum(self, leaves: list[jax.Array], support: Examples) -> tuple[dict[int, jax.Array], jax.Array]:
         entries, fine = self.loop.run(leaves, support)
-        entries = _reset(entries, leaves, fine)
+        entries = reset(entries, leaves, fine)
         return {i: e.value if isinstance(e, Explicit) else e.outputs for i, e in entries.items()}, fine
 
     def effect(self, env: dict[int, Any], y: dict[int, jax.Array]) -> dict[int, jax.Array]:
@@ -138,7 +127,7 @@ class _Problem(NamedTuple):
         plan, effects = self.loop.plan, {}
         for leaf, value in y.items():
             if plan.kinds[leaf] == MERGED:
-                inputs, site = self.loop._inputs(leaf, env, {}), plan.sites[plan.sites_of(leaf)[0]]
+                inputs, site = self.loop.inputs(leaf, env, {}), plan.sites[plan.sites_of(leaf)[0]]
                 value = jnp.matmul(site.gram(inputs, inputs, self.loop.precision), value)
             effects[leaf] = value
         return effects
@@ -156,7 +145,7 @@ class _Problem(NamedTuple):
                 local[out] = env[out] + site.unflat(part, env[out].shape)
                 row += site.rows
         values = {leaf: effect[leaf] for leaf in plan.ranked(EXPLICIT)}
-        gradient, taps, _, _ = self.loop._replace(first_order=False)._gradients(local, target, mask, values, {}, {})
+        gradient, taps, _, _ = self.loop._replace(first_order=False).gradients(local, target, mask, values, {}, {})
         outputs = {
             leaf: jnp.concatenate([plan.sites[at].flat(taps[at]) for at in plan.sites_of(leaf)])
             for leaf in plan.ranked(MERGED)
@@ -211,9 +200,9 @@ def _solve(problem: _Problem, leaves: list[jax.Array], support: Examples) -> tup
 
     def backward(kept: Any, bar: Any) -> Any:
         y, fine, leaves, support = kept
-        healthy = _healthy(support, fine)
-        mu = problem.adjoint(y, bar[0], leaves, healthy)
-        _, pull = jax.vjp(lambda leaves: problem.stationarity(y, leaves, healthy), leaves)
+        fit = healthy(support, fine)
+        mu = problem.adjoint(y, bar[0], leaves, fit)
+        _, pull = jax.vjp(lambda leaves: problem.stationarity(y, leaves, fit), leaves)
         (cotangent,) = pull(jax.tree.map(jnp.negative, mu))
         return cotangent, jax.tree.map(_no_cotangent, support)
 

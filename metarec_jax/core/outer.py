@@ -43,3 +43,83 @@ def meta_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[.
         return optax.apply_updates(params, updates), state, {**aux, "loss": value}
 
     return step
+
+
+def chunked(loss: Loss, chunk: int) -> Loss:
+    """A meta-loss that works through its users `chunk` at a time: same value, same gradient, bounded memory.
+
+    Value and gradient of a chunk are found together, so nothing is computed twice and no activation outlives
+    its chunk; small chunks also stay in a CPU's cache. Users without a query example do not count, as in
+    `query_loss`. Differentiable once, in `params` only.
+
+    Args:
+      loss: `loss(params, task, key) -> (scalar, aux)`, a mean over the task's users that have a query
+        example.
+      chunk: users at a time; the last chunk is filled up with users that have no examples.
+
+    Returns:
+      A loss of the same form, each chunk with its own key. In `aux`, scalar floats are averaged as the loss
+      is, scalar counts (integers and bools) are summed, and arrays `[users, ...]` are joined.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, got {chunk}")
+
+    def whole(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        users = task.query.mask.shape[0]
+        if users <= chunk:
+            return loss(params, task, key)
+        parts = pieces(task, chunk)
+        counts = jnp.any(parts.query.mask > 0, axis=-1).sum(-1)
+        share = counts / jnp.maximum(counts.sum(), 1)
+        inputs = (parts, None if key is None else jax.random.split(key, len(counts)), share)
+
+        def total(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+            def piece(value: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+                task, key, share = inputs
+                part, aux = loss(params, task, key)
+                return value + _weigh(share, part), aux
+
+            value, aux = jax.lax.scan(piece, jnp.zeros(()), inputs)
+            return value, jax.tree.map(partial(_join, share, users), aux)
+
+        def forward(params: Params) -> tuple[Any, Params]:
+            def piece(sums: Any, inputs: Any) -> tuple[Any, Any]:
+                task, key, share = inputs
+                (part, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params, task, key)
+                return jax.tree.map(lambda sum, new: sum + _weigh(share, new), sums, (part, gradient)), aux
+
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+            (value, gradient), aux = jax.lax.scan(piece, zero, inputs)
+            return (value, jax.tree.map(partial(_join, share, users), aux)), gradient
+
+        rule = jax.custom_vjp(total)
+        rule.defvjp(forward, lambda gradient, bar: (jax.tree.map(lambda g: (bar[0] * g).astype(g.dtype), gradient),))
+        return rule(params)
+
+    return whole
+
+
+def _weigh(share: jax.Array, value: jax.Array) -> jax.Array:
+    return jnp.where(share > 0, share * value, 0).astype(value.dtype)
+
+
+def _join(share: jax.Array, users: int, value: jax.Array) -> jax.Array:
+    """The chunks' auxiliary outputs `[chunks, ...]` as one."""
+    if value.ndim > 1:
+        return value.reshape(-1, *value.shape[2:])[:users]
+    return jnp.where(share > 0, share * value, 0).sum() if jnp.issubdtype(value.dtype, jnp.inexact) else value.sum()
+
+
+def pieces(batch: Any, chunk: int) -> Any:
+    """`[users, ...]` as `[chunks, chunk, ...]`; the last chunk is filled with masked copies of a user."""
+    users = jax.tree.leaves(batch)[0].shape[0]
+    missing = -users % chunk
+
+    def cut(a: jax.Array, fill: Callable[[jax.Array], jax.Array] = lambda last: last) -> jax.Array:
+        full = a if not missing else jnp.concatenate([a, jnp.repeat(fill(a[-1:]), missing, axis=0)])
+        return full.reshape(-1, chunk, *a.shape[1:])
+
+    def examples(part: Examples) -> Examples:
+        return Examples(jax.tree.map(cut, part.features), cut(part.target), cut(part.mask, jnp.zeros_like))
+
+    return Task(*map(examples, batch)) if isinstance(batch, Task) else examples(batch)

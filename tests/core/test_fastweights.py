@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metarec_jax.core import fastweights, inner, outer
+from metarec_jax.core import _loop, fastweights, inner, outer
 from metarec_jax.core.fastweights import Explicit, Factored, PlainFormWarning
 from metarec_jax.tasks import Examples, Task
 
@@ -241,7 +241,7 @@ def test_a_learned_rate_inside_the_optimizer_stays_factored_and_gets_its_gradien
 
 def test_forms_can_be_forced_by_leaf_and_long_loops_are_scanned():
     form = {"w0": "dual", "b0": "plain", "w1": "plain", "b1": "auto", "head": "auto"}
-    case = Case(run_tower, tower((INPUTS, 4, 3)), 1.0, {"steps": fastweights.UNROLLED + 2})
+    case = Case(run_tower, tower((INPUTS, 4, 3)), 1.0, {"steps": _loop.UNROLLED + 2})
     agree(case, task(), form=form)
 
 
@@ -314,7 +314,7 @@ def test_chunks_have_the_gradient_of_the_whole_batch():
         counted = (task.query.mask.max(-1) > 0).sum()
         return value, {"mean": value, "users": counted, "scores": scores}
 
-    chunked = fastweights.chunked(loss, 2)
+    chunked = outer.chunked(loss, 2)
     (value, aux), gradient = jax.jit(jax.value_and_grad(chunked, has_aux=True))(CASE.params, data, jax.random.key(0))
     whole = ENGINE(CASE.params, CASE.step_size, data)
     assert distance((value, gradient), (whole[0], whole[1][0])) < 1e-5
@@ -382,7 +382,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="form must be"):
         fastweights.adapt(run_tower, CASE.params, task().support, form="fast")
     with pytest.raises(ValueError, match="chunk must be"):
-        fastweights.chunked(lambda *_: None, 0)
+        outer.chunked(lambda *_: None, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="precision must be"):

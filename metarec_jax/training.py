@@ -56,6 +56,7 @@ def fit(
     epochs: int = EPOCHS,
     patience: int = 8,
     batch_size: int = 32,
+    chunk: int | None = None,
     max_support: int = 128,
     buckets: int | tuple[int, ...] = 2,
     average: float = 0.9,
@@ -77,6 +78,7 @@ def fit(
       epochs: at most so many passes over the training users.
       patience: stop after so many epochs without a better validation loss.
       batch_size: users a meta-step.
+      chunk: users differentiated at a time; bounds the memory of a large batch, changes nothing else.
       max_support: longest support set; longer histories are sampled anew in each epoch.
       buckets: number of padded support widths, chosen to waste the least; or the widths themselves.
       average: what is validated and kept is a running average of the parameters that keeps this share of itself at each
@@ -102,7 +104,9 @@ def fit(
         losses = []
         for batch in batches(split.train, target, buckets=widths, rng=rng, **sampling):
             key, step_key = jax.random.split(key)
-            params, state, aux = _step(params, state, batch.task, step_key, loss=strategy.loss, optimizer=optimizer)
+            params, state, aux = _step(
+                params, state, batch.task, step_key, loss=strategy.loss, optimizer=optimizer, chunk=chunk
+            )
             losses.append(aux["loss"])
         loss = float(np.mean(jax.device_get(losses)))
         if not np.isfinite(loss):
@@ -123,10 +127,12 @@ def fit(
     return best._replace(history=history)
 
 
-@partial(jax.jit, static_argnames=("loss", "optimizer"), donate_argnames=("params", "state"))
-def _step(params: Params, state: Any, task: Task, key: jax.Array, *, loss: Any, optimizer: Any) -> Any:
+@partial(jax.jit, static_argnames=("loss", "optimizer", "chunk"), donate_argnames=("params", "state"))
+def _step(
+    params: Params, state: Any, task: Task, key: jax.Array, *, loss: Any, optimizer: Any, chunk: int | None
+) -> Any:
     """`meta_step`, compiled once for each loss, optimiser and shape, also over several calls of `fit`."""
-    return meta_step(loss, optimizer)(params, state, task, key)
+    return meta_step(loss, optimizer, chunk=chunk)(params, state, task, key)
 
 
 @jax.jit

@@ -1,9 +1,28 @@
 """Inner and outer loops in pure JAX: usable alone in any JAX codebase.
 
 Knows no files, no flax and no recommender; speaks `Examples` and `Task` and the caller's own `apply(params, features)`.
+
+`adapt` and `predict` are the engine of `fastweights`, which never forms a user's weights where it can do without;
+`inner` has the same two in the plain form, `implicit` differentiates the inner minimum instead of the way there.
 """
 
-from metarec_jax.core.inner import adapt, merge, partition, predict
-from metarec_jax.core.outer import meta_step, query_loss
+from metarec_jax.core import fastweights, implicit, inner, outer
+from metarec_jax.core.fastweights import adapt, mean_change, predict, weights
+from metarec_jax.core.inner import merge, partition
+from metarec_jax.core.outer import chunked, meta_step, query_loss
 
-__all__ = ["adapt", "merge", "meta_step", "partition", "predict", "query_loss"]
+__all__ = [
+    "adapt",
+    "chunked",
+    "fastweights",
+    "implicit",
+    "inner",
+    "mean_change",
+    "merge",
+    "meta_step",
+    "outer",
+    "partition",
+    "predict",
+    "query_loss",
+    "weights",
+]

@@ -14,7 +14,7 @@ from metarec_jax.core._plan import DUAL, EXPLICIT, MERGED, Plan, step_factors
 from metarec_jax.core._trace import Program
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, mean_loss
 
-UNROLLED = 8  # inner steps written out, which runs faster; beyond, a scan, which compiles faster
+UNROLLED = 2  # inner steps written out; more are a scan, which compiles faster and runs as fast, but for DUAL leaves
 
 
 @jax.tree_util.register_dataclass

@@ -25,17 +25,21 @@ def query_loss(scores: jax.Array, query: Examples, loss: PointwiseLoss) -> jax.A
     return masked_mean(per_user, jnp.any(query.mask > 0, axis=-1))
 
 
-def meta_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+def meta_step(loss: Loss, optimizer: optax.GradientTransformation, *, chunk: int | None = None) -> Callable[..., Any]:
     """One step of meta-training as a pure function: jit it, and donate the first two arguments.
 
     Args:
       loss: `loss(params, task, key) -> (scalar, aux)`, the loss of a strategy. Its gradient is the meta-gradient.
       optimizer: any optax transformation.
+      chunk: users differentiated at a time, see `chunked`: any number of users in bounded memory.
 
     Returns:
       `step(params, state, task, key) -> (params, state, aux)`, where `state` starts as `optimizer.init(params)` and
       `aux` is the loss's own with `loss` added, a scalar.
     """
+
+    if chunk is not None:
+        loss = chunked(loss, chunk)
 
     def step(params: Params, state: Any, task: Task, key: jax.Array) -> tuple[Params, Any, dict[str, jax.Array]]:
         (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params, task, key)

@@ -23,6 +23,7 @@ def maml(
     learn_step_size: bool = True,
     first_order: bool = False,
     groups: Collection[str] = ALL,
+    form: Params = "auto",
 ) -> Strategy:
     """Model-agnostic meta-learning with the exact second-order meta-gradient.
 
@@ -38,6 +39,9 @@ def maml(
         updates and starts at 1 (Antoniou et al., How to train your MAML, ICLR 2019, section 4).
       first_order: treat inner gradients as constants.
       groups: which groups of parameters adapt; the rest is shared by all users and never copied.
+      form: how adapted weights are held, see `core.adapt`; the result is the same.
+
+    The loss's aux has `failed`, how many users met a non-finite number in the inner loop and were not adapted.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
@@ -77,14 +81,16 @@ def maml(
             adapted=adapted_leaves(params["model"]),
             step_size=jax.tree.map(jnp.exp, params["log_step_size"]) if learn_step_size else 1.0,
             first_order=first_order,
+            form=form,
         )
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         return core.predict(model.apply, params["model"], adapted, features)
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        scores = predict(params, adapt(params, task.support, key), task.query.features)
-        return core.query_loss(scores, task.query, loss), {}
+        adapted = adapt(params, task.support, key)
+        scores = predict(params, adapted, task.query.features)
+        return core.query_loss(scores, task.query, loss), {"failed": adapted.failed.sum()}
 
     return Strategy(init, adapt, predict, meta_loss)
 

@@ -47,13 +47,9 @@ def reptile(
         adapted = adapt(fixed, everything, key)
         value = core.query_loss(predict(fixed, adapted, everything.features), everything, loss)
         real = jnp.any(everything.mask > 0, axis=1)
-
-        def pull(theta: jax.Array, w: jax.Array) -> jax.Array:
-            """<theta, mean_u (theta - w_u)> with the mean as a constant, so that its gradient is that mean."""
-            mean = jnp.tensordot(real / jnp.maximum(real.sum(), 1), theta[None] - w, axes=1)
-            return jnp.vdot(theta, jax.lax.stop_gradient(mean))
-
-        surrogate = sum(jax.tree.leaves(jax.tree.map(pull, params, adapted)))
-        return value + surrogate - jax.lax.stop_gradient(surrogate), {}
+        change = core.mean_change(fixed, adapted, real / jnp.maximum(real.sum(), 1))
+        # <theta, mean_u (theta - w_u)> with the mean as a constant, so that its gradient is that mean
+        surrogate = -sum(jax.tree.leaves(jax.tree.map(jnp.vdot, params, jax.lax.stop_gradient(change))))
+        return value + surrogate - jax.lax.stop_gradient(surrogate), {"failed": adapted.failed.sum()}
 
     return Strategy(model.init, adapt, predict, meta_loss)

@@ -37,3 +37,8 @@ def test_a_meta_step_is_one_optimizer_step_on_the_meta_loss(task_batch, tiny_mod
     jax.tree.map(lambda m, p, g: np.testing.assert_allclose(m, p - 0.1 * g, rtol=1e-6), moved, params, gradient)
     np.testing.assert_allclose(aux["loss"], loss(params, task, None)[0], rtol=1e-6)
     assert set(aux) == {"loss", "scores"}
+
+    in_chunks = core.meta_step(loss, optimizer, chunk=2)
+    same, _, parts = in_chunks(params, optimizer.init(params), task, jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), same, moved)
+    np.testing.assert_allclose(parts["loss"], aux["loss"], rtol=1e-6)

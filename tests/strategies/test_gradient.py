@@ -1,5 +1,7 @@
 """What distinguishes MAML, FOMAML, ANIL, MeLU and Reptile from each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,14 +28,15 @@ def test_each_adapts_its_own_groups_and_shares_the_rest(name, adapted, task_batc
     strategy = mr.STRATEGIES[name](tiny_model)
     params = strategy.init(jax.random.key(0))
     fast = strategy.adapt(params, task_batch().support, jax.random.key(0))
-    assert {leaf for leaf, value in fast.items() if value is not None} == adapted
+    own = core.weights(params.get("model", params), fast)
+    assert {leaf for leaf, value in own.items() if value is not None} == adapted
 
 
 def test_fomaml_is_the_query_gradient_at_the_adapted_weights(task_batch, tiny_model):
     task, key = task_batch(mask=False), jax.random.key(0)
     strategy = mr.fomaml(tiny_model, learn_step_size=False, steps=2)
     params = strategy.init(key)
-    fast = strategy.adapt(params, task.support, key)
+    fast = core.weights(params["model"], strategy.adapt(params, task.support, key))
     per_user = jax.vmap(jax.grad(lambda w, x, y: LOSS(tiny_model.apply(w, x), y).mean()))
     expected = jax.tree.map(lambda g: g.mean(0), per_user(fast, task.query.features, task.query.target))
     gradient = jax.jit(jax.grad(lambda p: strategy.loss(p, task, key)[0]))(params)["model"]
@@ -48,7 +51,7 @@ def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tin
     strategy = mr.reptile(tiny_model, steps=3)
     params = strategy.init(key)
     everything = jax.tree.map(lambda s, q: jnp.concatenate([s, q], 1), task.support, task.query)
-    own = core.adapt(tiny_model.apply, params, everything, loss=LOSS, steps=3)
+    own = core.inner.adapt(tiny_model.apply, params, everything, loss=LOSS, steps=3)
     gradient = jax.jit(jax.grad(lambda p: strategy.loss(p, task, key)[0]))(params)
     jax.tree.map(
         lambda g, p, w: np.testing.assert_allclose(g, p - w.mean(0), rtol=1e-4, atol=1e-6),
@@ -56,6 +59,32 @@ def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tin
         params,
         own,
     )
+
+
+def test_training_on_the_engine_has_the_loss_curve_of_the_plain_form(synthetic):
+    def plain(model, *, loss):
+        """MAML on `core.inner`, the reference."""
+        inner = functools.partial(core.inner.adapt, model.apply, loss=loss, optimizer=optax.sgd(0.1), steps=5)
+
+        def adapt(params, support, key):
+            sizes = jax.tree.map(jnp.exp, params["log_step_size"])
+            return inner(params["model"], support, step_size=sizes)
+
+        def predict(params, fast, features):
+            return core.inner.predict(model.apply, params["model"], fast, features)
+
+        def meta_loss(params, task, key):
+            scores = predict(params, adapt(params, task.support, key), task.query.features)
+            return core.query_loss(scores, task.query, loss), {}
+
+        return mr.Strategy(mr.maml(model, loss=loss).init, adapt, predict, meta_loss)
+
+    options = {"epochs": 3, "progress": False, "seed": 2, "model": "mlp", "model_options": {"width": 4}}
+    engine, reference = (mr.train(synthetic, strategy, **options) for strategy in ("maml", plain))
+    for one, two in zip(engine.history, reference.history, strict=True):
+        assert one.keys() == two.keys()
+        np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=1e-3)
+        np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-5)
 
 
 def test_learned_step_sizes_start_at_one_and_get_a_gradient(task_batch, tiny_model):

@@ -173,6 +173,7 @@ def test_one_compilation_for_each_bucket_shape_over_a_whole_training_run(synthet
     assert len(traces) == len(set(traces)) <= 3
 
 
+@pytest.mark.filterwarnings("ignore::metarec_jax.core.fastweights.PlainFormWarning")  # what inner Adam costs
 def test_strategies_and_models_of_the_callers_own_need_to_be_named_again_when_loading(synthetic, tmp_path):
     strategy = functools.partial(mr.maml, inner=optax.adam(0.05, eps_root=1e-8), steps=2)
     recommender = mr.train(synthetic, strategy, **QUICK)

@@ -14,6 +14,16 @@ from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 ALL = ("embedding", "decision", "head")
 
 
+def default_inner(loss: PointwiseLoss) -> optax.GradientTransformation:
+    """SGD with 0.025 over the curvature of the loss: 0.1 for the logistic loss, 0.0125 for the squared error.
+
+    A model's biases all move its score together, so that the largest stable step falls with the loss's curvature times
+    their number; steps of one size for all losses diverge for the steeper one.
+    """
+    curvature = float(jax.grad(jax.grad(loss))(0.0, 0.0))
+    return optax.sgd(0.025 / curvature if curvature > 0 else 0.1)
+
+
 def maml(
     model: Model,
     *,
@@ -32,8 +42,8 @@ def maml(
     Args:
       model: `init` and `apply`; `groups` too, unless every parameter adapts.
       loss: elementwise loss of scores and targets, inner and outer.
-      inner: inner optimiser, any optax transformation (default `optax.sgd(0.1)`). Give Adam an `eps_root` (1e-8): its
-        square root has no derivative where a gradient is zero, and the meta-gradient would be NaN.
+      inner: inner optimiser, any optax transformation (default `default_inner(loss)`). Give Adam an `eps_root` (1e-8):
+        its square root has no derivative where a gradient is zero, and the meta-gradient would be NaN.
       steps: inner steps.
       learn_step_size: meta-learn one factor for each adapted parameter array, which multiplies the inner optimiser's
         updates and starts at 1 (Antoniou et al., How to train your MAML, ICLR 2019, section 4).
@@ -46,7 +56,7 @@ def maml(
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
     """
-    inner = optax.sgd(0.1) if inner is None else inner
+    inner = default_inner(loss) if inner is None else inner
     if unknown := set(groups) - set(ALL):
         raise ValueError(f"groups: {sorted(unknown)} unknown; choose from {', '.join(ALL)}")
     if set(groups) != set(ALL) and model.groups is None:

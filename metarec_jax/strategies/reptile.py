@@ -6,6 +6,7 @@ import optax
 
 from metarec_jax import core
 from metarec_jax.models.model import Model
+from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
@@ -27,13 +28,13 @@ def reptile(
     Args:
       model: `init` and `apply`.
       loss: elementwise loss of scores and targets.
-      inner: inner optimiser, any optax transformation (default `optax.sgd(0.1)`).
+      inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps.
 
     References:
       Nichol et al., On First-Order Meta-Learning Algorithms, 2018, Algorithm 2.
     """
-    inner = optax.sgd(0.1) if inner is None else inner
+    inner = default_inner(loss) if inner is None else inner
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
         return core.adapt(model.apply, params, support, loss=loss, optimizer=inner, steps=steps, first_order=True)

@@ -33,22 +33,22 @@ def test_each_adapts_its_own_groups_and_shares_the_rest(name, adapted, task_batc
 
 
 def test_fomaml_is_the_query_gradient_at_the_adapted_weights(task_batch, tiny_model):
-    task, key = task_batch(mask=False), jax.random.key(0)
-    strategy = mr.fomaml(tiny_model, learn_step_size=False, steps=2)
+    task, key, inner = task_batch(mask=False), jax.random.key(0), optax.sgd(0.1)
+    strategy = mr.fomaml(tiny_model, inner=inner, learn_step_size=False, steps=2)
     params = strategy.init(key)
     fast = core.weights(params["model"], strategy.adapt(params, task.support, key))
     per_user = jax.vmap(jax.grad(lambda w, x, y: LOSS(tiny_model.apply(w, x), y).mean()))
     expected = jax.tree.map(lambda g: g.mean(0), per_user(fast, task.query.features, task.query.target))
     gradient = jax.jit(jax.grad(lambda p: strategy.loss(p, task, key)[0]))(params)["model"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected)
-    exact = mr.maml(tiny_model, learn_step_size=False, steps=2)
+    exact = mr.maml(tiny_model, inner=inner, learn_step_size=False, steps=2)
     second_order = jax.jit(jax.grad(lambda p: exact.loss(p, task, key)[0]))(params)["model"]
     assert not np.allclose(second_order["w1"], gradient["w1"], rtol=1e-2)
 
 
 def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tiny_model):
     task, key = task_batch(), jax.random.key(0)
-    strategy = mr.reptile(tiny_model, steps=3)
+    strategy = mr.reptile(tiny_model, inner=optax.sgd(0.1), steps=3)
     params = strategy.init(key)
     everything = jax.tree.map(lambda s, q: jnp.concatenate([s, q], 1), task.support, task.query)
     own = core.inner.adapt(tiny_model.apply, params, everything, loss=LOSS, steps=3)
@@ -64,7 +64,7 @@ def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tin
 def test_training_on_the_engine_has_the_loss_curve_of_the_plain_form(synthetic):
     def plain(model, *, loss):
         """MAML on `core.inner`, the reference."""
-        inner = functools.partial(core.inner.adapt, model.apply, loss=loss, optimizer=optax.sgd(0.1), steps=5)
+        inner = functools.partial(core.inner.adapt, model.apply, loss=loss, optimizer=optax.sgd(0.1), steps=2)
 
         def adapt(params, support, key):
             sizes = jax.tree.map(jnp.exp, params["log_step_size"])
@@ -79,12 +79,22 @@ def test_training_on_the_engine_has_the_loss_curve_of_the_plain_form(synthetic):
 
         return mr.Strategy(mr.maml(model, loss=loss).init, adapt, predict, meta_loss)
 
-    options = {"epochs": 3, "progress": False, "seed": 2, "model": "mlp", "model_options": {"width": 4}}
-    engine, reference = (mr.train(synthetic, strategy, **options) for strategy in ("maml", plain))
+    options = {"epochs": 3, "progress": False, "seed": 2, "buckets": 1, "model": "mlp", "model_options": {"width": 4}}
+    engine, reference = (mr.train(synthetic, s, **options) for s in (functools.partial(mr.maml, steps=2), plain))
     for one, two in zip(engine.history, reference.history, strict=True):
         assert one.keys() == two.keys()
         np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=1e-3)
         np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-5)
+
+
+def test_the_default_inner_step_shrinks_with_the_curvature_of_the_loss():
+    def step(loss):
+        inner = mr.strategies.gradient.default_inner(loss)
+        return inner.update(1.0, inner.init(0.0))[0]
+
+    np.testing.assert_allclose(step(optax.losses.sigmoid_binary_cross_entropy), -0.1, rtol=1e-6)
+    np.testing.assert_allclose(step(optax.losses.squared_error), -0.0125, rtol=1e-6)
+    np.testing.assert_allclose(step(lambda s, t: jnp.abs(s - t)), -0.1, rtol=1e-6)
 
 
 def test_learned_step_sizes_start_at_one_and_get_a_gradient(task_batch, tiny_model):

@@ -3,10 +3,11 @@
 Knows no files, no flax and no recommender; speaks `Examples` and `Task` and the caller's own `apply(params, features)`.
 
 `adapt` and `predict` are the engine of `fastweights`, which never forms a user's weights where it can do without;
-`inner` has the same two in the plain form, `implicit` differentiates the inner minimum instead of the way there.
+`inner` has the same two in the plain form, `implicit` differentiates the inner minimum instead of the way there;
+`sparse` is the meta-step whose cost does not grow with the rows of its tables.
 """
 
-from metarec_jax.core import fastweights, implicit, inner, outer
+from metarec_jax.core import fastweights, implicit, inner, outer, sparse
 from metarec_jax.core.fastweights import adapt, mean_change, predict, weights
 from metarec_jax.core.inner import merge, partition
 from metarec_jax.core.outer import chunked, meta_step, query_loss
@@ -24,5 +25,6 @@ __all__ = [
     "partition",
     "predict",
     "query_loss",
+    "sparse",
     "weights",
 ]

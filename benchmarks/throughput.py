@@ -17,7 +17,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from metarec_jax.core import fastweights, inner, outer
+from metarec_jax.core import fastweights, inner, kernel, outer
 from metarec_jax.tasks import Examples, Task
 
 try:
@@ -120,6 +120,13 @@ def meta_loss(engine: Any, steps: int, params: Any, task: Task, key: Any = None)
     return outer.query_loss(engine.predict(tower, params, adapted, task.query.features), task.query, squared), {}
 
 
+def on_chip_loss(steps: int, interpret: bool, params: Any, task: Task, key: Any = None) -> tuple[jax.Array, dict]:
+    layers = [(params[f"w{i}"], params[f"b{i}"]) for i in range(len(params) // 2)]
+    options = {"loss": squared, "step_size": RATE, "steps": steps, "interpret": interpret}
+    scores = kernel.inner_loop(jax.nn.relu, layers, task.support, task.query.features, **options)
+    return outer.query_loss(scores, task.query, squared), {}
+
+
 def serve(engine: Any, steps: int, params: Any, support: Examples, candidates: jax.Array) -> jax.Array:
     adapted = engine.adapt(tower, params, support, loss=squared, optimizer=optax.sgd(RATE), steps=steps)
     return engine.predict(tower, params, adapted, candidates)
@@ -140,6 +147,9 @@ def jax_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> It
             gradient = jax.value_and_grad(outer.chunked(loss, args.chunk or users), has_aux=True)
             timing = compiled(lambda p, t, g=gradient: g(p, t, None), (params, task), users, args.repeats)
             yield "plain JAX vmap in chunks", timing
+    if args.kernel:
+        gradient = jax.value_and_grad(partial(on_chip_loss, steps, jax.default_backend() == "cpu"), has_aux=True)
+        yield "this engine, on chip", compiled(gradient, (params, task), users, args.repeats)
 
 
 def jax_serving(params: Any, data: Any, steps: int, args: argparse.Namespace) -> Iterator[tuple[str, Timing]]:
@@ -230,6 +240,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--users", type=int, help="users in a batch (default: by tower and device)")
     parser.add_argument("--repeats", type=int, default=3 if cpu else 10)
     parser.add_argument("--chunk", type=int, default=32 if cpu else 0, help="users at a time in this engine; 0: all")
+    parser.add_argument("--kernel", action="store_true", help="show the Pallas kernel too (interpreted on a CPU)")
     parser.add_argument("--both", action="store_true", help="show plain JAX in the same chunks too")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=not cpu, help="torch.compile row")
     parser.add_argument("--quick", action="store_true", help="the narrowest tower, one step, few users")

@@ -53,6 +53,10 @@ def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples) -> jax
 
     Scores and targets under the mask reach neither the result nor its gradient, even when they are NaN or infinite.
     """
+    if scores.shape != examples.target.shape:
+        raise ValueError(
+            f"scores are {scores.shape}, targets {examples.target.shape}: `apply` must return one score an example"
+        )
     kept = examples.mask > 0
     values = loss(jnp.where(kept, scores, 0.0), jnp.where(kept, examples.target, 0.0))
     return masked_mean(values, examples.mask)

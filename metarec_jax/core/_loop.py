@@ -99,9 +99,10 @@ class Loop(NamedTuple):
     ) -> tuple[dict[int, Explicit | Factored], jax.Array]:
         """One user's inner loop: the adapted leaves, and whether every number was finite."""
         plan, env = self.plan, {**shared, **still}
+        given = jax.lax.stop_gradient(env) if self.first_order else env  # FOMAML: inner gradients are constants
         present = jnp.any(mask > 0)
         values = {leaf: env[plan.program.inputs[0][leaf]] for leaf in plan.ranked(EXPLICIT)}
-        bases = {leaf: self.inputs(leaf, env, {}) for leaf in plan.ranked(MERGED)}
+        bases = {leaf: self.inputs(leaf, given, {}) for leaf in plan.ranked(MERGED)}
         grams = {
             at: site.gram(site.inputs(env[site.operand]), bases[site.leaf], self.precision)
             for at, site in plan.sites.items()
@@ -119,7 +120,7 @@ class Loop(NamedTuple):
             fine &= jnp.isfinite(value)
             moves = {}
             for leaf in coordinates:
-                inputs = bases[leaf] if leaf in bases else self.inputs(leaf, env, seen)
+                inputs = bases[leaf] if leaf in bases else self.inputs(leaf, given, seen)
                 outputs = self._outputs(leaf, taps, inputs)
                 if leaf in blocks:
                     blocks[leaf].append((inputs, outputs))
@@ -169,7 +170,8 @@ class Loop(NamedTuple):
                     gram = grams.get(at)
                     if gram is None:
                         gram = site.gram(site.inputs(operands[1 - site.position]), inputs, self.precision)
-                    out = out + site.unflat(jnp.matmul(gram, outputs, precision=self.precision), out.shape)
+                    correction = site.unflat(jnp.matmul(gram, outputs, precision=self.precision), out.shape)
+                    out = out + correction.astype(out.dtype)
                 return out + taps[at]
 
             products = {at: replaced[at] for at in sites if at in replaced}
@@ -199,7 +201,7 @@ class Loop(NamedTuple):
         sites = [self.plan.sites[at] for at in self.plan.sites_of(leaf)]
         if self.plan.kinds[leaf] == DUAL:
             return jnp.zeros((self.steps,) + (1,) * (w.ndim - 1), w.dtype)
-        axes = sites[0].axes or (0,)
+        axes = (0,) if sites[0].axes is None else sites[0].axes
         free = [n for axis, n in enumerate(w.shape) if axis not in axes]
         return jnp.zeros((sum(site.rows for site in sites), *(1,) * (len(axes) - 1), *free), w.dtype)
 
@@ -233,19 +235,20 @@ class Loop(NamedTuple):
     def _factors(self, leaf: int, bases: dict, blocks: dict, coordinates: dict) -> tuple[jax.Array, jax.Array]:
         """`inputs`, `outputs` of a leaf's `Factored` form so far."""
         if leaf in bases:
-            return bases[leaf], coordinates[leaf].reshape(bases[leaf].shape[0], -1)
+            width = self.plan.sites[self.plan.sites_of(leaf)[0]].outputs
+            return bases[leaf], coordinates[leaf].reshape(bases[leaf].shape[0], width)
         inputs, outputs = zip(*blocks[leaf], strict=True)
-        weighed = [c * d for c, d in zip(coordinates[leaf].reshape(-1), outputs, strict=False)]
+        coefficients = coordinates[leaf].reshape(self.steps)[: len(outputs)]
+        weighed = [c * d for c, d in zip(coefficients, outputs, strict=True)]
         return (inputs[0], weighed[0]) if len(inputs) == 1 else (jnp.concatenate(inputs), jnp.concatenate(weighed))
 
 
 def isolated(run: Callable[..., Any], leaves: list[jax.Array], support: Examples) -> tuple[Any, jax.Array]:
     """`run(leaves, support)` with the users that were not fine set to 0, in value and in gradient.
 
-    A zero cotangent is not enough: it turns NaN where it meets an infinite number. So where a user failed,
-      the
-    backward pass is taken anew with those users on a healthy user's numbers; nothing is paid where none
-    failed.
+    A zero cotangent is not enough: it turns NaN where it meets an infinite number. So where a user failed, the backward
+    pass is taken anew with those users on a healthy user's numbers. Nothing is paid where none failed, except under
+    `vmap` over parameters (an ensemble), where the branch becomes a selection and both are run.
     """
     pure, consts = jax.closure_convert(run, leaves, support)
     args, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, (leaves, support, consts)))
@@ -286,7 +289,7 @@ def isolated(run: Callable[..., Any], leaves: list[jax.Array], support: Examples
 
 def choose(fine: jax.Array, own: jax.Array, other: Any) -> jax.Array:
     """`[users, ...]`: a user's own array where fine, else the other."""
-    return jnp.where(fine.reshape(-1, *(1,) * (own.ndim - 1)), own, other)
+    return jnp.where(fine.reshape(len(fine), *(1,) * (own.ndim - 1)), own, jnp.asarray(other, own.dtype))
 
 
 def reset(entries: dict[int, Any], leaves: list[jax.Array], fine: jax.Array) -> dict[int, Any]:
@@ -299,9 +302,15 @@ def reset(entries: dict[int, Any], leaves: list[jax.Array], fine: jax.Array) -> 
 
 def healthy(support: Examples, fine: jax.Array) -> Examples:
     """`support` with a healthy user's examples, masked, in the place of those of users that are not fine."""
+    if not len(fine):
+        return support
+    user = jnp.where(fine, jnp.arange(len(fine)), jnp.argmax(fine))
 
     def swap(a: jax.Array) -> jax.Array:
-        return choose(fine, a, jax.lax.stop_gradient(jnp.where(jnp.any(fine), a[jnp.argmax(fine)], 0)))
+        taken = a[user]
+        if not jnp.issubdtype(a.dtype, jnp.inexact):
+            return taken
+        return jnp.where(jnp.any(fine), taken, jnp.zeros((), a.dtype))  # zeros where all users failed
 
     return Examples(jax.tree.map(swap, support.features), swap(support.target), choose(fine, support.mask, 0))
 

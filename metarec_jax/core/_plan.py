@@ -144,6 +144,10 @@ def _schedule(program: Program, kinds: dict[int, str], sites: dict[int, Site], s
     plan = Plan(program, kinds, sites, sizes, [], [], [], [])
     read = {atom for atom in program.outputs if isinstance(atom, int)}
     for at, op in enumerate(program.ops):
+        if not op.outputs:  # a debug print: it runs at every step
+            plan.moving.append(at)
+            read.update(atom for atom in op.inputs if isinstance(atom, int))
+            continue
         fixed = at in sites and sites[at].fixed
         if fixed or op.outputs[0] not in moving:
             depends = sites[at].operand in user if fixed else op.outputs[0] in user

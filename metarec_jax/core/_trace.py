@@ -167,7 +167,8 @@ class Site(NamedTuple):
         """The operand as `[rows, in]`, or the looked-up rows' numbers `[rows]`."""
         if self.axes is None:
             flat = operand.reshape(-1)
-            return jnp.clip(flat, 0, self.width - 1) if self.clip else flat
+            inside = (flat >= 0) & (flat < self.width)
+            return jnp.clip(flat, 0, self.width - 1) if self.clip else jnp.where(inside, flat, self.width)
         last = range(operand.ndim - len(self.contract), operand.ndim)
         return jnp.moveaxis(operand, self.contract, tuple(last)).reshape(self.rows, self.width)
 
@@ -184,7 +185,7 @@ class Site(NamedTuple):
     def gram(self, inputs: jax.Array, basis: jax.Array, precision: Any) -> jax.Array:
         """`inputs basis^T`, `[rows, rank]`; for a table, 1 where the two looked up the same row."""
         if self.axes is None:
-            return (inputs[:, None] == basis[None, :]).astype(jnp.float32)
+            return ((inputs[:, None] == basis) & (inputs < self.width)[:, None]).astype(jnp.float32)
         return jnp.matmul(inputs, basis.T, precision=precision)
 
 
@@ -219,7 +220,8 @@ def roles(program: Program, adapted: Sequence[int]) -> Roles:
             if not isinstance(atom, int) or atom not in number:
                 continue
             leaf = number[atom]
-            site = _site(program, op, position, leaf, moving)
+            partners = [a for a in op.inputs if isinstance(a, int) and a in number]
+            site = _site(program, op, position, leaf, moving) if len(partners) == 1 else None
             if site is None:
                 reasons[leaf] = f"it enters `{op.eqn.primitive.name}`, not as the weight of a matrix product"
             else:
@@ -243,7 +245,7 @@ def _site(program: Program, op: Op, position: int, leaf: int, moving: set[int]) 
     fixed, size = other not in moving, math.prod(program.shapes[other].shape)
     if op.eqn.primitive.name == "dot_general":
         contract, batch = op.eqn.params["dimension_numbers"]
-        if batch[0]:
+        if batch[0] or not contract[0] or not math.prod(shape):
             return None
         pairs = sorted(zip(contract[position], contract[1 - position], strict=True))
         axes, theirs = tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
@@ -304,8 +306,21 @@ def linearity(optimizer: optax.GradientTransformation, params: Params, steps: in
     for i, atom in enumerate(program.outputs):
         linear, leaves = _atom_kind(atom, kinds) or (True, frozenset())
         before, own = results[i % count], leaves <= {i % count}
-        results[i % count] = Linearity(before.own and own, before.linear and own and linear)
+        same = isinstance(atom, int) and program.shapes[atom].shape == program.shapes[starts[i % count]].shape
+        results[i % count] = Linearity(before.own and own, before.linear and own and linear and (same or not leaves))
+    if all(not found.linear for found in results):
+        return results
+    actual = jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), jnp.result_type(w)), params)
+    if _numbers(trace(updates, actual, [actual] * steps)) != _numbers(
+        program
+    ):  # a rule that reads shapes, as by fan-in
+        return [found._replace(linear=False) for found in results]
     return results
+
+
+def _numbers(program: Program) -> list[Any]:
+    """The scalars written in a program, in order."""
+    return [float(a.val) for op in program.ops for a in op.inputs if isinstance(a, jex.Literal) and not jnp.ndim(a.val)]
 
 
 _ZERO = (

@@ -79,11 +79,13 @@ def adapt(
     """
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, got {steps}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, got {chunk}")
     optimizer = optax.sgd(0.1) if optimizer is None else optimizer
     leaves, precision = jax.tree.leaves(params), as_precision(precision)
-    if steps == 0:
-        return Adapted((None,) * len(leaves), jnp.zeros(support.mask.shape[0], bool), precision)
     start = partition(params, adapted)
+    if steps == 0 or not jax.tree.leaves(start):
+        return Adapted((None,) * len(leaves), jnp.zeros(support.mask.shape[0], bool), precision)
     plan = make_plan(apply, params, support.features, start, optimizer, steps, adapted, step_size, form)
     loop = Loop(plan, jax.tree.structure(start), loss, optimizer, steps, first_order, remat, precision)
     if chunk is None or chunk >= support.mask.shape[0]:
@@ -125,9 +127,9 @@ def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) 
 
 
 def weights(params: Params, adapted: Adapted) -> Params:
-    """Each user's adapted leaves written out, `[users, ...]`, None where shared: what `inner.adapt` returns.
+    """Each user's adapted leaves written out, `[users, ...]`, None where shared.
 
-    For inspection and tests; `predict` never forms them.
+    After a step or more this is what `inner.adapt` returns. For inspection and tests; `predict` never forms them.
     """
     leaves, structure = jax.tree.flatten(params)
     full = [
@@ -169,7 +171,9 @@ def _value(w: jax.Array, entry: Explicit | Factored) -> jax.Array:
 def _change(w: jax.Array, entry: Factored) -> jax.Array:
     """`inputs^T outputs`, in the shape of the leaf; the entry is without a users' axis."""
     if entry.axes is None:
-        return jnp.zeros_like(w).at[entry.inputs].add(entry.outputs.reshape(-1, *w.shape[1:]), mode="drop")
+        return (
+            jnp.zeros_like(w).at[entry.inputs].add(entry.outputs.reshape(len(entry.outputs), *w.shape[1:]), mode="drop")
+        )
     free = [a for a in range(w.ndim) if a not in entry.axes]
     order = [*entry.axes, *free]
     inverse = [order.index(a) for a in range(w.ndim)]
@@ -180,4 +184,4 @@ def _layer(program: Program, at: int, site: Site, product: Any, entry: Any, prec
     """A layer of one user's adapted model: shared product plus correction."""
     out = program.ops[at](*operands)[0] if product is None else product(*operands)
     gram = site.gram(site.inputs(operands[1 - site.position]), entry.inputs, precision)
-    return out + site.unflat(jnp.matmul(gram, entry.outputs, precision=precision), out.shape)
+    return out + site.unflat(jnp.matmul(gram, entry.outputs, precision=precision), out.shape).astype(out.dtype)

@@ -93,7 +93,7 @@ def adapt(
     loop = Loop(plan, jax.tree.structure(start), loss, pulled, steps, True, False, as_precision(precision))
     leaves = jax.tree.leaves(params)
     found, fine = _solve(_Problem(loop, damping, iterations), leaves, support)
-    shared, still = loop.prepare(leaves, support.features)
+    shared, still = loop.prepare(leaves, healthy(support, fine).features)
     entries: dict[int, Any] = {}
     for leaf, value in found.items():
         if plan.kinds[leaf] == EXPLICIT:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss, mean_loss
@@ -16,6 +17,11 @@ from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss, 
 
 def partition(params: Params, mask: Params) -> Params:
     """The leaves of `params` where `mask` (a pytree of bools, or a prefix of one) is True; None elsewhere."""
+    for flag in jax.tree.leaves(mask):
+        if not isinstance(flag, bool | np.bool_):
+            raise ValueError(
+                f"what adapts is said by bools, one for each leaf or subtree of the parameters; got {flag!r}"
+            )
     return jax.tree.map(lambda keep, sub: sub if keep else jax.tree.map(lambda _: None, sub), mask, params)
 
 

@@ -54,7 +54,7 @@ def chunked(loss: Loss, chunk: int) -> Loss:
 
     Value and gradient of a chunk are found together, so nothing is computed twice and no activation outlives
     its chunk; small chunks also stay in a CPU's cache. Users without a query example do not count, as in
-    `query_loss`. Differentiable once, in `params` only.
+    `query_loss`. Differentiable once, in `params` only; `aux` has no gradient.
 
     Args:
       loss: `loss(params, task, key) -> (scalar, aux)`, a mean over the task's users that have a query
@@ -69,9 +69,10 @@ def chunked(loss: Loss, chunk: int) -> Loss:
         raise ValueError(f"chunk must be 1 or more, got {chunk}")
 
     def whole(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        users = task.query.mask.shape[0]
+        users, task = task.query.mask.shape[0], jax.lax.stop_gradient(task)
         if users <= chunk:
-            return loss(params, task, key)
+            value, aux = loss(params, task, key)
+            return value, jax.lax.stop_gradient(aux)
         parts = pieces(task, chunk)
         counts = jnp.any(parts.query.mask > 0, axis=-1).sum(-1)
         share = counts / jnp.maximum(counts.sum(), 1)
@@ -115,15 +116,12 @@ def _join(share: jax.Array, users: int, value: jax.Array) -> jax.Array:
 
 
 def pieces(batch: Any, chunk: int) -> Any:
-    """`[users, ...]` as `[chunks, chunk, ...]`; the last chunk is filled with masked copies of a user."""
+    """`[users, ...]` as `[chunks, chunk, ...]`; the last chunk is filled with users of zeros, masked."""
     users = jax.tree.leaves(batch)[0].shape[0]
     missing = -users % chunk
 
-    def cut(a: jax.Array, fill: Callable[[jax.Array], jax.Array] = lambda last: last) -> jax.Array:
-        full = a if not missing else jnp.concatenate([a, jnp.repeat(fill(a[-1:]), missing, axis=0)])
+    def cut(a: jax.Array) -> jax.Array:
+        full = a if not missing else jnp.concatenate([a, jnp.zeros((missing, *a.shape[1:]), a.dtype)])
         return full.reshape(-1, chunk, *a.shape[1:])
 
-    def examples(part: Examples) -> Examples:
-        return Examples(jax.tree.map(cut, part.features), cut(part.target), cut(part.mask, jnp.zeros_like))
-
-    return Task(*map(examples, batch)) if isinstance(batch, Task) else examples(batch)
+    return jax.tree.map(cut, batch)

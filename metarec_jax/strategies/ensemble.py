@@ -34,6 +34,10 @@ def ensemble(strategy: Strategy, members: int = 4) -> Strategy:
         # the sum, not the mean: each member then gets the gradient that it would get alone
         values, aux = jax.vmap(strategy.loss, (0, None, 0))(params, task, jax.random.split(key, members))
         total = values.sum()
-        return total + jax.lax.stop_gradient(values.mean() - total), jax.tree.map(lambda x: jnp.mean(x, 0), aux)
+        return total + jax.lax.stop_gradient(values.mean() - total), jax.tree.map(pooled, aux)
+
+    def pooled(aux: jax.Array) -> jax.Array:
+        """Counts are summed over members, other values averaged."""
+        return aux.mean(0) if jnp.issubdtype(aux.dtype, jnp.inexact) else aux.sum(0)
 
     return Strategy(init, adapt, predict, loss)

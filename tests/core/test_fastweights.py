@@ -256,6 +256,81 @@ def test_shared_leaves_stay_shared():
     assert same.leaves == (None,) * 5
 
 
+def test_first_order_inner_gradients_are_constants_for_the_shared_layers_below_too():
+    mask = {"w0": False, "b0": False, "w1": True, "b1": True, "head": True}
+    options = {"steps": 2, "adapted": mask, "first_order": True}
+    agree(Case(run_tower, tower((INPUTS, 4, 3)), 1.0, options), task(), form="dual")
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.chain(
+            optax.sgd(0.3), optax.stateless(lambda u, p: jax.tree.map(lambda g: g / np.sqrt(np.shape(g)[0]), u))
+        ),
+        optax.sgd(np.arange(1, 5) / 10),
+    ],
+    ids=["by fan-in", "by column"],
+)
+def test_an_optimizer_that_reads_shapes_forms_the_weights(optimizer):
+    params = {"w0": tower((INPUTS, 4))["w0"]}
+    case = Case(lambda p, f: jnp.tanh(f["x"] @ p["w0"]).sum(-1), params, 1.0, {"steps": 2, "optimizer": optimizer})
+    noted_agree(case, task(), "not linear")
+
+
+def test_a_product_of_two_adapted_weights_runs_in_the_plain_form():
+    r = np.random.default_rng(0)
+    params = {n: jnp.asarray(r.standard_normal(s) / 2, jnp.float32) for n, s in {"a": (INPUTS, 2), "b": (2, 3)}.items()}
+    noted_agree(
+        Case(lambda p, f: jnp.tanh(f["x"] @ (p["a"] @ p["b"])).sum(-1), params, 1.0, {"steps": 2}), task(), "dot"
+    )
+
+
+def test_rows_beyond_the_table_read_as_the_fill_value_and_never_learn():
+    def apply(p, f):
+        ids = jnp.where(f["item"] % 3 == 0, ITEMS, f["item"])  # ITEMS: the padding id
+        return jnp.take(p["table"], ids, axis=0, mode="fill", fill_value=0.0).sum(-1)
+
+    params = {"table": jnp.asarray(np.random.default_rng(0).standard_normal((ITEMS, 2)), jnp.float32)}
+    agree(Case(apply, params, 1.0, {"steps": 2}), task(), form="dual")
+
+
+def test_boolean_features_survive_a_user_who_fails():
+    def apply(p, f):
+        return jnp.where((~f["flag"])[:, None], 0.3, jnp.tanh(f["x"] @ p["w0"])).sum(-1)
+
+    data, params = task(5), {"w0": tower((INPUTS, 4))["w0"]}
+    flagged = Task(*(e._replace(features={**e.features, "flag": e.features["item"] % 2 == 0}) for e in data))
+    bad = flagged.support._replace(target=flagged.support.target.at[1, 0].set(jnp.nan))
+    without = flagged.support._replace(mask=flagged.support.mask.at[1].set(0))
+    case = Case(apply, params, 1.0, {"steps": 2})
+    found = meta_gradient(fastweights, case, flagged._replace(support=bad), form="dual")
+    assert distance(found, meta_gradient(inner, case, flagged._replace(support=without))) < 1e-5
+
+
+def test_half_precision_parameters_and_prints_run_and_no_adapted_leaf_means_none():
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), tower((INPUTS, 4)))
+
+    def apply(p, f):
+        jax.debug.callback(lambda _: None, f["x"])
+        return run_tower(p, {"x": f["x"].astype(jnp.bfloat16)})
+
+    adapted = fastweights.adapt(apply, params, task().support, steps=2, step_size=jnp.float32(0.5), form="dual")
+    scores = fastweights.predict(run_tower, params, adapted, {"x": task().query.features["x"].astype(jnp.bfloat16)})
+    assert scores.dtype == jnp.bfloat16
+    assert np.isfinite(scores.astype(jnp.float32)).all()
+    assert fastweights.adapt(run_tower, params, task().support, adapted=False).leaves == (None,) * 3
+    with pytest.raises(ValueError, match="bools"):
+        fastweights.adapt(run_tower, params, task().support, adapted="head")
+    with pytest.raises(ValueError, match="chunk must be 1 or more"):
+        fastweights.adapt(run_tower, params, task().support, chunk=0)
+
+
+def test_scores_of_another_shape_than_the_targets_are_refused():
+    with pytest.raises(ValueError, match="one score an example"):
+        fastweights.adapt(lambda p, f: f["x"] @ p["w0"], {"w0": jnp.ones((INPUTS, 1))}, task().support)
+
+
 CASE = Case(run_tower, tower((INPUTS, 4, 3)), jnp.array(1.0), {"steps": 2})
 ENGINE = jax.jit(jax.value_and_grad(partial(meta_loss, fastweights, CASE, form="dual"), (0, 1)))
 ADAPT = jax.jit(partial(fastweights.adapt, run_tower, steps=2, form="dual"))

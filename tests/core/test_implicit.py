@@ -106,3 +106,14 @@ def test_users_without_support_or_with_bad_numbers_pass_the_gradient_straight_th
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="damping must be more than 0"):
         implicit.adapt(linear, {"w": jnp.ones((INPUTS, 1))}, TASK.support, damping=0.0)
+
+
+def test_a_user_with_bad_features_leaves_a_shared_layer_below_alone():
+    params, options = (
+        network_params(),
+        {"adapted": {"table": False, "shift": False, "w0": False, "b": False, "w1": True}},
+    )
+    x = TASK.support.features["x"].at[1, 0, 0].set(jnp.nan)
+    bad = TASK._replace(support=TASK.support._replace(features={**TASK.support.features, "x": x}))
+    gradient = jax.jit(jax.grad(partial(meta_loss, network, steps=5, form="dual", **options)))(params, bad)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(gradient))

@@ -28,8 +28,8 @@ def linear_task(seed, users=3, n=6, q=4, width=2):
 
 
 def meta_loss(apply, params, task, **options):
-    fast = core.adapt(apply, params, task.support, loss=squared, **options)
-    return core.query_loss(core.predict(apply, params, fast, task.query.features), task.query, squared)
+    fast = core.inner.adapt(apply, params, task.support, loss=squared, **options)
+    return core.query_loss(core.inner.predict(apply, params, fast, task.query.features), task.query, squared)
 
 
 def test_one_step_on_linear_regression_matches_the_hand_derived_meta_gradient():
@@ -94,7 +94,7 @@ def test_meta_gradient_agrees_with_finite_differences_in_float64(task_batch, tin
 def test_adapt_is_the_plain_python_loop_of_each_user(task_batch, tiny_model):
     support, params = task_batch(mask=False).support, tiny_model.init(jax.random.key(0))
     optimizer = optax.sgd(0.3, momentum=0.5)
-    fast = core.adapt(tiny_model.apply, params, support, loss=squared, optimizer=optimizer, steps=4)
+    fast = core.inner.adapt(tiny_model.apply, params, support, loss=squared, optimizer=optimizer, steps=4)
     for u in range(len(support.target)):
         own, state = params, optimizer.init(params)
         for _ in range(4):
@@ -130,7 +130,7 @@ def test_padding_never_changes_the_meta_gradient(task_batch, tiny_model):
 def test_a_user_without_support_keeps_the_shared_parameters_exactly(task_batch, tiny_model):
     support, params = task_batch().support, tiny_model.init(jax.random.key(0))
     support = support._replace(mask=np.asarray(support.mask) * (np.arange(len(support.mask)) != 2)[:, None])
-    fast = core.adapt(tiny_model.apply, params, support, optimizer=optax.adam(0.1), steps=3)
+    fast = core.inner.adapt(tiny_model.apply, params, support, optimizer=optax.adam(0.1), steps=3)
     jax.tree.map(lambda w, p: np.testing.assert_array_equal(w[2], p), fast, params)
     assert not np.allclose(fast["w1"][1], params["w1"])
 
@@ -138,17 +138,17 @@ def test_a_user_without_support_keeps_the_shared_parameters_exactly(task_batch, 
 def test_shared_leaves_are_never_copied_for_each_user(task_batch, tiny_model):
     support, params = task_batch().support, tiny_model.init(jax.random.key(0))
     chosen = {"w1": False, "b1": True, "w2": False, "b2": True}
-    fast = core.adapt(tiny_model.apply, params, support, adapted=chosen)
+    fast = core.inner.adapt(tiny_model.apply, params, support, adapted=chosen)
     assert fast["w1"] is None
     assert fast["w2"] is None
     assert fast["b1"].shape == (5, 4)
-    assert core.predict(tiny_model.apply, params, fast, support.features).shape == (5, 7)
+    assert core.inner.predict(tiny_model.apply, params, fast, support.features).shape == (5, 7)
 
 
 def test_the_step_size_scales_updates_leaf_by_leaf(task_batch, tiny_model):
     support, params = task_batch().support, tiny_model.init(jax.random.key(0))
-    one = core.adapt(tiny_model.apply, params, support)
-    scaled = core.adapt(tiny_model.apply, params, support, step_size={"w1": 0.0, "b1": 2.0, "w2": 1.0, "b2": 1.0})
+    one = core.inner.adapt(tiny_model.apply, params, support)
+    scaled = core.inner.adapt(tiny_model.apply, params, support, step_size={"w1": 0.0, "b1": 2.0, "w2": 1.0, "b2": 1.0})
     jax.tree.map(
         lambda a, b, p, s: np.testing.assert_allclose(b - p, s * (a - p), atol=1e-6),
         one, scaled, params, {"w1": 0.0, "b1": 2.0, "w2": 1.0, "b2": 1.0},
@@ -157,4 +157,4 @@ def test_the_step_size_scales_updates_leaf_by_leaf(task_batch, tiny_model):
 
 def test_a_negative_number_of_steps_is_refused(task_batch, tiny_model):
     with pytest.raises(ValueError, match="steps must be 0 or more"):
-        core.adapt(tiny_model.apply, tiny_model.init(jax.random.key(0)), task_batch().support, steps=-1)
+        core.inner.adapt(tiny_model.apply, tiny_model.init(jax.random.key(0)), task_batch().support, steps=-1)

@@ -15,11 +15,7 @@ from jax.extend import core as jex
 from metarec_jax.tasks import Apply, Features, Params
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call")  # calls that mean no more than their body
-_REMAT = (
-    "checkpoint",
-    "remat",
-    "remat2",
-)  # inlined only where an adapted weight enters, to reach its product
+_REMAT = ("checkpoint", "remat", "remat2")  # inlined only where an adapted weight enters, to reach its product
 _LINEAR_UNARY = ("neg", "convert_element_type", "reshape", "broadcast_in_dim", "squeeze", "copy", "copy_p")
 
 
@@ -323,10 +319,8 @@ def _numbers(program: Program) -> list[Any]:
     return [float(a.val) for op in program.ops for a in op.inputs if isinstance(a, jex.Literal) and not jnp.ndim(a.val)]
 
 
-_ZERO = (
-    True,
-    frozenset[int](),
-)  # a value's kind: None for a constant, else (linear in the gradients?, leaves)
+# a value's kind: None for a constant, else (linear in the gradients?, leaves)
+_ZERO = (True, frozenset[int]())
 
 
 def _atom_kind(atom: Any, kinds: dict[int, Any]) -> Any:

@@ -56,14 +56,14 @@ def adapt(
       optimizer: any optax transformation (default `optax.sgd(0.1)`). Layers stay factored where its updates
         are a fixed combination of the gradients (SGD, momentum, schedules, also with a learning rate that is
         learned).
-      steps: number of inner steps.
+      steps: number of inner steps. With a layer whose input moves (dual), the program grows with their square.
       adapted: which leaves adapt: a pytree of Python bools, or a prefix of one (True: all of them).
       step_size: multiplies the updates; a scalar or array, or a pytree prefix of the adapted leaves. Layers
         stay factored with one per layer, per column `[out]` and per row `[in, 1]`; not with one per weight.
       first_order: drop the second-order terms of the meta-gradient (FOMAML).
       form: "auto" (see `costs`), "dual", "plain" (per-user values), or a pytree prefix of the adapted leaves.
-      precision: of the matrix products: a `jax.lax.Precision`, or `jnp.bfloat16` for bfloat16 with float32
-        sums.
+      precision: of the matrix products that are not inside loops or branches of `apply`: a `jax.lax.Precision`, or
+        `jnp.bfloat16` for bfloat16 with float32 sums.
       remat: recompute the inner steps in the backward pass instead of keeping their activations.
       chunk: users adapted at a time; see also `outer.chunked`.
 

@@ -1,7 +1,6 @@
 """Implicit MAML: the meta-gradient at the optimum of a regularised inner problem, whatever path led there.
 
-The inner loop is not differentiated, so its memory does not grow with its steps; conjugate gradients take its
-place.
+The inner loop is not differentiated, so its memory does not grow with its steps; conjugate gradients take its place.
 """
 
 from functools import partial
@@ -68,7 +67,7 @@ def adapt(
         `[examples]`.
       params: shared parameters, a pytree.
       support: `[users, examples, ...]` what each user adapts to.
-      damping: strength of the pull to the shared parameters, lambda of the paper; more than 0.
+      damping: strength of the pull to the shared parameters, lambda of the paper; a number, more than 0.
       loss: elementwise loss of scores and targets; its mean over a user's real examples is minimised.
       optimizer: of the inner problem, any optax transformation (default `optax.sgd(0.1)`).
       steps: inner steps.
@@ -219,8 +218,7 @@ def _no_cotangent(a: jax.Array) -> Any:
 def _conjugate_gradients(operator: Any, metric: Any, right: Params, iterations: int) -> Params:
     """Solves `operator(x) = right`; the operator is symmetric, positive in the product `<a, metric(b)>`.
 
-    Stops where curvature is not positive, which is so once converged, and away from a minimum (Steihaug,
-    1983).
+    Stops where curvature is not positive, which is so once converged, and away from a minimum (Steihaug, 1983).
     """
 
     def step(carry: Any, _: None) -> tuple[Any, None]:

@@ -120,7 +120,7 @@ BUCKETS = (40, 90)  # the same for every split, so that a strategy compiles once
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="ml-100k")
-    parser.add_argument("--splits", type=int, default=10, help="how many")
+    parser.add_argument("--splits", type=int, default=10, help="how many, 2 or more")
     parser.add_argument("--first", type=int, default=0, help="seed of the first split")
     parser.add_argument("--target", choices=["click", "rating"], default="click")
     parser.add_argument("--train-on", choices=["window", "all"], default="window")
@@ -129,5 +129,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--strategies", nargs="+", default=list(mr.STRATEGIES), choices=list(mr.STRATEGIES))
     given = parser.parse_args()
+    if given.splits < 2 or given.first < 0:
+        parser.error("--splits must be 2 or more, which an interval needs, and --first 0 or more")
     splits = range(given.first, given.first + given.splits)
     run(given.strategies, given.target, splits, mr.data.load(given.data), given.train_on, given.epochs)

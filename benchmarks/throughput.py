@@ -120,11 +120,11 @@ def meta_loss(engine: Any, steps: int, params: Any, task: Task, key: Any = None)
     return outer.query_loss(engine.predict(tower, params, adapted, task.query.features), task.query, squared), {}
 
 
-def on_chip_loss(steps: int, interpret: bool, params: Any, task: Task, key: Any = None) -> tuple[jax.Array, dict]:
+def on_chip_loss(steps: int, interpret: bool, params: Any, task: Task) -> jax.Array:
     layers = [(params[f"w{i}"], params[f"b{i}"]) for i in range(len(params) // 2)]
     options = {"loss": squared, "step_size": RATE, "steps": steps, "interpret": interpret}
     scores = kernel.inner_loop(jax.nn.relu, layers, task.support, task.query.features, **options)
-    return outer.query_loss(scores, task.query, squared), {}
+    return outer.query_loss(scores, task.query, squared)
 
 
 def serve(engine: Any, steps: int, params: Any, support: Examples, candidates: jax.Array) -> jax.Array:
@@ -148,7 +148,7 @@ def jax_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> It
             timing = compiled(lambda p, t, g=gradient: g(p, t, None), (params, task), users, args.repeats)
             yield "plain JAX vmap in chunks", timing
     if args.kernel:
-        gradient = jax.value_and_grad(partial(on_chip_loss, steps, jax.default_backend() == "cpu"), has_aux=True)
+        gradient = jax.value_and_grad(partial(on_chip_loss, steps, jax.default_backend() == "cpu"))
         yield "this engine, on chip", compiled(gradient, (params, task), users, args.repeats)
 
 

@@ -307,9 +307,8 @@ def linearity(optimizer: optax.GradientTransformation, params: Params, steps: in
     if all(not found.linear for found in results):
         return results
     actual = jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), jnp.result_type(w)), params)
-    if _numbers(trace(updates, actual, [actual] * steps)) != _numbers(
-        program
-    ):  # a rule that reads shapes, as by fan-in
+    at_size = trace(updates, actual, [actual] * steps)
+    if _numbers(at_size) != _numbers(program):  # a rule that reads shapes, as by fan-in
         return [found._replace(linear=False) for found in results]
     return results
 

@@ -98,7 +98,11 @@ def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) 
     """Scores `[users, examples]` of each user's adapted model on `features` `[users, examples, ...]`.
 
     Differentiable in `params`, `adapted` and `features`.
+
+    Raises:
+      ValueError: `params` are not those that `adapted` came from.
     """
+    leaves = _matching(params, adapted)
     numbers = [leaf for leaf, entry in enumerate(adapted.leaves) if entry is not None]
     program = _trace.model(apply, params, one_user(features), numbers)
     axes = {leaf: e.axes for leaf, e in enumerate(adapted.leaves) if isinstance(e, Factored)}
@@ -108,7 +112,6 @@ def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) 
         if site.leaf in axes and axes[site.leaf] == site.axes
     }
     factored = {site.leaf for site in sites.values()}
-    leaves = jax.tree.leaves(params)
 
     def scores(entries: tuple[Explicit | Factored | None, ...], user: Features) -> jax.Array:
         values = [
@@ -131,12 +134,11 @@ def weights(params: Params, adapted: Adapted) -> Params:
 
     After a step or more this is what `inner.adapt` returns. For inspection and tests; `predict` never forms them.
     """
-    leaves, structure = jax.tree.flatten(params)
     full = [
         None if entry is None else jax.vmap(partial(_value, w))(entry)
-        for w, entry in zip(leaves, adapted.leaves, strict=True)
+        for w, entry in zip(_matching(params, adapted), adapted.leaves, strict=True)
     ]
-    return jax.tree.unflatten(structure, full)
+    return jax.tree.unflatten(jax.tree.structure(params), full)
 
 
 def mean_change(params: Params, adapted: Adapted, share: jax.Array) -> Params:
@@ -148,7 +150,12 @@ def mean_change(params: Params, adapted: Adapted, share: jax.Array) -> Params:
       params: the shared parameters that `adapted` came from.
       adapted: of `adapt`.
       share: `[users]` weight of each user.
+
+    Raises:
+      ValueError: `params` are not those that `adapted` came from, or `share` has another number of users.
     """
+    if share.shape != adapted.failed.shape:
+        raise ValueError(f"share must be [{len(adapted.failed)}], one weight a user, got {share.shape}")
 
     def change(w: jax.Array, entry: Explicit | Factored | None) -> jax.Array:
         if entry is None:
@@ -159,8 +166,18 @@ def mean_change(params: Params, adapted: Adapted, share: jax.Array) -> Params:
         inputs, outputs = (a.reshape(-1, *a.shape[2:]) for a in (entry.inputs, outputs))
         return _change(w, Factored(inputs, outputs, entry.axes))
 
-    leaves, structure = jax.tree.flatten(params)
-    return jax.tree.unflatten(structure, [change(w, e) for w, e in zip(leaves, adapted.leaves, strict=True)])
+    changes = map(change, _matching(params, adapted), adapted.leaves)
+    return jax.tree.unflatten(jax.tree.structure(params), changes)
+
+
+def _matching(params: Params, adapted: Adapted) -> list[jax.Array]:
+    """The leaves of `params`, one for each entry of `adapted`."""
+    leaves = jax.tree.leaves(params)
+    if len(leaves) != len(adapted.leaves):
+        raise ValueError(
+            f"params have {len(leaves)} leaves, those that users were adapted from had {len(adapted.leaves)}"
+        )
+    return leaves
 
 
 def _value(w: jax.Array, entry: Explicit | Factored) -> jax.Array:

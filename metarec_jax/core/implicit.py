@@ -79,13 +79,15 @@ def adapt(
       `Adapted`, read with `fastweights.predict`; users that fail keep the shared parameters.
 
     Raises:
-      ValueError: if `damping` is not positive or `steps` is less than 1.
+      ValueError: if `damping` is not positive, `steps` is less than 1 or `iterations` is less than 0.
 
     References:
       Rajeswaran et al., Meta-Learning with Implicit Gradients, NeurIPS 2019, eq. 6 and algorithm 2.
     """
-    if damping <= 0 or steps < 1:
-        raise ValueError(f"damping must be more than 0 and steps 1 or more, got {damping} and {steps}")
+    if damping <= 0 or steps < 1 or iterations < 0:
+        raise ValueError(
+            f"damping must be more than 0, steps 1 or more, iterations 0 or more; got {damping}, {steps}, {iterations}"
+        )
     start = partition(params, adapted)
     pulled = proximal(optax.sgd(0.1) if optimizer is None else optimizer, damping)
     plan = make_plan(apply, params, support.features, start, pulled, steps, adapted, 1.0, form, kept=(MERGED,))

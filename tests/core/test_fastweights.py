@@ -326,6 +326,20 @@ def test_half_precision_parameters_and_prints_run_and_no_adapted_leaf_means_none
         fastweights.adapt(run_tower, params, task().support, chunk=0)
 
 
+def test_what_was_adapted_is_read_with_its_own_parameters():
+    adapted = fastweights.adapt(run_tower, tower((INPUTS, 4)), task().support)
+    other = tower((INPUTS, 4, 3))
+    for read in (
+        lambda: fastweights.predict(run_tower, other, adapted, task().query.features),
+        lambda: fastweights.weights(other, adapted),
+        lambda: fastweights.mean_change(other, adapted, jnp.ones(USERS)),
+    ):
+        with pytest.raises(ValueError, match="params have 5 leaves"):
+            read()
+    with pytest.raises(ValueError, match="one weight a user"):
+        fastweights.mean_change(tower((INPUTS, 4)), adapted, jnp.ones(USERS + 1))
+
+
 def test_scores_of_another_shape_than_the_targets_are_refused():
     with pytest.raises(ValueError, match="one score an example"):
         fastweights.adapt(lambda p, f: f["x"] @ p["w0"], {"w0": jnp.ones((INPUTS, 1))}, task().support)

@@ -106,6 +106,8 @@ def test_users_without_support_or_with_bad_numbers_pass_the_gradient_straight_th
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="damping must be more than 0"):
         implicit.adapt(linear, {"w": jnp.ones((INPUTS, 1))}, TASK.support, damping=0.0)
+    with pytest.raises(ValueError, match="iterations 0 or more"):
+        implicit.adapt(linear, {"w": jnp.ones((INPUTS, 1))}, TASK.support, iterations=-1)
 
 
 def test_a_user_with_bad_features_leaves_a_shared_layer_below_alone():

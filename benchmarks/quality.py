@@ -77,7 +77,7 @@ def run(
             recommender = mr.train(
                 data,
                 makers[name],
-                MODEL.get(name),
+                mr.strategies.DEFAULT_MODEL.get(name),
                 seed=seed,
                 protocol=protocol,
                 progress=False,
@@ -114,7 +114,6 @@ def run(
         print(f"| {learner} | " + " | ".join(cells) + " |")
 
 
-MODEL = {"ridge": "linear"}
 BUCKETS = (40, 90)  # the same for every split, so that a strategy compiles once
 
 if __name__ == "__main__":

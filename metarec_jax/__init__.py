@@ -7,13 +7,13 @@ from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation import metrics
 from metarec_jax.models import Model
 from metarec_jax.recommender import Recommendation, Recommender, load, train
-from metarec_jax.strategies import STRATEGIES, Strategy, anil, ensemble, fomaml, maml, melu, reptile, ridge
-from metarec_jax.tasks import Examples, Task
+from metarec_jax.strategies import *  # noqa: F403
+from metarec_jax.tasks import Examples, History, Task
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "STRATEGIES", "ColdUsers", "DataError", "Examples", "Model", "ModelFileError", "Recommendation", "Recommender",
-    "Strategy", "Task", "anil", "core", "data", "ensemble", "evaluation", "fomaml", "load", "maml", "melu", "meta_step",
-    "metrics", "models", "reptile", "ridge", "strategies", "train",
+    "ColdUsers", "DataError", "Examples", "History", "Model", "ModelFileError", "Recommendation", "Recommender", "Task",
+    "core", "data", "evaluation", "load", "meta_step", "metrics", "models", "strategies", "train",
 ]  # fmt: skip
+__all__ += strategies.__all__

@@ -22,7 +22,7 @@ from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation.evaluate import score_baselines, score_tasks, summarise
 from metarec_jax.models import MODELS, Model, fields_of
 from metarec_jax.progress import epochs_bar
-from metarec_jax.strategies import STRATEGIES, Strategy
+from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, with_history
 from metarec_jax.tasks import Examples, Params
 from metarec_jax.training import EPOCHS, fit
 
@@ -217,9 +217,12 @@ def _rank(
             found[f"user/{name}"] = jnp.broadcast_to(value[:, None], rows.shape + value.shape[1:])
         return found
 
-    adapted = strategy.adapt(params, Examples(features(items), target, mask), jax.random.key(0))
+    before = jnp.broadcast_to(jnp.arange(items.shape[1], dtype=jnp.int32), items.shape)
+    support = Examples(features(items) | {"order": before}, target, mask)
+    adapted = strategy.adapt(params, support, jax.random.key(0))
     everything = jnp.broadcast_to(catalogue[""], (len(items), len(catalogue[""])))
-    scores = strategy.predict(params, adapted, features(everything))
+    last = jnp.broadcast_to(mask.sum(1, keepdims=True).astype(jnp.int32), everything.shape)
+    scores = strategy.predict(params, adapted, features(everything) | {"order": last})
     scores = scores.at[:, 0].set(-jnp.inf)  # the unknown item is none
     if exclude:
         scores = scores.at[jnp.arange(len(items))[:, None], items].set(-jnp.inf)
@@ -243,8 +246,8 @@ def train(
     Args:
       data: from `metarec_jax.data`.
       strategy: a name in `metarec_jax.strategies.STRATEGIES`, or a function `(model, loss=...) -> Strategy`.
-      model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model`; by default
-        "linear" for ridge, which solves its head anyway, and "mlp" for the others.
+      model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model`; by default what
+        `metarec_jax.strategies.DEFAULT_MODEL` says, else "mlp".
       seed: of the split, the parameters and the sampling; same seed, same machine: same model.
       protocol: which users train, validate and test, and what is predicted (default: clicks of cold users).
       strategy_options, model_options: keyword arguments of the two.
@@ -256,15 +259,19 @@ def train(
     """
     protocol = protocol or ColdUsers()
     if model is None:
-        model = "linear" if strategy == "ridge" else "mlp"
+        model = DEFAULT_MODEL.get(strategy, "mlp") if isinstance(strategy, str) else "mlp"
     split = protocol.split(data, seed)
     target = Target.fit(protocol, split.train)
     statistics = ItemStatistics.fit(split.train, target)
     data = statistics.extend(data)
     split = Split(*(replace(part, data=data) for part in split))
     recipe = {"strategy": saving.part(strategy, strategy_options), "model": saving.part(model, model_options)}
-    network = _named(MODELS, model, "model")(fields_of(data), **dict(model_options or {}))
-    built = _named(STRATEGIES, strategy, "strategy")(network, loss=LOSSES[target.kind], **dict(strategy_options or {}))
+    built = _build(
+        partial(_named(STRATEGIES, strategy, "strategy"), **dict(strategy_options or {})),
+        partial(_named(MODELS, model, "model"), **dict(model_options or {})),
+        data,
+        target,
+    )
     with epochs_bar(progress, fit_options.get("epochs", EPOCHS), target.kind) as report:
         fitted = fit(
             built,
@@ -316,7 +323,7 @@ def load(
                 f"{path}: its {what} is {name or 'a function of the caller'}; load it with load(path, {what}=...)"
             )
         makers[what] = partial(known[name], **recipe[what]["options"]) if given is None else given
-    built = makers["strategy"](makers["model"](fields_of(catalogue)), loss=LOSSES[target.kind])
+    built = _build(makers["strategy"], makers["model"], catalogue, target)
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
     protocol = ColdUsers(**{**config["protocol"], "fractions": tuple(config["protocol"]["fractions"])})
     return Recommender(
@@ -330,6 +337,12 @@ def load(
         tuple(config["limits"]),
         config["history"],
     )
+
+
+def _build(strategy: Callable[..., Strategy], model: Callable[..., Model], data: Dataset, target: Target) -> Strategy:
+    network = model(fields_of(data))
+    built = strategy(network, loss=LOSSES[target.kind])
+    return with_history(built) if network.history else built
 
 
 def _named(known: Mapping[str, Callable[..., Any]], choice: Any, what: str) -> Callable[..., Any]:

@@ -42,6 +42,21 @@ class Task(NamedTuple):
     query: Examples
 
 
+class History(NamedTuple):
+    """Features of examples together with what their user did before: what models that read a history get.
+
+    Attributes:
+      now: features of the examples to score, `[users, examples, ...]`.
+      past: the user's support set, `Examples` with arrays `[users, past examples, ...]`.
+      own: `[users, examples]` int32, the example's own place in `past`, which must not be read to score it; -1 where it
+        is not in `past`.
+    """
+
+    now: Features
+    past: Examples
+    own: jax.Array
+
+
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of `values` where `mask` is 1; 0 where nothing is."""
     kept = mask > 0
@@ -60,3 +75,8 @@ def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples) -> jax
     kept = examples.mask > 0
     values = loss(jnp.where(kept, scores, 0.0), jnp.where(kept, examples.target, 0.0))
     return masked_mean(values, examples.mask)
+
+
+def normal_per_user(key: jax.Array, users: int, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise `[users, *shape]`; a user's does not depend on how many users there are."""
+    return jax.vmap(lambda u: jax.random.normal(jax.random.fold_in(key, u), shape))(jnp.arange(users))

@@ -61,6 +61,7 @@ def tiny_model():
         apply=tiny_apply,
         embed=lambda params, x: jnp.tanh(x @ params["w1"] + params["b1"]),
         groups=lambda params: {"w1": "embedding", "b1": "decision", "w2": "head", "b2": "head"},
+        width=4,
     )
 
 

@@ -27,7 +27,8 @@ def features(data: Dataset, users: np.ndarray, items: np.ndarray) -> dict[str, n
 
     Returns:
       `item_id` `[users, examples]` int32, and one entry `item/NAME` or `user/NAME` a field,
-      `[users, examples, ...]`.
+      `[users, examples, ...]`. Batches add `order` `[users, examples]`: how many of the user's
+      interactions came before.
     """
     found = {"item_id": items.astype(np.int32)}
     for name, table in data.item_features.items():
@@ -144,6 +145,7 @@ def _examples(
     index = histories.index[np.where(mask, begin[:, None] + column, 0)]
     item = np.where(mask, data.item[index], UNKNOWN)
     found = features(data, users, item)
+    found["order"] = np.where(mask, data.order[index], 0)
     if rng is not None and unknown:
         found["item_id"] = np.where(rng.random(item.shape) < unknown, UNKNOWN, found["item_id"])
     values: Any = np.where(mask, target.encode(data.rating[index]), 0).astype(np.float32)

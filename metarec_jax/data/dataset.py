@@ -1,6 +1,7 @@
 """Dataset: cleaned interactions with users and items as dense rows, and the encoded attributes of both."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -39,6 +40,15 @@ class Dataset:
     titles: np.ndarray | None = None
     report: dict[str, int] = field(default_factory=dict)
     truth: np.ndarray | None = None
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """`[interactions]` int32: how many of the same user's interactions came before (by time, else by row)."""
+        by_user = np.lexsort((self.timestamp, self.user))
+        first = np.searchsorted(self.user[by_user], self.user[by_user])
+        order = np.empty(len(self.user), np.int32)
+        order[by_user] = np.arange(len(self.user)) - first
+        return order
 
     def __repr__(self) -> str:
         return (

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
 from metarec_jax.models.mlp import linear, mlp
-from metarec_jax.models.model import Model, from_nnx
+from metarec_jax.models.model import Encoder, Model, from_nnx
 
 MODELS: dict[str, Callable[..., Model]] = {"linear": linear, "mlp": mlp}
 
-__all__ = ["MODELS", "Model", "fields_of", "from_nnx", "linear", "mlp"]
+__all__ = ["MODELS", "Encoder", "Model", "fields_of", "from_nnx", "linear", "mlp"]
 
 
 def fields_of(data: Dataset) -> dict[str, Field]:

@@ -1,6 +1,6 @@
 """Embedding + MLP over feature fields, with an explicit bias of every field (wide and deep, Cheng et al., 2016)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import jax
@@ -9,6 +9,7 @@ from flax import nnx
 
 from metarec_jax.data.fields import Field
 from metarec_jax.models.model import Model, from_nnx
+from metarec_jax.models.profile import PREFIX, look_up, profile, table
 
 Features = Mapping[str, jax.Array]
 
@@ -22,20 +23,16 @@ class EmbeddingMLP(nnx.Module):
     """
 
     def __init__(self, fields: Mapping[str, Field], width: int, hidden: Sequence[int], rngs: nnx.Rngs) -> None:
-        small = nnx.initializers.normal(0.1)
         self.fields = nnx.static({name: field.kind for name, field in fields.items()})
         tables: dict[str, nnx.Module] = {}
         bias: dict[str, nnx.Module] = {}
         for name, field in fields.items():
-            deep = bool(hidden) or not name.startswith("user/")
             if field.kind == "dense":
                 bias[name] = nnx.Linear(field.width, 1, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
-                if deep:
-                    tables[name] = nnx.Linear(field.width, width, kernel_init=small, rngs=rngs)
             else:
                 bias[name] = nnx.Embed(field.size, 1, embedding_init=nnx.initializers.zeros, rngs=rngs)
-                if deep:
-                    tables[name] = nnx.Embed(field.size, width, embedding_init=small, rngs=rngs)
+            if hidden or not name.startswith(PREFIX):
+                tables[name] = table(field, width, rngs)
         self.deep = tuple(tables)
         self.embedding, self.embedding_bias = nnx.Dict(tables), nnx.Dict(bias)
         sizes = [width * len(tables), *hidden]
@@ -44,23 +41,15 @@ class EmbeddingMLP(nnx.Module):
 
     def embed(self, features: Features) -> jax.Array:
         """Input of the head `[..., width]`."""
-        x = jnp.concatenate([_look_up(self.embedding[f], features[f], self.fields[f]) for f in self.deep], -1)
+        x = jnp.concatenate([look_up(self.embedding[f], features[f], self.fields[f]) for f in self.deep], -1)
         for layer in self.layers:
             x = nnx.relu(layer(x))
         return x
 
     def __call__(self, features: Features) -> jax.Array:
         """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
-        bias = sum(_look_up(self.embedding_bias[f], features[f], kind) for f, kind in self.fields.items())
+        bias = sum(look_up(self.embedding_bias[f], features[f], kind) for f, kind in self.fields.items())
         return (self.head(self.embed(features)) + bias)[..., 0]
-
-
-def _look_up(layer: Callable[[jax.Array], jax.Array], x: jax.Array, kind: str) -> jax.Array:
-    """`[..., width]` of one field; several values give the mean of their rows, none gives zeros."""
-    if kind != "multi":
-        return layer(x)
-    present = (x > 0)[..., None]
-    return jnp.where(present, layer(x), 0.0).sum(-2) / jnp.maximum(present.sum(-2), 1)
 
 
 def mlp(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (32,)) -> Model:
@@ -71,7 +60,7 @@ def mlp(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] =
       width: width of each field's embedding.
       hidden: widths of the hidden layers.
     """
-    return from_nnx(lambda rngs: EmbeddingMLP(fields, width, hidden, rngs))
+    return from_nnx(lambda rngs: EmbeddingMLP(fields, width, hidden, rngs), profile(fields, width))
 
 
 def linear(fields: Mapping[str, Field], *, width: int = 16) -> Model:

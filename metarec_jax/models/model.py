@@ -1,5 +1,7 @@
 """Model: the pure functions that a strategy needs to know about a network, and how to get them from flax NNX."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,24 +20,47 @@ class Model(NamedTuple):
       embed: `embed(params, features) -> [..., width]`, the input of the last linear layer (`ridge` needs it).
       groups: `groups(params) -> pytree like params` of "embedding", "decision" or "head": what `anil` and `melu`
         choose by.
+      width: of what `embed` returns; strategies with networks of their own on top of `embed` need it.
+      profile: reads the task's own fields (a user's attributes); strategies that start from them need it.
+      history: whether `apply` and `embed` read `History` features; `with_history` makes a strategy pass them.
     """
 
     init: Callable[[jax.Array], Params]
     apply: Callable[[Params, Features], jax.Array]
     embed: Callable[[Params, Features], jax.Array] | None = None
     groups: Callable[[Params], Params] | None = None
+    width: int | None = None
+    profile: Encoder | None = None
+    history: bool = False
 
 
-def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
-    """The `Model` of a flax NNX module with the methods `__call__(features)` and (optional) `embed(features)`.
+class Encoder(NamedTuple):
+    """A network from features to vectors.
+
+    Attributes:
+      init: `init(key) -> params`.
+      apply: `apply(params, features) -> [..., width]`.
+      width: of the vectors.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[[Params, Features], jax.Array]
+    width: int
+
+
+def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], profile: Encoder | None = None, history: bool = False) -> Model:
+    """The `Model` of a flax NNX module with `__call__(features)` and, optionally, `embed(features)`, the input of its
+    `nnx.Linear` named `head`.
 
     Parameters become a plain dict of arrays. A parameter belongs to the group "head" when its path starts with `head`,
     to "embedding" when it starts with `embedding`, else to "decision".
 
     Args:
       build: makes the module from `nnx.Rngs`; traced abstractly once, run on a device only by `init`.
+      profile, history: see `Model`.
     """
-    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    graph, _ = nnx.split(abstract)
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
@@ -55,4 +80,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         apply=lambda params, features: merged(params)(features),
         embed=lambda params, features: merged(params).embed(features),
         groups=groups,
+        width=getattr(getattr(abstract, "head", None), "in_features", None),
+        profile=profile,
+        history=history,
     )

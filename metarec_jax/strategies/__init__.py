@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from metarec_jax.strategies.ensemble import ensemble
 from metarec_jax.strategies.gradient import anil, fomaml, maml, melu
+from metarec_jax.strategies.history import with_history
 from metarec_jax.strategies.reptile import reptile
 from metarec_jax.strategies.ridge import ridge
 from metarec_jax.strategies.strategy import Strategy
@@ -21,4 +22,20 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "melu": melu,
 }
 
-__all__ = ["STRATEGIES", "Strategy", "anil", "ensemble", "fomaml", "maml", "melu", "reptile", "ridge"]
+DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
+    "ridge": "linear",
+}
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "STRATEGIES",
+    "Strategy",
+    "anil",
+    "ensemble",
+    "fomaml",
+    "maml",
+    "melu",
+    "reptile",
+    "ridge",
+    "with_history",
+]

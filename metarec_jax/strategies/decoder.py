@@ -1,0 +1,79 @@
+"""Decoder: a shared network whose scores a vector for each user bends; what many strategies adapt through."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax.models.model import Model
+from metarec_jax.tasks import Features, Params
+
+
+class Decoder(NamedTuple):
+    """A model and a small network on top of it that reads a context vector.
+
+    Attributes:
+      init: `init(key) -> params`, with the model's own under "model".
+      apply: `apply(params, context [users, size], features [users, examples, ...]) -> scores [users, examples]`.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[[Params, jax.Array, Features], jax.Array]
+
+
+def decoder(model: Model, size: int, hidden: int = 32) -> Decoder:
+    """Scores of a shared model, corrected by what a context vector c says about a user.
+
+        score(x) = f(x) + [phi(x), 1] . (H c) + v . relu((1 + G c) * (W phi(x)) + B c) - v . relu(W phi(x))
+
+    f is the model and phi its `embed`. The first correction is a linear head of the user's own, generated from c (Ha et
+    al., HyperNetworks, ICLR 2017); the second bends a hidden layer (FiLM, Perez et al., AAAI 2018). With c = 0 the
+    shared model answers.
+
+    Args:
+      model: needs `embed` and `width`.
+      size: of the context vector.
+      hidden: width of the hidden layer.
+
+    Raises:
+      ValueError: the model lacks `embed` or `width`.
+    """
+    embed, width = need_embed(model)
+
+    def init(key: jax.Array) -> Params:
+        keys = jax.random.split(key, 6)
+        normal = jax.random.normal
+        return {
+            "model": model.init(keys[0]),
+            "head": normal(keys[1], (size, width + 1)) / size**0.5,
+            "layer": normal(keys[2], (width, hidden)) / width**0.5,
+            "scale": 0.1 * normal(keys[3], (size, hidden)) / size**0.5,
+            "shift": 0.1 * normal(keys[4], (size, hidden)) / size**0.5,
+            "out": normal(keys[5], (hidden,)) / hidden**0.5,
+        }
+
+    def apply(params: Params, context: jax.Array, features: Features) -> jax.Array:
+        phi = embed(params["model"], features)
+        head = context @ params["head"]
+        linear = jnp.einsum("unf,uf->un", phi, head[:, :-1]) + head[:, -1:]
+        layer = phi @ params["layer"]
+        scale, shift = (context @ params[name] for name in ("scale", "shift"))
+        bent = jax.nn.relu((1 + scale[:, None]) * layer + shift[:, None]) - jax.nn.relu(layer)
+        return model.apply(params["model"], features) + linear + bent @ params["out"]
+
+    return Decoder(init, apply)
+
+
+def need_embed(model: Model) -> tuple[Callable[[Params, Features], jax.Array], int]:
+    """The model's `embed` and `width`, which a strategy cannot do without.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if model.embed is None or model.width is None:
+        raise ValueError(
+            "this strategy needs a model with `embed`, the features below its head, and their `width`; pass "
+            "Model(init, apply, embed=..., width=...) or a model of metarec_jax.models"
+        )
+    return model.embed, model.width

@@ -196,7 +196,7 @@ def test_padding_is_zero_everywhere_and_masks_are_zero_or_one_with_the_ones_firs
 def test_features_are_the_rows_of_the_tables(data, histories):
     for batch in batches(histories, CLICK, query=3, batch_size=4, buckets=(12,)):
         for part in batch.task:
-            assert part.features.keys() == {"item_id", "item/price", "item/tags", "user/age", "user/job"}
+            assert part.features.keys() == {"item_id", "item/price", "item/tags", "user/age", "user/job", "order"}
             assert {x.dtype.name for x in part.features.values()} == {"int32", "float32"}
             for row, position in enumerate(batch.positions):
                 user = histories.users[position]
@@ -206,6 +206,20 @@ def test_features_are_the_rows_of_the_tables(data, histories):
                         assert (part.features[f"item/{name}"][row, column] == data.item_features[name][item]).all()
                     for name in ("age", "job"):
                         assert (part.features[f"user/{name}"][row, column] == data.user_features[name][user]).all()
+
+
+def test_order_counts_the_users_earlier_interactions(data, histories):
+    (batch,) = batches(histories, CLICK, query=3, batch_size=len(histories), buckets=(12,))
+    for row, position in enumerate(batch.positions):
+        orders = []
+        for part in batch.task:
+            for column in np.flatnonzero(part.mask[row]):
+                item, order = part.features["item_id"][row, column], part.features["order"][row, column]
+                mine = data.user == histories.users[position]
+                (when,) = data.timestamp[mine & (data.item == item)]
+                assert (data.timestamp[mine] < when).sum() <= order < (data.timestamp[mine] <= when).sum()
+                orders.append(order)
+        assert len(set(orders)) == len(orders)
 
 
 def test_features_of_unknown_users_and_items_are_those_of_row_zero(data):

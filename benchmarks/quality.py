@@ -1,17 +1,21 @@
-"""Quality for cold users: every strategy and the plain baselines on the same tasks of several random splits.
+"""The leaderboard: every strategy and the plain baselines on the same cold users of several random splits.
 
     python benchmarks/quality.py                        # ten splits, clicks, all strategies
     python benchmarks/quality.py --splits 40 --strategies ridge
-    python benchmarks/quality.py --target rating
+    python benchmarks/quality.py --target rating --log quality.jsonl    # may be stopped and started again
 
-Prints a Markdown table: means over splits, and each strategy's paired difference to the baseline that is best in that
-metric with a 95 % interval (Student's t over splits), and what a strategy costs.
+Each strategy is trained once a split, with the settings that `tune.py` found, and judged with 1, 3, 5, 10 and all
+support examples of each test user. Prints Markdown tables: means over splits, each strategy's paired difference to the
+baseline that is best in that metric with a 95 % interval (Student's t over splits), and what a strategy costs.
 """
 
 import argparse
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,28 +23,25 @@ import numpy as np
 from scipy import stats
 
 import metarec_jax as mr
+from metarec_jax.training import default_optimizer
 
 SHOWN = {
     "click": ("auc", "within_user_auc", "precision@5", "ndcg@5", "mrr@5", "log_loss"),
     "rating": ("rmse", "mae", "ndcg@5"),
 }
-PAIRED = {"click": ("auc", "within_user_auc"), "rating": ("rmse",)}
+PAIRED = {"click": ("auc", "within_user_auc"), "rating": ("rmse",)}  # the last one is shown by support size too
 LESS_IS_BETTER = ("rmse", "mae", "log_loss")
+SUPPORT = (1, 3, 5, 10, None)  # None: all that a test user has
+BUCKETS = (40, 90)  # the same for every split, so that a strategy compiles once
+TUNED = Path(__file__).with_name("tuned.json")
 
 
 def adapted_values(recommender: mr.Recommender) -> int:
-    """Numbers that one adapted user consists of."""
-    shapes = jax.eval_shape(
-        lambda: recommender.strategy.adapt(
-            recommender.params,
-            mr.Examples(
-                mr.data.features(recommender.catalogue, np.zeros(1, int), np.zeros((1, 8), int)),
-                np.zeros((1, 8), np.float32),
-                np.ones((1, 8), np.float32),
-            ),
-            jax.random.key(0),
-        )
-    )
+    """Numbers that one adapted user consists of, with eight support examples."""
+    data = recommender.catalogue
+    features = mr.data.features(data, np.zeros(1, int), np.zeros((1, 8), int)) | {"order": np.zeros((1, 8), np.int32)}
+    support = mr.Examples(features, np.zeros((1, 8), np.float32), np.ones((1, 8), np.float32))
+    shapes = jax.eval_shape(lambda: recommender.strategy.adapt(recommender.params, support, jax.random.key(0)))
     return sum(int(np.prod(x.shape[1:])) for x in jax.tree.leaves(shapes))
 
 
@@ -63,60 +64,117 @@ def once(make: Callable[..., Any]) -> Callable[..., Any]:
     return first
 
 
+def settings(name: str, target: str) -> dict[str, Any]:
+    """What `tune.py` found for a strategy; empty where it has not been tuned."""
+    return json.loads(TUNED.read_text())[target].get(name, {}) if TUNED.exists() else {}
+
+
+def trainer(name: str, chosen: dict[str, Any]) -> Callable[..., mr.Recommender]:
+    """`mr.train` for one strategy with these settings (`strategy`, `model` and `optimizer` options)."""
+    strategy = once(partial(mr.STRATEGIES[name], **chosen.get("strategy", {})))
+    model = partial(mr.models.MODELS[mr.strategies.DEFAULT_MODEL.get(name, "mlp")], **chosen.get("model", {}))
+    optimizer = default_optimizer(**chosen.get("optimizer", {}))
+    return partial(mr.train, strategy=strategy, model=model, optimizer=optimizer, progress=False, buckets=BUCKETS)
+
+
+def judge(recommender: mr.Recommender, name: str | None) -> dict[str, dict[str, dict[str, float]]]:
+    """Metrics by learner and support size; with the baselines and without the learner when `name` is None."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for size in SUPPORT:
+        results = recommender.evaluate(support=size, baselines=name is None)
+        own = results.pop("strategy")
+        for learner, row in ({name: own} if name else results).items():
+            found.setdefault(learner, {})[str(size)] = row
+    return found
+
+
 def run(
-    strategies: Sequence[str], target: str, splits: range, data: mr.data.Dataset, train_on: str, epochs: int
-) -> None:
-    """Train and judge everything, print the table."""
-    protocol = mr.ColdUsers(target=target, train_on=train_on)
-    values: dict[str, list[list[float]]] = {}
-    costs: dict[str, list[tuple[float, float, int]]] = {}
-    makers = {name: once(mr.STRATEGIES[name]) for name in strategies}
-    for seed in splits:
-        for name in strategies:
+    strategies: Sequence[str],
+    splits: range,
+    data: mr.data.Dataset,
+    protocol: mr.ColdUsers,
+    epochs: int,
+    log: Path | None,
+) -> list[dict[str, Any]]:
+    """Train and judge everything that the log does not hold yet; one row for each learner and split."""
+    setting = {"data": data.name, "protocol": repr(protocol), "epochs": epochs}
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log and log.exists() else []
+    rows = [row for row in rows if all(row[key] == value for key, value in setting.items())]
+    done = {(row["learner"], row["seed"]) for row in rows}
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if log:
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    for name in strategies:
+        train = trainer(name, settings(name, protocol.target))
+        for seed in splits:
+            if (name, seed) in done:
+                continue
             start = time.perf_counter()
-            recommender = mr.train(
-                data,
-                makers[name],
-                mr.strategies.DEFAULT_MODEL.get(name),
-                seed=seed,
-                protocol=protocol,
-                progress=False,
-                buckets=BUCKETS,
-                epochs=epochs,
-            )
+            recommender = train(data, seed=seed, protocol=protocol, epochs=epochs)
             seconds = time.perf_counter() - start
-            results = recommender.evaluate(baselines=name == strategies[0])
-            results = {name if learner == "strategy" else learner: row for learner, row in results.items()}
-            for learner, row in results.items():
-                values.setdefault(learner, []).append([row[m] for m in SHOWN[target]])
-            users = sum(len(part) for part in protocol.split(data, seed)[:1]) * len(recommender.history)
-            costs.setdefault(name, []).append((seconds, users / seconds, adapted_values(recommender)))
-            print(
-                f"split {seed} {name}: {results[name]['auc' if target == 'click' else 'rmse']:.4f}, {seconds:.0f} s",
-                flush=True,
-            )
-    table = {learner: np.array(rows) for learner, rows in values.items()}
-    baselines = [b for b in mr.evaluation.BASELINES if b in table]
-    print(f"\n{data.name}, target {target}, {protocol}, splits {splits[0]} to {splits[-1]}")
-    print(f"{platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+            users = len(protocol.split(data, seed).train) * len(recommender.history)
+            cost = {"seconds": seconds, "users/s": users / seconds, "values": adapted_values(recommender)}
+            found = judge(recommender, name)
+            if ("two means", seed) not in done:
+                found |= judge(recommender, None)
+                done.add(("two means", seed))
+            for learner, results in found.items():
+                row = setting | {"learner": learner, "seed": seed, "results": results}
+                keep(row | cost if learner == name else row)
+            shown = PAIRED[protocol.target][-1]
+            print(f"{name}, split {seed}: {shown} {found[name]['None'][shown]:.4f}, {seconds:.0f} s", flush=True)
+    return [row for row in rows if row["seed"] in splits]
+
+
+def report(rows: list[dict[str, Any]], target: str) -> None:
+    """The Markdown tables."""
+    seeds = sorted({row["seed"] for row in rows})
+    by = {(row["learner"], row["seed"]): row for row in rows}
+    complete = [n for n in dict.fromkeys(row["learner"] for row in rows) if all((n, s) in by for s in seeds)]
+    baselines = [b for b in mr.evaluation.BASELINES if b in complete]
+    learners = [learner for learner in complete if learner not in baselines]
+
+    def values(learner: str, metric: str, size: int | None = None) -> np.ndarray:
+        return np.array([by[learner, seed]["results"][str(size)][metric] for seed in seeds])
+
+    def against(learner: str, metric: str, size: int | None = None) -> str:
+        sign = -1 if metric in LESS_IS_BETTER else 1
+        best = max(baselines, key=lambda b: sign * values(b, metric, size).mean())
+        mean, half = paired(values(learner, metric, size), values(best, metric, size))
+        return "-" if learner in baselines else f"{mean:+.4f} ± {half:.4f} ({best})"
+
     header = ["learner", *SHOWN[target], *(f"{m} minus best baseline" for m in PAIRED[target])]
-    header += ["training s, median", "users/s", "adapted values"]
-    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for learner, rows in table.items():
-        cells = [f"{x:.4f}" for x in rows.mean(0)]
-        for metric in PAIRED[target]:
-            column, sign = SHOWN[target].index(metric), -1 if metric in LESS_IS_BETTER else 1
-            best = max(baselines, key=lambda b: sign * table[b][:, column].mean())
-            mean, half = paired(rows[:, column], table[best][:, column])
-            cells.append("-" if learner in baselines else f"{mean:+.4f} ± {half:.4f} ({best})")
-        cost = np.median(costs[learner], axis=0) if learner in costs else None
-        cells += ["-"] * 3 if cost is None else [f"{cost[0]:.0f}", f"{cost[1]:.0f}", f"{cost[2]:.0f}"]
-        print(f"| {learner} | " + " | ".join(cells) + " |")
+    table(
+        [*header, "training s, median", "users/s", "adapted values"],
+        [
+            [learner, *(f"{values(learner, m).mean():.4f}" for m in SHOWN[target])]
+            + [against(learner, m) for m in PAIRED[target]]
+            + [
+                f"{np.median([by[learner, s][cost] for s in seeds]):.0f}" if learner not in baselines else "-"
+                for cost in ("seconds", "users/s", "values")
+            ]
+            for learner in complete
+        ],
+    )
+    metric = PAIRED[target][-1]
+    print(f"\n{metric} minus the best baseline, by support examples:\n")
+    table(
+        ["learner", *("all" if size is None else str(size) for size in SUPPORT)],
+        [[learner, *(against(learner, metric, size) for size in SUPPORT)] for learner in learners]
+        + [[b, *(f"{values(b, metric, size).mean():.4f}" for size in SUPPORT)] for b in baselines],
+    )
 
 
-BUCKETS = (40, 90)  # the same for every split, so that a strategy compiles once
+def table(header: list[str], rows: list[list[str]]) -> None:
+    for row in (header, ["---"] * len(header), *rows):
+        print("| " + " | ".join(row) + " |")
 
-if __name__ == "__main__":
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="ml-100k")
     parser.add_argument("--splits", type=int, default=10, help="how many, 2 or more")
@@ -127,8 +185,17 @@ if __name__ == "__main__":
         "--epochs", type=int, default=60, help="at most; training stops when validation does not improve"
     )
     parser.add_argument("--strategies", nargs="+", default=list(mr.STRATEGIES), choices=list(mr.STRATEGIES))
+    parser.add_argument("--log", type=Path, help="JSON lines: results are kept here, and what is here is not run again")
     given = parser.parse_args()
     if given.splits < 2 or given.first < 0:
         parser.error("--splits must be 2 or more, which an interval needs, and --first 0 or more")
-    splits = range(given.first, given.first + given.splits)
-    run(given.strategies, given.target, splits, mr.data.load(given.data), given.train_on, given.epochs)
+    splits, data = range(given.first, given.first + given.splits), mr.data.load(given.data)
+    protocol = mr.ColdUsers(target=given.target, train_on=given.train_on)
+    rows = run(given.strategies, splits, data, protocol, given.epochs, given.log)
+    print(f"\n{data.name}, {protocol}, splits {splits[0]} to {splits[-1]}")
+    print(f"{platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    report(rows, given.target)
+
+
+if __name__ == "__main__":
+    main()

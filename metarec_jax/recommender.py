@@ -20,6 +20,7 @@ from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.target import Target
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation.evaluate import score_baselines, score_tasks, summarise
+from metarec_jax.evidence import evidence
 from metarec_jax.models import MODELS, Model, fields_of
 from metarec_jax.progress import epochs_bar
 from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, with_history
@@ -32,7 +33,7 @@ CELLS = 1 << 20  # users x items scored at once
 
 
 class Recommendation(NamedTuple):
-    """One recommended item: raw id, score (a click probability or a rating) and title, where known."""
+    """One item: raw id, score (a click probability or a rating; of `ask`, how much it tells) and title, where known."""
 
     item: Any
     score: float
@@ -121,10 +122,9 @@ class Recommender:
         Returns:
           `{learner: {metric: value}}`.
         """
-        if data is None and not len(self.catalogue.rating):
-            raise DataError("a loaded model holds no interactions: evaluate(data) with the dataset it was trained on")
-        split = self.protocol.split(self.catalogue if data is None else self._as_trained(data), self.seed)
-        width = int(np.maximum(split.test.lengths - self.protocol.query, 1).max())
+        split = self._split(data, "evaluate(data)")
+        longest = int(np.maximum(split.test.lengths - self.protocol.query, 1).max())
+        width = -(-longest // 32) * 32  # splits and support sizes share their shapes, hence what is compiled
         tasks = batches(
             split.test,
             self.target,
@@ -139,6 +139,26 @@ class Recommender:
             results |= score_baselines(split.train, split.test, self.target, query=self.protocol.query, support=support)
         return {learner: summarise(scores, self.target.kind) for learner, scores in results.items()}
 
+    def ask(self, k: int = 10, data: Dataset | None = None) -> list[Recommendation]:
+        """The `k` items to ask a new user about first, most telling first: MeLU's evidence candidates.
+
+        Those that many training users have rated and whose ratings, each taken alone, move the adapted parameters
+        the most; see `metarec_jax.evidence`, which is also what the scores are.
+
+        Args:
+          k: how many; fewer come back when fewer items have ratings.
+          data: the dataset of the training; may be left out unless the model was loaded.
+
+        Raises:
+          DataError: a loaded model without `data`, or data that do not fit.
+          ValueError: the strategy adapts nothing.
+        """
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise DataError(f"k must be a positive integer, got {k!r}")
+        value = evidence(self.strategy, self.params, self._split(data, "ask(k, data)").train, self.target)
+        rows = np.argsort(-value, kind="stable")[: min(k, np.count_nonzero(value))]
+        return self._named(rows, value[rows])
+
     def save(self, path: str | Path) -> None:
         """Write the model as a folder of JSON and safetensors files; an earlier model there is replaced at once."""
         config = {
@@ -150,6 +170,18 @@ class Recommender:
             "history": self.history,
         }
         saving.write(path, config, self.catalogue, self.params)
+
+    def _split(self, data: Dataset | None, call: str) -> Split:
+        """The split of the training; `call` is what to write where a loaded model needs the dataset."""
+        if data is None and not len(self.catalogue.rating):
+            raise DataError(f"a loaded model holds no interactions: {call} with the dataset it was trained on")
+        return self.protocol.split(self.catalogue if data is None else self._as_trained(data), self.seed)
+
+    def _named(self, rows: np.ndarray, scores: np.ndarray) -> list[Recommendation]:
+        """Item rows `[k]` with their scores as people read them."""
+        titles = [None] * len(rows) if self.catalogue.titles is None else self.catalogue.titles[rows]
+        raw = self.catalogue.items.decode(rows).tolist()
+        return [Recommendation(*r) for r in zip(raw, scores.tolist(), titles, strict=True)]
 
     def _as_trained(self, data: Dataset) -> Dataset:
         """The interactions of `data` with the item features of the training, or an error when the two do not fit."""
@@ -191,9 +223,7 @@ class Recommender:
         found = []
         for row, finite, value in zip(np.asarray(best), np.isfinite(scores), probability, strict=True):
             kept = np.flatnonzero(finite)[:k]
-            raw = data.items.decode(row[kept]).tolist()
-            titles = [None] * len(raw) if data.titles is None else data.titles[row[kept]]
-            found.append([Recommendation(*r) for r in zip(raw, value[kept].tolist(), titles, strict=True)])
+            found.append(self._named(row[kept], value[kept]))
         return found[: len(encoded)]
 
 

@@ -1,6 +1,6 @@
 """Recommender: the thin wrapper that people touch. `train` makes one; it recommends, evaluates, saves and loads."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from metarec_jax.progress import epochs_bar
 from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, with_history
 from metarec_jax.tasks import Examples, Params
 from metarec_jax.training import EPOCHS, fit
+from metarec_jax.transfer import carry_over
 
 LOSSES = {"click": optax.losses.sigmoid_binary_cross_entropy, "rating": optax.losses.squared_error}
 CHUNK = 256  # users adapted at once
@@ -268,6 +269,8 @@ def train(
     protocol: ColdUsers | None = None,
     strategy_options: Mapping[str, Any] | None = None,
     model_options: Mapping[str, Any] | None = None,
+    start: Recommender | None = None,
+    shared: Collection[str] | None = None,
     progress: bool = True,
     **fit_options: Any,
 ) -> Recommender:
@@ -281,11 +284,17 @@ def train(
       seed: of the split, the parameters and the sampling; same seed, same machine: same model.
       protocol: which users train, validate and test, and what is predicted (default: clicks of cold users).
       strategy_options, model_options: keyword arguments of the two.
+      start: a recommender trained on other data, to start from its parameters instead of random ones. Rows of tables
+        are carried over where both know the raw value (an item id, a genre), layers where their shapes are the same.
+      shared: with `start`, the fields whose raw values mean the same in both datasets, by the names of
+        `metarec_jax.models.fields_of` (default: all that both have). Leave out "item_id" where the same number is
+        another item.
       progress: show a progress bar.
       **fit_options: keyword arguments of `metarec_jax.training.fit`, for instance `epochs` or `optimizer`.
 
     Raises:
       DataError: the dataset has too few users for the protocol.
+      ValueError: an unknown name; `start` was trained for another target, or with another strategy or model.
     """
     protocol = protocol or ColdUsers()
     if model is None:
@@ -302,6 +311,11 @@ def train(
         data,
         target,
     )
+    if start is not None:
+        if start.target.kind != target.kind:
+            raise ValueError(f"start predicts a {start.target.kind}, this training a {target.kind}; use one target")
+        fresh = jax.jit(built.init)(jax.random.key(seed))
+        fit_options["params"] = carry_over(start.params, fresh, fields_of(start.catalogue), fields_of(data), shared)
     with epochs_bar(progress, fit_options.get("epochs", EPOCHS), target.kind) as report:
         fitted = fit(
             built,

@@ -5,6 +5,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -63,6 +64,7 @@ def fit(
     unknown: float = 0.1,
     statistics: ItemStatistics | None = None,
     seed: int = 0,
+    params: Params | None = None,
     report: Callable[[int, dict[str, float]], Any] | None = None,
 ) -> Fitted:
     """Meta-train with early stopping. Support and query sets are drawn anew in each epoch.
@@ -86,6 +88,7 @@ def fit(
       unknown: share of users and items whose identity is hidden in training, which trains the unknown rows.
       statistics: takes a training user's own interactions out of the item field that it made, when the data has it.
       seed: of the initial parameters and of the sampling.
+      params: initial parameters (default: those of `strategy.init`).
       report: called after each epoch with its number and its entry in `history`.
 
     Raises:
@@ -95,7 +98,8 @@ def fit(
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     lengths = np.clip(split.train.lengths - query, 1, max_support)
     widths = bucket_sizes(lengths, buckets) if isinstance(buckets, int) else buckets
-    params = jax.jit(strategy.init)(key)
+    # a copy, because steps write over what they are given
+    params = jax.jit(strategy.init)(key) if params is None else jax.tree.map(jnp.array, params)
     state = jax.jit(optimizer.init)(params)
     averaged = jax.device_get(params)
     sampling: dict[str, Any] = {"query": query, "batch_size": batch_size, "unknown": unknown, "statistics": statistics}

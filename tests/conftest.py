@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
-from metarec_jax.tasks import Examples, Task
+from metarec_jax.tasks import Examples, History, Task
 
 # Most of what the suite compiles runs a few times only. XLA reads this at its first use, after all imports; what the
 # caller set wins.
@@ -47,6 +47,16 @@ def tiny_init(key, width=3, hidden=4):
     }
 
 
+def tiny_reading_apply(params, features):
+    """`tiny_apply` on inputs times the mean over the user's other examples of (2 target - 1) * features."""
+    if not isinstance(features, History):
+        return tiny_apply(params, jnp.zeros_like(features))
+    x, past, own = features
+    others = (past.mask > 0)[..., None, :] & (own[..., None] != jnp.arange(past.mask.shape[-1]))
+    signed = jnp.where(past.mask > 0, 2 * past.target - 1, 0)[..., None] * past.features
+    return tiny_apply(params, x * (others @ signed / jnp.maximum(others.sum(-1, keepdims=True), 1)))
+
+
 @pytest.fixture
 def task_batch():
     """The function that makes random task batches."""
@@ -63,6 +73,12 @@ def tiny_model():
         groups=lambda params: {"w1": "embedding", "b1": "decision", "w2": "head", "b2": "head"},
         width=4,
     )
+
+
+@pytest.fixture
+def tiny_reading_model(tiny_model):
+    """A small model that reads its user's history, whatever the order."""
+    return tiny_model._replace(apply=tiny_reading_apply, history=True)
 
 
 @pytest.fixture(scope="session")

@@ -307,7 +307,7 @@ def healthy(support: Examples, fine: jax.Array) -> Examples:
     user = jnp.where(fine, jnp.arange(len(fine)), jnp.argmax(fine))
 
     def swap(a: jax.Array) -> jax.Array:
-        taken = a[user]
+        taken = jnp.asarray(a)[user]
         if not jnp.issubdtype(a.dtype, jnp.inexact):
             return taken
         return jnp.where(jnp.any(fine), taken, jnp.zeros((), a.dtype))  # zeros where all users failed

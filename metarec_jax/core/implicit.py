@@ -24,14 +24,17 @@ class ProximalState(NamedTuple):
     moved: Params  # the sum of all updates, w - params
 
 
-def proximal(optimizer: optax.GradientTransformation, damping: float) -> optax.GradientTransformation:
-    """`optimizer` on the loss plus `damping / 2 |w - w_0|^2`, where `w_0` are the parameters at `init`."""
+def proximal(optimizer: optax.GradientTransformation, damping: Params) -> optax.GradientTransformation:
+    """`optimizer` on the loss plus `damping / 2 |w - w_0|^2`, where `w_0` are the parameters at `init`.
+
+    `damping` is a number, or a pytree prefix of the parameters with one for each array or group of arrays.
+    """
 
     def init(params: Params) -> ProximalState:
         return ProximalState(optimizer.init(params), jax.tree.map(jnp.zeros_like, params))
 
     def update(gradient: Params, state: ProximalState, params: Params = None) -> tuple[Params, ProximalState]:
-        pulled = jax.tree.map(lambda g, d: g + damping * d, gradient, state.moved)
+        pulled = jax.tree.map(lambda c, g, d: g + c * d, jax.tree.broadcast(damping, gradient), gradient, state.moved)
         updates, inner = optimizer.update(pulled, state.inner, params)
         return updates, ProximalState(inner, jax.tree.map(jnp.add, state.moved, updates))
 

@@ -49,7 +49,8 @@ class Field:
         count = np.maximum(np.isfinite(dense).sum(0), 1)
         mean = np.nansum(dense, 0) / count
         scale = np.sqrt(np.nansum((dense - mean) ** 2, 0) / count)
-        return cls(name, kind, 1, dense.shape[1], None, mean, np.where(scale > 0, scale, 1.0))
+        varies = scale > 1e-7 * np.abs(mean)  # a constant's deviation is rounding, and not always 0
+        return cls(name, kind, 1, dense.shape[1], None, mean, np.where(varies, scale, 1.0))
 
     def encode(self, values: Any) -> np.ndarray:
         """Codes `[n]` (categorical), `[n, width]` (multi) or float32 `[n, width]` (dense) of raw `values`

@@ -9,7 +9,7 @@ from flax import nnx
 
 from metarec_jax.data.fields import Field
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, look_up, profile, table
+from metarec_jax.models.profile import PREFIX, bias, look_up, profile, table
 
 Features = Mapping[str, jax.Array]
 
@@ -25,16 +25,13 @@ class EmbeddingMLP(nnx.Module):
     def __init__(self, fields: Mapping[str, Field], width: int, hidden: Sequence[int], rngs: nnx.Rngs) -> None:
         self.fields = nnx.static({name: field.kind for name, field in fields.items()})
         tables: dict[str, nnx.Module] = {}
-        bias: dict[str, nnx.Module] = {}
+        biases: dict[str, nnx.Module] = {}
         for name, field in fields.items():
-            if field.kind == "dense":
-                bias[name] = nnx.Linear(field.width, 1, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
-            else:
-                bias[name] = nnx.Embed(field.size, 1, embedding_init=nnx.initializers.zeros, rngs=rngs)
+            biases[name] = bias(field, rngs)
             if hidden or not name.startswith(PREFIX):
                 tables[name] = table(field, width, rngs)
         self.deep = tuple(tables)
-        self.embedding, self.embedding_bias = nnx.Dict(tables), nnx.Dict(bias)
+        self.embedding, self.embedding_bias = nnx.Dict(tables), nnx.Dict(biases)
         sizes = [width * len(tables), *hidden]
         self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(sizes)])
         self.head = nnx.Linear(sizes[-1], 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
@@ -48,8 +45,12 @@ class EmbeddingMLP(nnx.Module):
 
     def __call__(self, features: Features) -> jax.Array:
         """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
-        bias = sum(look_up(self.embedding_bias[f], features[f], kind) for f, kind in self.fields.items())
-        return (self.head(self.embed(features)) + bias)[..., 0]
+        return (self.head(self.embed(features)) + self.bias(features))[..., 0]
+
+    def bias(self, features: Features) -> jax.Array:
+        """Sum of the field biases `[..., 1]`."""
+        biases = (look_up(self.embedding_bias[f], features[f], kind) for f, kind in self.fields.items())
+        return sum(biases, start=jnp.zeros(()))
 
 
 def mlp(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (32,)) -> Model:

@@ -68,6 +68,13 @@ def table(field: Field, width: int, rngs: nnx.Rngs, scale: float = 0.1) -> nnx.M
     return nnx.Embed(field.size, width, embedding_init=nnx.initializers.normal(scale), rngs=rngs)
 
 
+def bias(field: Field, rngs: nnx.Rngs) -> nnx.Module:
+    """The layer that gives one field's bias, 0 at first."""
+    if field.kind == "dense":
+        return nnx.Linear(field.width, 1, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
+    return nnx.Embed(field.size, 1, embedding_init=nnx.initializers.zeros, rngs=rngs)
+
+
 def look_up(layer: Callable[[jax.Array], jax.Array], x: jax.Array, kind: str) -> jax.Array:
     """`[..., width]` of one field; several values give the mean of their rows, none gives zeros."""
     if kind != "multi":

@@ -6,12 +6,26 @@ then cover it.
 
 from collections.abc import Callable
 
-from metarec_jax.strategies.ensemble import ensemble
+from metarec_jax.strategies.alpaca import alpaca
+from metarec_jax.strategies.cavia import cavia
+from metarec_jax.strategies.cold_items import gme, metaemb
+from metarec_jax.strategies.ensemble import ensemble, fit_weights, given, mixture
 from metarec_jax.strategies.gradient import anil, fomaml, maml, melu
 from metarec_jax.strategies.history import with_history
+from metarec_jax.strategies.imaml import imaml
+from metarec_jax.strategies.in_context import in_context
+from metarec_jax.strategies.limaml import limaml
+from metarec_jax.strategies.mamlpp import mamlpp
+from metarec_jax.strategies.mamo import mamo
+from metarec_jax.strategies.metasgd import meta_sgd
+from metarec_jax.strategies.metric import lwa, nlba, prototypes
+from metarec_jax.strategies.mwuf import mwuf
+from metarec_jax.strategies.process import anp, cnp, tanp
 from metarec_jax.strategies.reptile import reptile
 from metarec_jax.strategies.ridge import ridge
 from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.strategies.structure import gated, meta_reg, sparse_maml
+from metarec_jax.strategies.transfer import finetune, finetune_head, lora, pretrain
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "ridge": ridge,
@@ -20,22 +34,81 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "reptile": reptile,
     "anil": anil,
     "melu": melu,
+    "meta_sgd": meta_sgd,
+    "mamlpp": mamlpp,
+    "imaml": imaml,
+    "cavia": cavia,
+    "limaml": limaml,
+    "in_context": in_context,
+    "alpaca": alpaca,
+    "prototypes": prototypes,
+    "lwa": lwa,
+    "nlba": nlba,
+    "mamo": mamo,
+    "cnp": cnp,
+    "anp": anp,
+    "tanp": tanp,
+    "metaemb": metaemb,
+    "gme": gme,
+    "mwuf": mwuf,
+    "sparse_maml": sparse_maml,
+    "meta_reg": meta_reg,
+    "gated": gated,
+    "ensemble": mixture,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "finetune_head": finetune_head,
+    "lora": lora,
 }
 
 DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
     "ridge": "linear",
+    "cnp": "linear",
+    "anp": "linear",
+    "tanp": "linear",
+    "alpaca": "linear",
+    "lwa": "linear",
+    "nlba": "linear",
+    "in_context": "transformer",
 }
 
 __all__ = [
     "DEFAULT_MODEL",
     "STRATEGIES",
     "Strategy",
+    "alpaca",
     "anil",
+    "anp",
+    "cavia",
+    "cnp",
     "ensemble",
+    "finetune",
+    "finetune_head",
+    "fit_weights",
     "fomaml",
+    "gated",
+    "given",
+    "gme",
+    "imaml",
+    "in_context",
+    "limaml",
+    "lora",
+    "lwa",
     "maml",
+    "mamlpp",
+    "mamo",
     "melu",
+    "meta_reg",
+    "meta_sgd",
+    "metaemb",
+    "mixture",
+    "mwuf",
+    "nlba",
+    "pretrain",
+    "prototypes",
     "reptile",
     "ridge",
+    "sparse_maml",
+    "tanp",
     "with_history",
 ]

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from metarec_jax.models.model import Model
 from metarec_jax.tasks import Features, Params
@@ -15,7 +14,8 @@ class Decoder(NamedTuple):
 
     Attributes:
       init: `init(key) -> params`, with the model's own under "model".
-      apply: `apply(params, context [users, size], features [users, examples, ...]) -> scores [users, examples]`.
+      apply: `apply(params, context, features [users, examples, ...]) -> scores [users, examples]`, where the context is
+        a user's, `[users, size]`, or an example's, `[users, examples, size]`.
     """
 
     init: Callable[[jax.Array], Params]
@@ -55,11 +55,12 @@ def decoder(model: Model, size: int, hidden: int = 32) -> Decoder:
 
     def apply(params: Params, context: jax.Array, features: Features) -> jax.Array:
         phi = embed(params["model"], features)
+        context = context[:, None] if context.ndim == 2 else context
         head = context @ params["head"]
-        linear = jnp.einsum("unf,uf->un", phi, head[:, :-1]) + head[:, -1:]
+        linear = (phi * head[..., :-1]).sum(-1) + head[..., -1]
         layer = phi @ params["layer"]
         scale, shift = (context @ params[name] for name in ("scale", "shift"))
-        bent = jax.nn.relu((1 + scale[:, None]) * layer + shift[:, None]) - jax.nn.relu(layer)
+        bent = jax.nn.relu((1 + scale) * layer + shift) - jax.nn.relu(layer)
         return model.apply(params["model"], features) + linear + bent @ params["out"]
 
     return Decoder(init, apply)

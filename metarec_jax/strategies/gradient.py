@@ -1,6 +1,6 @@
 """Gradient-based strategies: MAML, FOMAML, ANIL and MeLU are one inner loop over different groups of parameters."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,56 @@ def default_inner(loss: PointwiseLoss) -> optax.GradientTransformation:
     A model's biases all move its score together, so that the largest stable step falls with the loss's curvature times
     their number; steps of one size for all losses diverge for the steeper one.
     """
-    curvature = float(jax.grad(jax.grad(loss))(0.0, 0.0))
-    return optax.sgd(0.025 / curvature if curvature > 0 else 0.1)
+    return optax.sgd(0.025 / (curvature(loss) or 0.25))
+
+
+def curvature(loss: PointwiseLoss) -> float:
+    """Second derivative of a loss in the score, where score and target are 0; 0 for a loss without curvature there."""
+    return max(float(jax.grad(jax.grad(loss))(0.0, 0.0)), 0.0)
+
+
+def leaves_of(model: Model, groups: Collection[str]) -> Callable[[Params], Params]:
+    """The function from a model's parameters to bools, one for each array: whether it is in one of the groups.
+
+    Raises:
+      ValueError: unknown groups, or a model without `groups`; from the function: no parameters are in the groups.
+    """
+    if unknown := set(groups) - set(ALL):
+        raise ValueError(f"groups: {sorted(unknown)} unknown; choose from {', '.join(ALL)}")
+    if set(groups) != set(ALL) and model.groups is None:
+        raise ValueError(
+            f"adapting only {sorted(groups)} needs a model with `groups`; pass Model(init, apply, groups=...)"
+        )
+
+    def chosen(params: Params) -> Params:
+        if set(groups) == set(ALL):
+            return jax.tree.map(lambda _: True, params)
+        assert model.groups is not None
+        flags = jax.tree.map(lambda group: group in groups, model.groups(params))
+        if not any(jax.tree.leaves(flags)):
+            raise ValueError(f"the model has no parameters in the groups {sorted(groups)}")
+        return flags
+
+    return chosen
+
+
+def from_adapt(
+    model: Model,
+    loss: PointwiseLoss,
+    init: Callable[[jax.Array], Params],
+    adapt: Callable[[Params, Examples, jax.Array], Adapted],
+) -> Strategy:
+    """The strategy whose `adapt` is a `core.adapt` of `params["model"]` and whose meta-loss is the query loss."""
+
+    def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        return core.predict(model.apply, params["model"], adapted, features)
+
+    def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        adapted = adapt(params, task.support, key)
+        scores = predict(params, adapted, task.query.features)
+        return core.query_loss(scores, task.query, loss), {"failed": adapted.failed.sum()}
+
+    return Strategy(init, adapt, predict, meta_loss)
 
 
 def maml(
@@ -57,21 +105,7 @@ def maml(
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
     """
     inner = default_inner(loss) if inner is None else inner
-    if unknown := set(groups) - set(ALL):
-        raise ValueError(f"groups: {sorted(unknown)} unknown; choose from {', '.join(ALL)}")
-    if set(groups) != set(ALL) and model.groups is None:
-        raise ValueError(
-            f"adapting only {sorted(groups)} needs a model with `groups`; pass Model(init, apply, groups=...)"
-        )
-
-    def adapted_leaves(params: Params) -> Params:
-        if set(groups) == set(ALL):
-            return jax.tree.map(lambda _: True, params)
-        assert model.groups is not None
-        chosen = jax.tree.map(lambda group: group in groups, model.groups(params))
-        if not any(jax.tree.leaves(chosen)):
-            raise ValueError(f"the model has no parameters in the groups {sorted(groups)}")
-        return chosen
+    adapted_leaves = leaves_of(model, groups)
 
     def init(key: jax.Array) -> Params:
         params = {"model": model.init(key)}
@@ -94,15 +128,7 @@ def maml(
             form=form,
         )
 
-    def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
-        return core.predict(model.apply, params["model"], adapted, features)
-
-    def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        adapted = adapt(params, task.support, key)
-        scores = predict(params, adapted, task.query.features)
-        return core.query_loss(scores, task.query, loss), {"failed": adapted.failed.sum()}
-
-    return Strategy(init, adapt, predict, meta_loss)
+    return from_adapt(model, loss, init, adapt)
 
 
 def fomaml(

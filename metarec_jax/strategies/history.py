@@ -25,7 +25,12 @@ def with_history(strategy: Strategy) -> Strategy:
         query = task.query._replace(features=reading_all(task.support, task.query.features))
         return strategy.loss(params, Task(reading_the_others(task.support), query), key)
 
-    return Strategy(strategy.init, adapt, predict, loss)
+    def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        assert strategy.deviation is not None
+        own, support = adapted
+        return strategy.deviation(params, own, reading_all(support, features))
+
+    return Strategy(strategy.init, adapt, predict, loss, deviation if strategy.deviation else None)
 
 
 def reading_the_others(support: Examples) -> Examples:

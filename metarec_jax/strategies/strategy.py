@@ -1,4 +1,4 @@
-"""Strategy: a way to adapt a shared recommender to each user, as a value of four pure functions."""
+"""Strategy: a way to adapt a shared recommender to each user, as a value of pure functions."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,9 +18,12 @@ class Strategy(NamedTuple):
       adapt: `adapt(params, support, key) -> adapted`, from `Examples` with arrays `[users, examples, ...]`.
       predict: `predict(params, adapted, features) -> scores` `[users, examples]`.
       loss: `loss(params, task, key) -> (scalar, aux)`; its gradient is what meta-training follows.
+      deviation: `deviation(params, adapted, features) -> [users, examples]`, the predictive standard deviation of a
+        rating (its noise included) or of a click's logit; None where the strategy does not know it.
     """
 
     init: Callable[[jax.Array], Params]
     adapt: Callable[[Params, Examples, jax.Array], Adapted]
     predict: Callable[[Params, Adapted, Features], jax.Array]
     loss: Callable[[Params, Task, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    deviation: Callable[[Params, Adapted, Features], jax.Array] | None = None

@@ -280,6 +280,12 @@ def test_an_infinite_attribute_is_named_with_its_row(table, values):
         from_tables(table, items={"item_id": [5, 6], "x": values})
 
 
+def test_a_constant_number_is_not_blown_up_by_the_rounding_of_its_mean():
+    values = np.full(20, np.log1p(96.0))
+    assert (values - values.sum() / 20).any()  # the mean is not the number
+    np.testing.assert_allclose(Field.fit("constant", values).encode(values), 0, atol=1e-6)
+
+
 def test_lists_are_multi_valued_with_every_value_kept(table):
     genres = [["Drama", "War"], [], ["War"], None]
     data = from_tables(table, items={"item_id": [5, 6, 7, 9], "genres": genres})

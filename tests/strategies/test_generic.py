@@ -12,11 +12,14 @@ import metarec_jax as mr
 from metarec_jax.tasks import Examples, Task
 
 LOGISTIC = optax.losses.sigmoid_binary_cross_entropy
+READERS = ("in_context",)  # strategies whose model must read the history
+PLAINLY_TRAINED = ("pretrain", "finetune", "finetune_head", "lora")  # training does not see any adaptation
 
 
 @pytest.fixture(params=list(mr.STRATEGIES))
-def strategy(request, tiny_model):
-    return mr.STRATEGIES[request.param](tiny_model, loss=LOGISTIC)
+def strategy(request, tiny_model, tiny_reading_model):
+    model = tiny_reading_model if request.param in READERS else tiny_model
+    return mr.STRATEGIES[request.param](model, loss=LOGISTIC)
 
 
 def test_shapes_are_those_of_the_interface(strategy, task_batch):
@@ -83,6 +86,7 @@ def test_no_support_one_class_and_constant_targets_give_finite_scores_and_gradie
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.parametrize("strategy", [name for name in mr.STRATEGIES if name not in PLAINLY_TRAINED], indirect=True)
 def test_meta_training_learns_users_that_differ_in_sign(strategy):
     """User u likes what sign_u * x_0 > 0 says: nothing can be known without adapting, everything with it."""
     rng = np.random.default_rng(0)

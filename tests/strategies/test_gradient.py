@@ -116,30 +116,3 @@ def test_what_does_not_fit_is_refused_with_what_to_do(tiny_model):
     only_head = tiny_model._replace(groups=lambda params: jax.tree.map(lambda _: "head", params))
     with pytest.raises(ValueError, match="no parameters in the groups"):
         mr.maml(only_head, groups=("decision",)).init(jax.random.key(0))
-
-
-def test_an_ensemble_trains_each_member_as_if_alone_and_averages_scores(task_batch, tiny_model):
-    task, key = task_batch(), jax.random.key(0)
-    member = mr.maml(tiny_model, steps=2)
-    both = mr.ensemble(member, members=2)
-
-    def run(strategy):
-        def everything(params):
-            value, gradient = jax.value_and_grad(lambda p: strategy.loss(p, task, key)[0])(params)
-            return (
-                value,
-                gradient,
-                strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features),
-            )
-
-        return jax.jit(everything)
-
-    params, alone = both.init(key), run(member)
-    value, gradient, scores = run(both)(params)
-    members = [alone(jax.tree.map(lambda x: x[m], params)) for m in range(2)]
-    np.testing.assert_allclose(value, np.mean([m[0] for m in members]), rtol=1e-5)
-    np.testing.assert_allclose(scores, np.mean([m[2] for m in members], axis=0), rtol=1e-5, atol=1e-6)
-    for i, (_, own, _) in enumerate(members):
-        jax.tree.map(lambda g, a: np.testing.assert_allclose(g[i], a, rtol=1e-4, atol=1e-6), gradient, own)
-    with pytest.raises(ValueError, match="at least one member"):
-        mr.ensemble(member, members=0)

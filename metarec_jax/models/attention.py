@@ -1,0 +1,133 @@
+"""Models that attend to what the user did before: causal Transformer, HSTU."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metarec_jax.data.fields import Field
+from metarec_jax.models.model import Model
+from metarec_jax.models.sequence import Encode, sequence_model
+
+LENGTH = 200  # places with an embedding of their own; later interactions share the last one's
+
+
+class Attention(nnx.Module):
+    """Blocks of causal attention over the tokens, behind a first one that stands for the user without a past."""
+
+    def __init__(self, width: int, block: Callable[[], nnx.Module], layers: int, rngs: nnx.Rngs) -> None:
+        self.start = nnx.Param(0.1 * jax.random.normal(rngs.params(), (width,)))
+        self.place = nnx.Embed(LENGTH, width, embedding_init=nnx.initializers.zeros, rngs=rngs)
+        self.blocks = nnx.List([block() for _ in range(layers)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+
+    def __call__(self, x: jax.Array, order: jax.Array) -> jax.Array:
+        """States `[examples + 1, width]` of tokens `[examples, width]` and their `order` `[examples]`."""
+        x = jnp.concatenate([self.start[None], x])
+        x = x + self.place(jnp.minimum(jnp.arange(len(x)), LENGTH - 1))
+        order = jnp.pad(order, (1, 0))
+        for block in self.blocks:
+            x = block(x, order)
+        return self.norm(x)
+
+
+class TransformerBlock(nnx.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
+        self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(heads, width, use_bias=False, decode=False, rngs=rngs)
+        self.wide, self.narrow = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array, order: jax.Array) -> jax.Array:
+        x = x + self.attention(self.norms[0](x), is_causal=True)
+        return x + self.narrow(nnx.relu(self.wide(self.norms[1](x))))
+
+
+class HSTUBlock(nnx.Module):
+    """Pointwise aggregated attention, gated.
+
+    U, V, Q, K = silu(W_1 norm(x));   x + W_2 (norm(silu(Q K^T + p_{i-j} + t_{o_i-o_j}) V) * U)
+    """
+
+    BUCKETS = 16  # of gaps in `order`, each twice as wide as the one before
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
+        self.heads = heads
+        self.norm, self.inner_norm = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+        self.project = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.out = nnx.Linear(width, width, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        self.distance = nnx.Embed(LENGTH, heads, embedding_init=zeros, rngs=rngs)
+        self.gap = nnx.Embed(self.BUCKETS, heads, embedding_init=zeros, rngs=rngs)
+
+    def __call__(self, x: jax.Array, order: jax.Array) -> jax.Array:
+        split = [a.reshape(len(x), self.heads, -1) for a in jnp.split(nnx.silu(self.project(self.norm(x))), 4, -1)]
+        gate, value, query, key = split
+        places = jnp.arange(len(x))
+        distance = jnp.clip(places[:, None] - places, 0, LENGTH - 1)
+        gap = jnp.log2(1.0 + jnp.maximum(order[:, None] - order, 0)).astype(jnp.int32)
+        scores = jnp.einsum("ihd,jhd->ijh", query, key) / query.shape[-1] ** 0.5
+        scores = nnx.silu(scores + self.distance(distance) + self.gap(jnp.minimum(gap, self.BUCKETS - 1)))
+        seen = jnp.where((places[:, None] >= places)[..., None], scores, 0.0)
+        read = jnp.einsum("ijh,jhd->ihd", seen, value).reshape(x.shape)
+        return x + self.out(self.inner_norm(read) * gate.reshape(x.shape))
+
+
+def transformer(
+    fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (), layers: int = 1, heads: int = 2
+) -> Model:
+    """Causal Transformer over the user's interactions, as SASRec but with targets in the tokens; reads `History`.
+
+    No dropout, and a feed-forward layer four times as wide as the state.
+
+    Args:
+      fields, width, hidden: as in `gru`.
+      layers: blocks of attention and feed-forward layer.
+      heads: attention heads; they divide `width`.
+
+    References:
+      Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, section III.
+    """
+    return attending(TransformerBlock, fields, width, hidden, layers, heads)
+
+
+def hstu(
+    fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (), layers: int = 1, heads: int = 2
+) -> Model:
+    """Hierarchical sequential transduction units over the user's interactions; reads `History` features.
+
+    Attention without softmax, so that how much a user did is not averaged away, a bias by distance and by gap in time,
+    and a gate instead of a feed-forward layer. An interaction and its target are one token instead of two in a row;
+    time is `order`, the only one that batches have; the layer norm makes the division by the length unnecessary.
+
+    Args:
+      fields, width, hidden: as in `gru`.
+      layers: blocks.
+      heads: attention heads; they divide `width`.
+
+    References:
+      Zhai et al., Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative
+      Recommendations, ICML 2024, section 3, equations 1 to 3.
+    """
+    return attending(HSTUBlock, fields, width, hidden, layers, heads)
+
+
+def attending(
+    block: Callable[..., nnx.Module],
+    fields: Mapping[str, Field],
+    width: int,
+    hidden: Sequence[int],
+    layers: int,
+    heads: int,
+) -> Model:
+    if layers < 1 or heads < 1 or width % heads:
+        raise ValueError(
+            f"need layers >= 1, heads >= 1 and width a multiple of heads; got {layers=}, {heads=}, {width=}"
+        )
+
+    def encoder(rngs: nnx.Rngs) -> Encode:
+        return Attention(width, lambda: block(width, heads, rngs), layers, rngs)
+
+    return sequence_model(fields, width, hidden, encoder)

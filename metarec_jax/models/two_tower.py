@@ -1,0 +1,77 @@
+"""Two towers: a user's and an item's network whose vectors meet in a product (Covington et al., RecSys 2016)."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from metarec_jax.data.fields import Field
+from metarec_jax.models.factorisation import need_item_fields
+from metarec_jax.models.model import Model, from_nnx
+from metarec_jax.models.profile import PREFIX, bias, look_up, profile, table
+
+Features = Mapping[str, jax.Array]
+
+
+class TwoTower(nnx.Module):
+    """score = <item tower, head + user tower> + head's bias + sum of field biases.
+
+    What a user's adapted head adds to the shared one is the part of the user's vector that attributes cannot tell.
+    """
+
+    def __init__(self, fields: Mapping[str, Field], width: int, hidden: Sequence[int], rngs: nnx.Rngs) -> None:
+        self.fields = nnx.static({name: field.kind for name, field in fields.items()})
+        self.embedding = nnx.Dict({name: table(field, width, rngs) for name, field in fields.items()})
+        self.embedding_bias = nnx.Dict({name: bias(field, rngs) for name, field in fields.items()})
+        self.user_fields = tuple(name for name in fields if name.startswith(PREFIX))
+        self.item_fields = tuple(name for name in fields if not name.startswith(PREFIX))
+
+        def tower(names: Sequence[str]) -> nnx.List:
+            sizes = [width * len(names), *hidden, width]
+            return nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(sizes)] if names else [])
+
+        self.user, self.item = tower(self.user_fields), tower(self.item_fields)
+        self.head = nnx.Linear(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def embed(self, features: Features) -> jax.Array:
+        """The item's vector `[..., width]`, input of the head."""
+        return self._run(self.item, self.item_fields, features)
+
+    def __call__(self, features: Features) -> jax.Array:
+        """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
+        item = self.embed(features)
+        score = self.head(item)[..., 0]
+        if self.user_fields:
+            score += (item * self._run(self.user, self.user_fields, features)).sum(-1)
+        biases = (look_up(self.embedding_bias[f], features[f], kind) for f, kind in self.fields.items())
+        return score + sum(biases, start=jnp.zeros(()))[..., 0]
+
+    def _run(self, tower: nnx.List, names: Sequence[str], features: Features) -> jax.Array:
+        x = jnp.concatenate([look_up(self.embedding[f], features[f], self.fields[f]) for f in names], -1)
+        for layer in tower[:-1]:
+            x = nnx.relu(layer(x))
+        return tower[-1](x)
+
+
+def two_tower(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (32,)) -> Model:
+    """The two-tower model: item vectors can be computed ahead and searched by their product with the user's vector.
+
+        score = <v(item fields), h + u(user fields)> + b + sum_f b_f
+
+    h and b are the head: the vector and bias of a user without attributes, until a strategy adapts them. `embed` is v.
+
+    Args:
+      fields: what a batch's features hold, by name.
+      width: of each field's embedding and of the towers' vectors.
+      hidden: widths of each tower's hidden layers.
+
+    Raises:
+      ValueError: there is no field of the items.
+
+    References:
+      Covington et al., Deep Neural Networks for YouTube Recommendations, RecSys 2016, section 3.
+    """
+    need_item_fields(fields)
+    return from_nnx(lambda rngs: TwoTower(fields, width, hidden, rngs), profile(fields, width))

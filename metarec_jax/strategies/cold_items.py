@@ -1,0 +1,237 @@
+"""Meta-Embedding and GME: an ID embedding generated from a new task's attributes, warmed up by its first interactions.
+
+The papers' tasks are new items (`metarec_jax.data.by_item` makes such tasks); users are tasks just as well.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax import core
+from metarec_jax.models.model import Model
+from metarec_jax.models.profile import constant, profile_of
+from metarec_jax.strategies.decoder import Decoder, decoder
+from metarec_jax.strategies.gradient import default_inner
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.tasks import Examples, Features, History, Params, PointwiseLoss, Task, masked_mean, mean_loss
+
+
+class Generator(NamedTuple):
+    """Makes a task's first ID embedding: `init(key) -> params`, `apply(params, support) -> [users, size]`."""
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[[Params, Examples], jax.Array]
+
+
+def metaemb(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 1,
+    alpha: float = 0.1,
+    size: int = 32,
+) -> Strategy:
+    """Meta-Embedding: the ID embedding that the attributes z of a task generate is good at once and learns fast.
+
+        e_0 = tanh(W z),   e_1 = e_0 - a dL_support(e_0) / de,   loss = alpha L_support(e_0) + (1 - alpha) L_query(e_1)
+
+    The embedding is read through `decoder`. Unlike the paper's, the model is trained along with the generator (the
+    paper freezes a trained one), the step size a is learned, and z has embeddings of its own.
+
+    Args:
+      model: needs `embed` and `width`; its `profile` gives z (without one, all tasks start from the same embedding).
+      loss: elementwise loss of scores and targets, inner and outer.
+      inner: inner optimiser (default `default_inner(loss)`); a learned factor multiplies its updates.
+      steps: gradient steps on the support.
+      alpha: weight of the cold loss.
+      size: of the embedding.
+
+    Raises:
+      ValueError: the model lacks `embed` or `width`, or a number is out of range.
+
+    References:
+      Pan et al., Warm Up Cold-start Advertisements: Improving CTR Predictions via Learning to Learn ID Embeddings,
+      SIGIR 2019.
+    """
+    encoder = model.profile or constant()
+
+    def init(key: jax.Array) -> Params:
+        a, b = jax.random.split(key)
+        return {"profile": encoder.init(a), "out": normal(b, encoder.width, size)}
+
+    def start(params: Params, support: Examples) -> jax.Array:
+        return jnp.tanh(profile_of(encoder, params["profile"], support) @ params["out"])
+
+    return from_generator(model, Generator(init, start), loss, inner, steps, alpha, size)
+
+
+def gme(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    existing: Mapping[str, jax.Array] | None = None,
+    neighbours: int = 10,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 1,
+    alpha: float = 0.1,
+    size: int = 32,
+) -> Strategy:
+    """Graph Meta Embedding from neighbour attributes (GME-A): `metaemb` whose attributes graph attention refines.
+
+        c_i = leaky_relu(a . [V z, V z_i]),   e_0 = tanh(W elu(sum_i softmax(c)_i V z_i))
+
+    i runs over the task itself and its neighbours: the `neighbours` existing tasks that share the most attributes
+    (values of categorical and multi-valued fields). WITHOUT `existing` there is no graph: the task then attends to
+    `neighbours` learned prototypes of attributes instead, a stand-in that is not in the paper. Further deviations: see
+    `metaemb`.
+
+    Args:
+      model, loss, inner, steps, alpha, size: see `metaemb`.
+      existing: attributes of the training tasks as a batch has them, `{"user/genres": [tasks, ...], ...}`.
+      neighbours: how many a task attends to.
+
+    Raises:
+      ValueError: as `metaemb`; or `existing` without a profile in the model, or without an integer field.
+
+    References:
+      Ouyang et al., Learning Graph Meta Embeddings for Cold-Start Ads in Click-Through Rate Prediction, SIGIR 2021,
+      GME-A.
+    """
+    if neighbours < 1:
+        raise ValueError(f"neighbours must be 1 or more, got {neighbours}")
+    if existing is not None and model.profile is None:
+        raise ValueError("`existing` holds attributes, which this model does not read: give it a `profile`")
+    codes = {} if existing is None else {n: x for n, x in existing.items() if jnp.issubdtype(x.dtype, jnp.integer)}
+    if existing is not None and not codes:
+        raise ValueError("`existing` needs an integer field: tasks are neighbours when they share one of its values")
+    encoder = model.profile or constant()
+
+    def init(key: jax.Array) -> Params:
+        keys = jax.random.split(key, 5)
+        params = {
+            "profile": encoder.init(keys[0]),
+            "value": normal(keys[1], encoder.width, size),
+            "attention": normal(keys[2], size, 2),
+            "out": normal(keys[3], size, size),
+        }
+        if existing is None:
+            params["prototypes"] = 0.1 * jax.random.normal(keys[4], (neighbours, encoder.width))
+        return params
+
+    def near(params: Params, support: Examples) -> tuple[jax.Array, jax.Array]:
+        """Attributes `[users, neighbours, width]` of each task's neighbours, and which of them there are."""
+        if existing is None:
+            shape = (support.mask.shape[0], *params["prototypes"].shape)
+            return jnp.broadcast_to(params["prototypes"], shape), jnp.ones(shape[:2], bool)
+        shared = shared_values(codes, support)
+        count, index = jax.lax.top_k(shared, min(neighbours, shared.shape[1]))
+        return encoder.apply(params["profile"], existing)[index], count > 0
+
+    def start(params: Params, support: Examples) -> jax.Array:
+        own = profile_of(encoder, params["profile"], support)[:, None]
+        others, linked = near(params, support)
+        value = jnp.concatenate([own, others], 1) @ params["value"]
+        to, of = value[:, :1] @ params["attention"][:, 0], value @ params["attention"][:, 1]
+        among = jnp.concatenate([jnp.ones_like(linked[:, :1]), linked], 1)  # the task itself is always there
+        weight = jax.nn.softmax(jax.nn.leaky_relu(to + of, 0.2), where=among)
+        return jnp.tanh(jax.nn.elu(jnp.einsum("un,unf->uf", weight, value)) @ params["out"])
+
+    return from_generator(model, Generator(init, start), loss, inner, steps, alpha, size)
+
+
+def from_generator(
+    model: Model,
+    generator: Generator,
+    loss: PointwiseLoss,
+    inner: optax.GradientTransformation | None,
+    steps: int,
+    alpha: float,
+    size: int,
+) -> Strategy:
+    """The strategy of `metaemb` with any generator of the first embedding; a task's adapted value is its embedding."""
+    check(steps, size, alpha)
+    score = decoder(model, size)
+    inner = default_inner(loss) if inner is None else inner
+
+    def init(key: jax.Array) -> Params:
+        a, b = jax.random.split(key)
+        return {"decoder": score.init(a), "generator": generator.init(b), "log_step_size": jnp.zeros(())}
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:
+        start = generator.apply(params["generator"], support)
+        return warm_up(score, params, start, support, loss, inner, steps)[0]
+
+    def predict(params: Params, embedding: jax.Array, features: Features) -> jax.Array:
+        return score.apply(params["decoder"], embedding, features)
+
+    def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        per_user = jax.vmap(partial(mean_loss, loss))
+        start = generator.apply(params["generator"], task.support)
+        embedding, failed = warm_up(score, params, start, task.support, loss, inner, steps)
+        cold = per_user(predict(params, start, task.support.features), task.support)
+        warm = per_user(predict(params, embedding, task.query.features), task.query)
+        value = masked_mean(alpha * cold + (1 - alpha) * warm, jnp.any(task.query.mask > 0, axis=1))
+        return value, {"failed": failed.sum(), "cold": masked_mean(cold, jnp.any(task.support.mask > 0, axis=1))}
+
+    return Strategy(init, adapt, predict, meta_loss)
+
+
+def warm_up(
+    score: Decoder,
+    params: Params,
+    start: jax.Array,
+    support: Examples,
+    loss: PointwiseLoss,
+    inner: optax.GradientTransformation,
+    steps: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Embeddings `[users, size]` after `steps` on the support from `start` `[users, size]`, and who failed.
+
+    What adapts is the distance from the start, which is 0 for all users at first: the start is a feature.
+    """
+
+    def apply(p: Params, features: Features) -> jax.Array:
+        begin, now = features
+        return score.apply(p["decoder"], (begin + p["moved"])[None], jax.tree.map(lambda x: x[None], now))[0]
+
+    shared = {"decoder": params["decoder"], "moved": jnp.zeros(start.shape[1])}
+    found = core.adapt(
+        apply,
+        shared,
+        support._replace(features=(start, support.features)),
+        loss=loss,
+        optimizer=inner,
+        steps=steps,
+        adapted={"decoder": False, "moved": True},
+        step_size=jnp.exp(params["log_step_size"]),
+    )
+    moved = core.weights(shared, found)["moved"] if steps else 0.0
+    return start + moved, found.failed
+
+
+def shared_values(existing: Mapping[str, jax.Array], support: Examples) -> jax.Array:
+    """`[users, tasks]` how many values of these integer fields a user and an existing task have in common."""
+    features = support.features.now if isinstance(support.features, History) else support.features
+    place = jnp.argmax(support.mask > 0, axis=1)  # any real example holds them; without one, the first place does
+    total = jnp.zeros((), jnp.int32)
+    for name, codes in existing.items():
+        own = features[name][jnp.arange(len(place)), place].reshape(len(place), 1, -1, 1)
+        others = jnp.asarray(codes).reshape(1, len(codes), 1, -1)
+        total += ((own == others) & (others > 0)).sum((2, 3))
+    return total
+
+
+def normal(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
+    """A layer's weights, scaled to keep the size of its inputs."""
+    return jax.random.normal(key, (inputs, outputs)) / inputs**0.5
+
+
+def check(steps: int, size: int, alpha: float) -> None:
+    """Refuses numbers out of range."""
+    if steps < 0 or size < 1 or not 0 <= alpha <= 1:
+        raise ValueError(f"need steps >= 0, size >= 1 and 0 <= alpha <= 1, got {steps=}, {size=}, {alpha=}")

@@ -1,0 +1,110 @@
+"""LiMAML: a small block is adapted to each user, and only what it says about the user, a short vector, is kept."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax import core
+from metarec_jax.models.model import Model
+from metarec_jax.models.profile import constant, profile_of
+from metarec_jax.strategies.decoder import decoder
+from metarec_jax.strategies.gradient import curvature
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+
+
+def limaml(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 5,
+    size: int = 16,
+    hidden: int = 32,
+    learn_step_size: bool = True,
+) -> Strategy:
+    """A meta block that is adapted as in MAML, read through a fixed-size embedding by a global network all users share.
+
+        phi_u = phi after `steps` inner steps;   e_u = block(phi_u, profile_u);   score(x) = f(theta, e_u, x)
+
+    The block is a two-layer network on the user's attributes; f is `decoder`. theta and phi are trained together on the
+    query loss, through the inner steps. `adapt` returns e_u and nothing else, so that users' embeddings can be computed
+    ahead, stored, and refreshed when new clicks arrive.
+
+    Args:
+      model: needs `embed` and `width`; its `profile` is what the block reads (a constant where it has none).
+      loss: elementwise loss of scores and targets, inner and outer.
+      inner: inner optimiser, any optax transformation (default SGD with 0.0625 over the loss's curvature).
+      steps: inner steps.
+      size: of the meta embedding.
+      hidden: width of the block's hidden layer.
+      learn_step_size: meta-learn one factor for each array of the block, which multiplies the inner optimiser's
+        updates.
+
+    The loss's aux has `failed`, how many users met a non-finite number in the inner loop and were not adapted.
+
+    Raises:
+      ValueError: the model lacks `embed` or `width`; `steps`, `size` or `hidden` is less than 1.
+
+    References:
+      Wang et al., LiMAML: Personalization of Deep Recommender Models via Meta Learning, KDD 2024, section 3. There the
+      embedding is one more input of the global network, and which features the block reads is the application's; here
+      it bends the shared model's scores through `decoder`, and the block reads the user's attributes only.
+    """
+    if steps < 1 or size < 1 or hidden < 1:
+        raise ValueError(f"steps, size and hidden must be 1 or more, got {steps=}, {size=}, {hidden=}")
+    inner = optax.sgd(0.0625 / (curvature(loss) or 0.25)) if inner is None else inner
+    network, profile = decoder(model, size), model.profile or constant()
+
+    def init(key: jax.Array) -> Params:
+        keys = jax.random.split(key, 4)
+        block = {
+            "w1": jax.random.normal(keys[0], (profile.width, hidden)) / profile.width**0.5,
+            "b1": jnp.zeros(hidden),
+            "w2": 0.1 * jax.random.normal(keys[1], (hidden, size)) / hidden**0.5,
+            "b2": jnp.zeros(size),
+        }
+        params = {"block": block, "network": network.init(keys[2]), "profile": profile.init(keys[3])}
+        return params | {"log_step_size": jax.tree.map(lambda _: jnp.zeros(()), block)} if learn_step_size else params
+
+    def solve(params: Params, support: Examples) -> tuple[jax.Array, jax.Array]:
+        own = profile_of(profile, params["profile"], support)
+
+        def one_user(params: Params, features: Features) -> jax.Array:
+            own, features = features
+            embedding = block(params["block"], own)[None]
+            return network.apply(params["network"], embedding, jax.tree.map(lambda x: x[None], features))[0]
+
+        shared = {"block": params["block"], "network": params["network"]}
+        adapted = core.adapt(
+            one_user,
+            shared,
+            support._replace(features=(own, support.features)),
+            loss=loss,
+            optimizer=inner,
+            steps=steps,
+            adapted={"block": True, "network": False},
+            step_size={"block": jax.tree.map(jnp.exp, params["log_step_size"]), "network": None}
+            if learn_step_size
+            else 1.0,
+            form="plain",  # the block is small, and as low-rank terms its steps would be compiled one by one
+        )
+        return core.predict(lambda params, own: block(params["block"], own), shared, adapted, own), adapted.failed
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:
+        return solve(params, support)[0]
+
+    def predict(params: Params, embedding: jax.Array, features: Features) -> jax.Array:
+        return network.apply(params["network"], embedding, features)
+
+    def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        embedding, failed = solve(params, task.support)
+        scores = predict(params, embedding, task.query.features)
+        return core.query_loss(scores, task.query, loss), {"failed": failed.sum()}
+
+    return Strategy(init, adapt, predict, meta_loss)
+
+
+def block(params: Params, profile: jax.Array) -> jax.Array:
+    """The meta embedding `[size]` of one user's profile `[width]`."""
+    return jnp.tanh(profile @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]

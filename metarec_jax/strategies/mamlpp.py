@@ -1,0 +1,101 @@
+"""MAML++: step sizes of each layer and each inner step, and a meta-loss that looks at every step."""
+
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax import core
+from metarec_jax.models.model import Model
+from metarec_jax.strategies.gradient import ALL, default_inner, from_adapt, leaves_of
+from metarec_jax.strategies.strategy import Adapted, Strategy
+from metarec_jax.tasks import Examples, Params, PointwiseLoss, Task
+
+
+def mamlpp(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 3,
+    multi_step: float = 0.1,
+    groups: Collection[str] = ALL,
+) -> Strategy:
+    """MAML with what made it train stably: learned rates by layer and step, and the multi-step loss.
+
+        w_0 = theta;   w_{k+1} = w_k - alpha_k * grad L_support(w_k),   alpha_k = eta * exp(a_k) for each array
+        meta-loss = (1 - s) L_query(w_K) + s / (K - 1) * sum_{0 < k < K} L_query(w_k)
+
+    s is `multi_step`. The paper lowers it to 0 over the epochs; a strategy does not know the epoch, so it is constant
+    here. The earlier steps are run anew for their losses, K (K + 1) / 2 steps in all where s > 0. The meta-gradient is
+    of second order throughout, and the outer learning rate is the outer optimiser's affair.
+
+    Args:
+      model: `init` and `apply`; `groups` too, unless every parameter adapts.
+      loss: elementwise loss of scores and targets, inner and outer.
+      inner: inner optimiser, any optax transformation, whose updates the rates multiply (default
+        `default_inner(loss)`).
+      steps: inner steps K.
+      multi_step: share s of the steps before the last in the meta-loss, 0 to less than 1.
+      groups: which groups of parameters adapt.
+
+    Raises:
+      ValueError: `steps` or `multi_step` out of range; unknown groups, or a model without `groups` where they are
+        needed.
+
+    References:
+      Antoniou et al., How to Train Your MAML, ICLR 2019, section 4: multi-step loss optimization, and learning
+      per-layer per-step learning rates.
+    """
+    if steps < 1 or not 0 <= multi_step < 1:
+        raise ValueError(f"need steps >= 1 and 0 <= multi_step < 1, got {steps=}, {multi_step=}")
+    inner = default_inner(loss) if inner is None else inner
+    adapted_leaves = leaves_of(model, groups)
+
+    def init(key: jax.Array) -> Params:
+        params = model.init(key)
+        fast = core.partition(params, adapted_leaves(params))
+        return {"model": params, "log_step_size": jax.tree.map(lambda _: jnp.zeros(steps), fast)}
+
+    def take(params: Params, support: Examples, count: int) -> Adapted:
+        return core.adapt(
+            model.apply,
+            params["model"],
+            support,
+            loss=loss,
+            optimizer=optax.chain(inner, scale_by_step(jax.tree.map(jnp.exp, params["log_step_size"]))),
+            steps=count,
+            adapted=adapted_leaves(params["model"]),
+        )
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        return take(params, support, steps)
+
+    last = from_adapt(model, loss, init, adapt)
+
+    def query_loss(params: Params, task: Task, count: int) -> jax.Array:
+        scores = last.predict(params, take(params, task.support, count), task.query.features)
+        return core.query_loss(scores, task.query, loss)
+
+    def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        value, aux = last.loss(params, task, key)
+        if multi_step == 0 or steps == 1:
+            return value, aux
+        earlier = sum(query_loss(params, task, k) for k in range(1, steps)) / (steps - 1)
+        return (1 - multi_step) * value + multi_step * earlier, aux
+
+    return last._replace(loss=meta_loss)
+
+
+def scale_by_step(rates: Params) -> optax.GradientTransformation:
+    """Multiplies each array's k-th update by `rates[k]`, which may be learned.
+
+    Args:
+      rates: a pytree like the updates, `[steps]` for each array.
+    """
+
+    def update(updates: Params, step: jax.Array, params: Params = None) -> tuple[Params, jax.Array]:
+        return jax.tree.map(lambda rate, u: rate[step] * u, rates, updates), step + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)

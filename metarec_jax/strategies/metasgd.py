@@ -1,0 +1,73 @@
+"""Meta-SGD: the inner step has a size of its own for every single parameter, and all sizes are meta-learned."""
+
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax import core
+from metarec_jax.models.model import Model
+from metarec_jax.strategies.gradient import ALL, default_inner, from_adapt, leaves_of
+from metarec_jax.strategies.strategy import Adapted, Strategy
+from metarec_jax.tasks import Examples, Params, PointwiseLoss
+
+
+def meta_sgd(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 1,
+    first_order: bool = False,
+    groups: Collection[str] = ALL,
+) -> Strategy:
+    """MAML whose step is learned in size and direction, one factor for each adapted parameter.
+
+        w_u = theta - alpha * grad L_support(theta),   alpha = eta * (1 + a)
+
+    elementwise; theta and a are meta-learned together, eta is the step of the inner optimiser. Training starts at
+    a = 0, which is MAML, and alpha may become negative. With a size for each weight there is no form of low rank for a
+    user's layers: every user gets weights of their own in memory, tables included. `groups=("decision", "head")`
+    shares the tables, as MeLU does.
+
+    Args:
+      model: `init` and `apply`; `groups` too, unless every parameter adapts.
+      loss: elementwise loss of scores and targets, inner and outer.
+      inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
+      steps: inner steps; the paper takes one.
+      first_order: treat inner gradients as constants.
+      groups: which groups of parameters adapt.
+
+    Raises:
+      ValueError: unknown groups, or a model without `groups` where they are needed.
+
+    References:
+      Li et al., Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017, eq. 2 and algorithm 1. There alpha
+      itself is the parameter, drawn at random; here a is, so that a weight penalty draws to MAML and not to no step.
+    """
+    inner = default_inner(loss) if inner is None else inner
+    adapted_leaves = leaves_of(model, groups)
+
+    def init(key: jax.Array) -> Params:
+        params = model.init(key)
+        return {
+            "model": params,
+            "step_size": jax.tree.map(jnp.zeros_like, core.partition(params, adapted_leaves(params))),
+        }
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        return core.adapt(
+            model.apply,
+            params["model"],
+            support,
+            loss=loss,
+            optimizer=inner,
+            steps=steps,
+            adapted=adapted_leaves(params["model"]),
+            step_size=jax.tree.map(lambda a: 1 + a, params["step_size"]),
+            first_order=first_order,
+            form="plain",
+        )
+
+    return from_adapt(model, loss, init, adapt)

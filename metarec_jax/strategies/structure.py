@@ -1,0 +1,239 @@
+"""Meta-learned structure: what adapts, how far, and which features a user needs, learned so that adapting generalises.
+
+Sparse MAML learns which weights the inner steps may move, meta-regularised MAML how strongly they are held back, and
+gated adaptation moves nothing but a user's switches of shared features.
+"""
+
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax import core
+from metarec_jax.models.model import Model
+from metarec_jax.strategies.decoder import need_embed
+from metarec_jax.strategies.gradient import ALL, default_inner, from_adapt, leaves_of
+from metarec_jax.strategies.strategy import Adapted, Strategy
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+
+MASKS = ("array", "row", "column", "weight")
+
+
+def sparse_maml(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 5,
+    groups: Collection[str] = ALL,
+    masks: str = "row",
+    start: float = 0.1,
+) -> Strategy:
+    """`maml` that learns which parameters adapt.
+
+        w_{k+1} = w_k - a * 1[start + m >= 0] * grad L_support(w_k),   m = 0 before training
+
+    The numbers m behind the mask are trained with the initial parameters, straight through the step function: its
+    derivative is taken to be 1 (Bengio et al., 2013), so that what is switched off still learns whether it should be.
+    a is the step of the inner optimiser times a learned factor for each array.
+
+    Args:
+      model: `init` and `apply`; `groups` too, unless every parameter may adapt.
+      loss: elementwise loss of scores and targets, inner and outer.
+      inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
+      steps: inner steps.
+      groups: which groups of parameters may adapt.
+      masks: one number for each "array", "row" of an array (an input of a layer, a code of a table), "column" (an
+        output, a dimension of the embedding) or "weight". The paper has one for each weight, for which every user needs
+        weights of their own; with the others, layers stay factored, see `core.adapt`.
+      start: 0 or more: everything adapts at first, and so does what no gradient or weight decay moves far enough.
+
+    Raises:
+      ValueError: a negative `start`, unknown `masks` or `groups`, or a model without `groups`.
+
+    References:
+      von Oswald et al., Learning where to learn: Gradient sparsity in meta and continual learning, NeurIPS 2021,
+      section 3.
+    """
+    if masks not in MASKS:
+        raise ValueError(f"masks must be one of {', '.join(MASKS)}, got {masks!r}")
+    if start < 0:
+        raise ValueError(f"start must be 0 or more, or nothing would adapt; got {start}")
+    inner = default_inner(loss) if inner is None else inner
+    adapted_leaves = leaves_of(model, groups)
+
+    def numbers(w: jax.Array) -> jax.Array:
+        shape = w.shape
+        if masks == "array":
+            shape = ()
+        elif masks == "row":
+            shape = (*shape[:1], *(1 for _ in shape[1:]))
+        elif masks == "column":
+            shape = shape[1:] or shape  # a layer's bias has one number for each output
+        return jnp.zeros(shape)
+
+    def init(key: jax.Array) -> Params:
+        params = {"model": model.init(key)}
+        fast = core.partition(params["model"], adapted_leaves(params["model"]))
+        params["mask"] = jax.tree.map(numbers, fast)
+        params["log_step_size"] = jax.tree.map(lambda _: jnp.zeros(()), fast)
+        return params
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        mask = jax.tree.map(lambda m: straight_through(start + m), params["mask"])
+        sizes = jax.tree.map(lambda m, s: m * jnp.exp(s), mask, params["log_step_size"])
+        return core.adapt(
+            model.apply,
+            params["model"],
+            support,
+            loss=loss,
+            optimizer=inner,
+            steps=steps,
+            adapted=adapted_leaves(params["model"]),
+            step_size=sizes,
+            form="plain" if masks == "weight" else "auto",
+        )
+
+    return from_adapt(model, loss, init, adapt)
+
+
+def straight_through(m: jax.Array) -> jax.Array:
+    """`1[m >= 0]` with derivative 1."""
+    return m - jax.lax.stop_gradient(m) + (m >= 0)
+
+
+def meta_reg(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 5,
+    groups: Collection[str] = ALL,
+    penalty: float = 0.1,
+) -> Strategy:
+    """`maml` with a meta-learned regulariser in the inner loss.
+
+        w_u = theta after `steps` inner steps on  L_support(w) + sum_g lambda_g / 2 |w_g - theta_g|^2
+
+    with one strength lambda_g for each array g, trained by the query loss: how far a user of few examples should move
+    is what generalisation is about. The paper weighs absolute weights of a head and learns on domains in turn; here the
+    distance to the initial parameters is weighed, which are trained along with the strengths.
+
+    Args:
+      model: `init` and `apply`; `groups` too, unless every parameter adapts.
+      loss: elementwise loss of scores and targets, inner and outer.
+      inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
+      steps: inner steps.
+      groups: which groups of parameters adapt.
+      penalty: initial strength; the inner step size times it must stay below 2.
+
+    Raises:
+      ValueError: a penalty that is not positive, unknown `groups`, or a model without them.
+
+    References:
+      Balaji et al., MetaReg: Towards Domain Generalization using Meta-Regularization, NeurIPS 2018, section 3.
+    """
+    if penalty <= 0:
+        raise ValueError(f"penalty must be more than 0, from which it is learned; got {penalty}")
+    inner = default_inner(loss) if inner is None else inner
+    adapted_leaves = leaves_of(model, groups)
+
+    def init(key: jax.Array) -> Params:
+        params = {"model": model.init(key)}
+        fast = core.partition(params["model"], adapted_leaves(params["model"]))
+        params["log_step_size"] = jax.tree.map(lambda _: jnp.zeros(()), fast)
+        params["log_strength"] = jax.tree.map(lambda _: jnp.zeros(()), fast)  # relative to `penalty`
+        return params
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        sizes = jax.tree.map(jnp.exp, params["log_step_size"])
+        # `proximal` counts moves before they are multiplied by the step size, so the step size multiplies the pull
+        pull = jax.tree.map(lambda s, size: penalty * jnp.exp(s) * size, params["log_strength"], sizes)
+        return core.adapt(
+            model.apply,
+            params["model"],
+            support,
+            loss=loss,
+            optimizer=core.implicit.proximal(inner, pull),
+            steps=steps,
+            adapted=adapted_leaves(params["model"]),
+            step_size=sizes,
+        )
+
+    return from_adapt(model, loss, init, adapt)
+
+
+def gated(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    inner: optax.GradientTransformation | None = None,
+    steps: int = 5,
+    hidden: int = 32,
+) -> Strategy:
+    """A user is a set of switches: gates on shared features are all that adapts, besides the user's bias.
+
+        score(x) = f(x) + sum_j (g_uj - 1) v_j h_j(x) + b_u,   g_u = 1 + tanh(z_u)
+        h(x) = [phi(x), relu(W phi(x) + c)];   z_u, b_u = (z, b) after `steps` inner steps on the mean support loss
+
+    f is the shared model, phi its `embed`, h the features and v what they are worth; a gate goes from 0 (the feature's
+    part of the score is taken away) over 1 (as for everybody) to 2. Every gate has a learned step size, so that
+    features no user differs in are left alone. Gates choose among what is shared and cannot invent: few examples
+    cannot overfit them as they can a head.
+
+    Args:
+      model: needs `embed` and `width`.
+      loss: elementwise loss of scores and targets, inner and outer.
+      inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
+      steps: inner steps.
+      hidden: how many features are learned on top of phi.
+
+    Raises:
+      ValueError: the model lacks `embed` or `width`.
+
+    References:
+      Serra et al., Overcoming Catastrophic Forgetting with Hard Attention to the Task, ICML 2018, section 2, for gates
+      of a task on a layer's units; Zintgraf et al., Fast Context Adaptation via Meta-Learning, ICML 2019, section 3, for
+      adapting a task's own vector only.
+    """
+    embed, width = need_embed(model)
+    inner = default_inner(loss) if inner is None else inner
+    size = width + hidden
+
+    def init_network(key: jax.Array) -> Params:
+        keys = jax.random.split(key, 3)
+        return {
+            "model": model.init(keys[0]),
+            "layer": jax.random.normal(keys[1], (width, hidden)) * (2 / width) ** 0.5,
+            "shift": jnp.zeros(hidden),
+            "worth": jax.random.normal(keys[2], (size,)),
+            "gate": jnp.zeros(size),
+            "bias": jnp.zeros(()),
+        }
+
+    def score(params: Params, features: Features) -> jax.Array:
+        phi = embed(params["model"], features)
+        h = jnp.concatenate([phi, jax.nn.relu(phi @ params["layer"] + params["shift"])], -1)
+        own = h @ (jnp.tanh(params["gate"]) * params["worth"]) + params["bias"]
+        return model.apply(params["model"], features) + own
+
+    network = Model(init_network, score)
+
+    def init(key: jax.Array) -> Params:
+        return {"model": network.init(key), "log_step_size": {"gate": jnp.zeros(size), "bias": jnp.zeros(())}}
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        own = {name: name in ("gate", "bias") for name in params["model"]}
+        return core.adapt(
+            network.apply,
+            params["model"],
+            support,
+            loss=loss,
+            optimizer=inner,
+            steps=steps,
+            adapted=own,
+            step_size={name: jnp.exp(params["log_step_size"][name]) if own[name] else 1.0 for name in own},
+        )
+
+    return from_adapt(network, loss, init, adapt)

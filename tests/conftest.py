@@ -19,6 +19,19 @@ if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12):  # newer ones ha
 os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")])
 
 
+@pytest.fixture(autouse=True)
+def few_compiled_programs(request):
+    """Forget compiled programs now and then: a process may hold only so many memory maps, and each takes some."""
+    yield
+    seen = request.config.stash.get(TESTS_SEEN, 0) + 1
+    request.config.stash[TESTS_SEEN] = seen
+    if seen % 40 == 0:
+        jax.clear_caches()
+
+
+TESTS_SEEN = pytest.StashKey[int]()
+
+
 def random_task(seed=0, users=5, support=7, query=4, width=3, mask=True):
     """A task batch with features `[users, examples, width]`, ragged masks and 0 / 1 targets."""
     rng = np.random.default_rng(seed)

@@ -193,8 +193,8 @@ def gated(
       ValueError: the model lacks `embed` or `width`.
 
     References:
-      Serra et al., Overcoming Catastrophic Forgetting with Hard Attention to the Task, ICML 2018, for gates of a task on a
-      layer's units; Zintgraf et al., Fast Context Adaptation via Meta-Learning, ICML 2019, for adapting a task's own vector only.
+      Serra et al., Overcoming Catastrophic Forgetting with Hard Attention to the Task, ICML 2018, for gates of a task;
+      Zintgraf et al., Fast Context Adaptation via Meta-Learning, ICML 2019, for adapting a vector of the task only.
     """
     embed, width = need_embed(model)
     inner = default_inner(loss) if inner is None else inner

@@ -4,8 +4,8 @@
     python benchmarks/quality.py --splits 40 --strategies ridge
     python benchmarks/quality.py --target rating --log quality.jsonl    # may be stopped and started again
 
-Each strategy is trained once a split, with the settings that `tune.py` found, and judged with 1, 3, 5, 10 and all
-support examples of each test user. Prints Markdown tables: means over splits, each strategy's paired difference to the
+Each strategy is trained once a split, with its default settings, and judged with 1, 3, 5, 10 and all support examples
+of each test user. Prints Markdown tables: means over splits, each strategy's paired difference to the
 baseline that is best in that metric with a 95 % interval (Student's t over splits), and what a strategy costs.
 """
 
@@ -23,7 +23,6 @@ import numpy as np
 from scipy import stats
 
 import metarec_jax as mr
-from metarec_jax.training import default_optimizer
 
 SHOWN = {
     "click": ("auc", "within_user_auc", "precision@5", "ndcg@5", "mrr@5", "log_loss"),
@@ -33,7 +32,6 @@ PAIRED = {"click": ("auc", "within_user_auc"), "rating": ("rmse",)}  # the last 
 LESS_IS_BETTER = ("rmse", "mae", "log_loss")
 SUPPORT = (1, 3, 5, 10, None)  # None: all that a test user has
 BUCKETS = (40, 90)  # the same for every split, so that a strategy compiles once
-TUNED = Path(__file__).with_name("tuned.json")
 
 
 def adapted_values(recommender: mr.Recommender) -> int:
@@ -64,17 +62,10 @@ def once(make: Callable[..., Any]) -> Callable[..., Any]:
     return first
 
 
-def settings(name: str, target: str) -> dict[str, Any]:
-    """What `tune.py` found for a strategy; empty where it has not been tuned."""
-    return json.loads(TUNED.read_text())[target].get(name, {}) if TUNED.exists() else {}
-
-
-def trainer(name: str, chosen: dict[str, Any]) -> Callable[..., mr.Recommender]:
-    """`mr.train` for one strategy with these settings (`strategy`, `model` and `optimizer` options)."""
-    strategy = once(partial(mr.STRATEGIES[name], **chosen.get("strategy", {})))
-    model = partial(mr.models.MODELS[mr.strategies.DEFAULT_MODEL.get(name, "mlp")], **chosen.get("model", {}))
-    optimizer = default_optimizer(**chosen.get("optimizer", {}))
-    return partial(mr.train, strategy=strategy, model=model, optimizer=optimizer, progress=False, buckets=BUCKETS)
+def trainer(name: str) -> Callable[..., mr.Recommender]:
+    """`mr.train` for one strategy."""
+    model = mr.strategies.DEFAULT_MODEL.get(name, "mlp")
+    return partial(mr.train, strategy=once(mr.STRATEGIES[name]), model=model, progress=False, buckets=BUCKETS)
 
 
 def judge(recommender: mr.Recommender, name: str | None) -> dict[str, dict[str, dict[str, float]]]:
@@ -109,7 +100,7 @@ def run(
                 file.write(json.dumps(row) + "\n")
 
     for name in strategies:
-        train = trainer(name, settings(name, protocol.target))
+        train = trainer(name)
         for seed in splits:
             if (name, seed) in done:
                 continue

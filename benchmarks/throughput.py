@@ -215,17 +215,22 @@ def torch_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> 
 # --- report
 
 
-def add_rows(table: Table, label: str, rows: Iterator[tuple[str, Timing]], limit: float | None) -> None:
-    """Adds a system a row, with its ratio to plain JAX; a system that fails says why instead."""
-    base = None
+def add_rows(
+    table: Table, label: str, rows: Iterator[tuple[str, Timing]], limit: float | None, base: float | None = None
+) -> float | None:
+    """Adds a system a row, with its ratio to plain JAX; a system that fails says why instead.
+
+    Returns:
+      Users a second of plain JAX, the first row: `base` for the rows of another library.
+    """
     while True:
         try:
             name, timing = next(rows)
         except StopIteration:
-            return
+            return base
         except Exception as error:  # out of memory, no compiler for torch.compile: a result too
             table.add_row(label, type(error).__name__, str(error).splitlines()[0][:40] if str(error) else "")
-            return
+            return base
         base = base or timing.rate
         memory = "" if timing.memory is None else f"{timing.memory / 1e6:,.0f}"
         share = [] if limit is None else [f"{timing.rate / limit:.0%}"]
@@ -283,9 +288,10 @@ def main() -> None:
         params, data = arrays(sizes, users, {"support": SUPPORT, "query": QUERY, "candidates": CANDIDATES})
         for steps in args.steps:
             label = f"{name}, {users:,}, {steps}"
-            add_rows(training, label, jax_rows(params, data, steps, args), floor(params, steps, ceilings))
+            limit = floor(params, steps, ceilings)
+            base = add_rows(training, label, jax_rows(params, data, steps, args), limit)
             if torch:
-                add_rows(training, label, torch_rows(params, data, steps, args), floor(params, steps, ceilings))
+                add_rows(training, label, torch_rows(params, data, steps, args), limit, base)
             add_rows(serving, label, jax_serving(params, data, steps, args), None)
     console.print(training, serving)
 

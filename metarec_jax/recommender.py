@@ -158,7 +158,7 @@ class Recommender:
             raise DataError(f"k must be a positive integer, got {k!r}")
         value = evidence(self.strategy, self.params, self._split(data, "ask(k, data)").train, self.target)
         rows = np.argsort(-value, kind="stable")[: min(k, np.count_nonzero(value))]
-        return self._named(rows, value[rows])
+        return self._readable(rows, value[rows])
 
     def save(self, path: str | Path) -> None:
         """Write the model as a folder of JSON and safetensors files; an earlier model there is replaced at once."""
@@ -178,7 +178,7 @@ class Recommender:
             raise DataError(f"a loaded model holds no interactions: {call} with the dataset it was trained on")
         return self.protocol.split(self.catalogue if data is None else self._as_trained(data), self.seed)
 
-    def _named(self, rows: np.ndarray, scores: np.ndarray) -> list[Recommendation]:
+    def _readable(self, rows: np.ndarray, scores: np.ndarray) -> list[Recommendation]:
         """Item rows `[k]` with their scores as people read them."""
         titles = [None] * len(rows) if self.catalogue.titles is None else self.catalogue.titles[rows]
         raw = self.catalogue.items.decode(rows).tolist()
@@ -224,7 +224,7 @@ class Recommender:
         found = []
         for row, finite, value in zip(np.asarray(best), np.isfinite(scores), probability, strict=True):
             kept = np.flatnonzero(finite)[:k]
-            found.append(self._named(row[kept], value[kept]))
+            found.append(self._readable(row[kept], value[kept]))
         return found[: len(encoded)]
 
 
@@ -294,7 +294,9 @@ def train(
 
     Raises:
       DataError: the dataset has too few users for the protocol.
-      ValueError: an unknown name; `start` was trained for another target, or with another strategy or model.
+      ValueError: an unknown name; `start` was trained for another target, or with another strategy or model; `shared`
+        without `start`.
+      TypeError: `start` is no recommender.
     """
     protocol = protocol or ColdUsers()
     if model is None:
@@ -311,7 +313,11 @@ def train(
         data,
         target,
     )
+    if start is None and shared is not None:
+        raise ValueError("`shared` names fields that are shared with the data of `start`: give both or none")
     if start is not None:
+        if not isinstance(start, Recommender):
+            raise TypeError(f"start must be a Recommender, got {type(start).__name__}; a saved one: mr.load(path)")
         if start.target.kind != target.kind:
             raise ValueError(f"start predicts a {start.target.kind}, this training a {target.kind}; use one target")
         fresh = jax.jit(built.init)(jax.random.key(seed))
@@ -384,6 +390,7 @@ def load(
 
 
 def _build(strategy: Callable[..., Strategy], model: Callable[..., Model], data: Dataset, target: Target) -> Strategy:
+    """The strategy on its model; one that reads histories is given them."""
     network = model(fields_of(data))
     built = strategy(network, loss=LOSSES[target.kind])
     return with_history(built) if network.history else built

@@ -137,7 +137,7 @@ def test_string_ids_and_ids_beyond_32_bits_come_back_as_they_went_in():
 @pytest.mark.parametrize("strategy", list(mr.STRATEGIES))
 @pytest.mark.parametrize("target", ["click", "rating"])
 def test_every_strategy_trains_evaluates_saves_and_loads(strategy, target, synthetic, tmp_path):
-    recommender = mr.train(synthetic, strategy, protocol=mr.ColdUsers(target=target), **QUICK)
+    recommender = mr.train(synthetic, strategy, protocol=mr.ColdUsers(target=target), **QUICK, buckets=1)
     results = recommender.evaluate()
     assert set(results) == {strategy, "two means", "ALS fold-in", "item-kNN"}
     assert all(np.isfinite(v) for row in results.values() for v in row.values())

@@ -122,6 +122,7 @@ def attending(
     layers: int,
     heads: int,
 ) -> Model:
+    """The sequence model whose encoder is `layers` of these blocks; arguments as in `transformer`."""
     if layers < 1 or heads < 1 or width % heads:
         raise ValueError(
             f"need layers >= 1, heads >= 1 and width a multiple of heads; got {layers=}, {heads=}, {width=}"

@@ -9,9 +9,7 @@ from flax import nnx
 
 from metarec_jax.data.fields import Field
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, bias, look_up, profile, table
-
-Features = Mapping[str, jax.Array]
+from metarec_jax.models.profile import PREFIX, ByField, bias, look_up, need_item_fields, profile, sum_of_biases, table
 
 
 class FactorisationMachine(nnx.Module):
@@ -30,11 +28,11 @@ class FactorisationMachine(nnx.Module):
         inputs = width + (sizes[-1] if hidden else 0)
         self.head = nnx.Linear(inputs, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
-    def vectors(self, features: Features) -> dict[str, jax.Array]:
+    def vectors(self, features: ByField) -> dict[str, jax.Array]:
         """`[..., width]` of each field."""
         return {name: look_up(self.embedding[name], features[name], kind) for name, kind in self.fields.items()}
 
-    def embed(self, features: Features) -> jax.Array:
+    def embed(self, features: ByField) -> jax.Array:
         """Input of the head `[..., width]`: the item's vector, then the hidden layers' output."""
         return self._embed(self.vectors(features))
 
@@ -47,13 +45,13 @@ class FactorisationMachine(nnx.Module):
             x = nnx.relu(layer(x))
         return jnp.concatenate([item, x], -1)
 
-    def __call__(self, features: Features) -> jax.Array:
+    def __call__(self, features: ByField) -> jax.Array:
         """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
         vectors = self.vectors(features)
-        biases = sum(look_up(self.embedding_bias[f], features[f], kind) for f, kind in self.fields.items())
         stacked = jnp.stack(list(vectors.values()))
         # sum_{f<g} <v_f, v_g> = (|sum_f v_f|^2 - sum_f |v_f|^2) / 2
         pairs = (stacked.sum(0) ** 2 - (stacked**2).sum(0)).sum(-1) / 2
+        biases = sum_of_biases(self.embedding_bias, features, self.fields)
         return (self.head(self._embed(vectors)) + biases)[..., 0] + pairs
 
 
@@ -91,9 +89,3 @@ def deepfm(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int
     """
     need_item_fields(fields)
     return from_nnx(lambda rngs: FactorisationMachine(fields, width, hidden, rngs), profile(fields, width))
-
-
-def need_item_fields(fields: Mapping[str, Field]) -> None:
-    """Raises a ValueError where nothing is known of the items."""
-    if all(name.startswith(PREFIX) for name in fields):
-        raise ValueError(f'need a field of the items (one whose name does not start with "{PREFIX}"), got {[*fields]}')

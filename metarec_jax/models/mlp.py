@@ -9,9 +9,7 @@ from flax import nnx
 
 from metarec_jax.data.fields import Field
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, bias, look_up, profile, table
-
-Features = Mapping[str, jax.Array]
+from metarec_jax.models.profile import PREFIX, ByField, bias, look_up, profile, sum_of_biases, table
 
 
 class EmbeddingMLP(nnx.Module):
@@ -36,21 +34,20 @@ class EmbeddingMLP(nnx.Module):
         self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(sizes)])
         self.head = nnx.Linear(sizes[-1], 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
-    def embed(self, features: Features) -> jax.Array:
+    def embed(self, features: ByField) -> jax.Array:
         """Input of the head `[..., width]`."""
         x = jnp.concatenate([look_up(self.embedding[f], features[f], self.fields[f]) for f in self.deep], -1)
         for layer in self.layers:
             x = nnx.relu(layer(x))
         return x
 
-    def __call__(self, features: Features) -> jax.Array:
+    def __call__(self, features: ByField) -> jax.Array:
         """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
         return (self.head(self.embed(features)) + self.bias(features))[..., 0]
 
-    def bias(self, features: Features) -> jax.Array:
+    def bias(self, features: ByField) -> jax.Array:
         """Sum of the field biases `[..., 1]`."""
-        biases = (look_up(self.embedding_bias[f], features[f], kind) for f, kind in self.fields.items())
-        return sum(biases, start=jnp.zeros(()))
+        return sum_of_biases(self.embedding_bias, features, self.fields)
 
 
 def mlp(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (32,)) -> Model:

@@ -1,6 +1,7 @@
 """Profile: a task's own attributes as one vector, and the look-up of a field that all networks share."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from metarec_jax.data.fields import Field
 from metarec_jax.models.model import Encoder
 from metarec_jax.tasks import Examples, History, Params
 
+ByField = Mapping[str, jax.Array]  # features as `metarec_jax.data.features` makes them
 PREFIX = "user/"  # of the fields that belong to the task, not to one of its examples
 
 
@@ -20,7 +22,7 @@ class Profile(nnx.Module):
         self.fields = nnx.static({name: field.kind for name, field in fields.items()})
         self.tables = nnx.Dict({name: table(field, width, rngs) for name, field in fields.items()})
 
-    def __call__(self, features: Mapping[str, jax.Array]) -> jax.Array:
+    def __call__(self, features: ByField) -> jax.Array:
         parts = [look_up(self.tables[name], features[name], kind) for name, kind in self.fields.items()]
         return jnp.concatenate(parts, -1)
 
@@ -81,3 +83,17 @@ def look_up(layer: Callable[[jax.Array], jax.Array], x: jax.Array, kind: str) ->
         return layer(x)
     present = (x > 0)[..., None]
     return jnp.where(present, layer(x), 0.0).sum(-2) / jnp.maximum(present.sum(-2), 1)
+
+
+def sum_of_biases(layers: Mapping[str, Any], features: ByField, kinds: Mapping[str, str]) -> jax.Array:
+    """`[..., 1]` sum of the fields' biases, which `layers` look up."""
+    return sum((look_up(layers[f], features[f], kind) for f, kind in kinds.items()), start=jnp.zeros(()))
+
+
+def need_item_fields(fields: Mapping[str, Field]) -> None:
+    """Raises a ValueError where nothing is known of the items."""
+    if all(name.startswith(PREFIX) for name in fields):
+        raise ValueError(
+            f"need a field of the items, one that is not the user's (as item_id; names of the user's start with "
+            f"{PREFIX!r}); got {[*fields]}"
+        )

@@ -9,7 +9,7 @@ from flax import nnx
 from metarec_jax.data.fields import Field
 from metarec_jax.models.mlp import EmbeddingMLP
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, look_up, profile
+from metarec_jax.models.profile import PREFIX, look_up, need_item_fields, profile
 from metarec_jax.tasks import Features, History
 
 Encode = Callable[[jax.Array, jax.Array], jax.Array]
@@ -60,6 +60,7 @@ class SequenceModel(EmbeddingMLP):
         return (self.head(self.embed(features)) + self.bias(now))[..., 0]
 
     def joined(self, deep: jax.Array, state: jax.Array, now: Features) -> jax.Array:
+        """What the head reads, `[..., deep + 2 width]`."""
         return jnp.concatenate([deep, state, state * self.item(self.items(now))], -1)
 
     def items(self, features: Features) -> jax.Array:
@@ -120,8 +121,12 @@ def gru(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] =
 def sequence_model(
     fields: Mapping[str, Field], width: int, hidden: Sequence[int], encoder: Callable[[nnx.Rngs], Encode]
 ) -> Model:
-    if all(name.startswith(PREFIX) for name in fields):
-        raise ValueError("a history is one of items: `fields` needs a field that is not the user's, as item_id")
+    """The `Model` of a `SequenceModel`, with this encoder of tokens `[examples, width]` and their order `[examples]`.
+
+    Raises:
+      ValueError: there is no field of the items, of which a history is made.
+    """
+    need_item_fields(fields)
     return from_nnx(
         lambda rngs: SequenceModel(fields, width, hidden, encoder, rngs), profile(fields, width), history=True
     )

@@ -8,11 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metarec_jax.data.fields import Field
-from metarec_jax.models.factorisation import need_item_fields
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, bias, look_up, profile, table
-
-Features = Mapping[str, jax.Array]
+from metarec_jax.models.profile import PREFIX, ByField, bias, look_up, need_item_fields, profile, sum_of_biases, table
 
 
 class TwoTower(nnx.Module):
@@ -35,20 +32,19 @@ class TwoTower(nnx.Module):
         self.user, self.item = tower(self.user_fields), tower(self.item_fields)
         self.head = nnx.Linear(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
-    def embed(self, features: Features) -> jax.Array:
+    def embed(self, features: ByField) -> jax.Array:
         """The item's vector `[..., width]`, input of the head."""
         return self._run(self.item, self.item_fields, features)
 
-    def __call__(self, features: Features) -> jax.Array:
+    def __call__(self, features: ByField) -> jax.Array:
         """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
         item = self.embed(features)
         score = self.head(item)[..., 0]
         if self.user_fields:
             score += (item * self._run(self.user, self.user_fields, features)).sum(-1)
-        biases = (look_up(self.embedding_bias[f], features[f], kind) for f, kind in self.fields.items())
-        return score + sum(biases, start=jnp.zeros(()))[..., 0]
+        return score + sum_of_biases(self.embedding_bias, features, self.fields)[..., 0]
 
-    def _run(self, tower: nnx.List, names: Sequence[str], features: Features) -> jax.Array:
+    def _run(self, tower: nnx.List, names: Sequence[str], features: ByField) -> jax.Array:
         x = jnp.concatenate([look_up(self.embedding[f], features[f], self.fields[f]) for f in names], -1)
         for layer in tower[:-1]:
             x = nnx.relu(layer(x))

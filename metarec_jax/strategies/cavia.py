@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metarec_jax import core
+from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
-from metarec_jax.strategies.decoder import decoder
-from metarec_jax.strategies.gradient import curvature
+from metarec_jax.strategies.decoder import adapt_context, decoder
+from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
@@ -46,29 +46,18 @@ def cavia(
     """
     if steps < 1 or size < 1:
         raise ValueError(f"need steps >= 1 and size >= 1, got {steps=}, {size=}")
-    inner = optax.sgd(0.0625 / (curvature(loss) or 0.25)) if inner is None else inner
+    inner = default_inner(loss, 0.0625) if inner is None else inner
     network = decoder(model, size)
 
     def init(key: jax.Array) -> Params:
         params = {"network": network.init(key)}
         return params | {"log_step_size": jnp.zeros(())} if learn_step_size else params
 
-    def one_user(params: Params, features: Features) -> jax.Array:
-        return network.apply(params["network"], params["context"][None], jax.tree.map(lambda x: x[None], features))[0]
-
     def solve(params: Params, support: Examples) -> tuple[jax.Array, jax.Array]:
-        start = {"context": jnp.zeros(size), "network": params["network"]}
-        adapted = core.adapt(
-            one_user,
-            start,
-            support,
-            loss=loss,
-            optimizer=inner,
-            steps=steps,
-            adapted={"context": True, "network": False},
-            step_size=jnp.exp(params["log_step_size"]) if learn_step_size else 1.0,
-        )
-        return core.weights(start, adapted)["context"], adapted.failed
+        start = jnp.zeros((support.mask.shape[0], size))
+        step_size = jnp.exp(params["log_step_size"]) if learn_step_size else 1.0
+        options = {"loss": loss, "optimizer": inner, "steps": steps, "step_size": step_size}
+        return adapt_context(network, params["network"], start, support, **options)
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:
         return solve(params, support)[0]
@@ -79,6 +68,6 @@ def cavia(
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         context, failed = solve(params, task.support)
         scores = predict(params, context, task.query.features)
-        return core.query_loss(scores, task.query, loss), {"failed": failed.sum()}
+        return query_loss(scores, task.query, loss), {"failed": failed.sum()}
 
     return Strategy(init, adapt, predict, meta_loss)

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import constant, profile_of
-from metarec_jax.strategies.decoder import Decoder, decoder
+from metarec_jax.strategies.decoder import adapt_context, decoder
 from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Examples, Features, History, Params, PointwiseLoss, Task, masked_mean, mean_loss
@@ -162,56 +161,27 @@ def from_generator(
         a, b = jax.random.split(key)
         return {"decoder": score.init(a), "generator": generator.init(b), "log_step_size": jnp.zeros(())}
 
-    def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:
+    def solve(params: Params, support: Examples) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The embeddings before and after the steps, and who failed."""
         start = generator.apply(params["generator"], support)
-        return warm_up(score, params, start, support, loss, inner, steps)[0]
+        options = {"loss": loss, "optimizer": inner, "steps": steps, "step_size": jnp.exp(params["log_step_size"])}
+        return start, *adapt_context(score, params["decoder"], start, support, **options)
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:
+        return solve(params, support)[1]
 
     def predict(params: Params, embedding: jax.Array, features: Features) -> jax.Array:
         return score.apply(params["decoder"], embedding, features)
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         per_user = jax.vmap(partial(mean_loss, loss))
-        start = generator.apply(params["generator"], task.support)
-        embedding, failed = warm_up(score, params, start, task.support, loss, inner, steps)
+        start, embedding, failed = solve(params, task.support)
         cold = per_user(predict(params, start, task.support.features), task.support)
         warm = per_user(predict(params, embedding, task.query.features), task.query)
         value = masked_mean(alpha * cold + (1 - alpha) * warm, jnp.any(task.query.mask > 0, axis=1))
         return value, {"failed": failed.sum(), "cold": masked_mean(cold, jnp.any(task.support.mask > 0, axis=1))}
 
     return Strategy(init, adapt, predict, meta_loss)
-
-
-def warm_up(
-    score: Decoder,
-    params: Params,
-    start: jax.Array,
-    support: Examples,
-    loss: PointwiseLoss,
-    inner: optax.GradientTransformation,
-    steps: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Embeddings `[users, size]` after `steps` on the support from `start` `[users, size]`, and who failed.
-
-    What adapts is the distance from the start, which is 0 for all users at first: the start is a feature.
-    """
-
-    def apply(p: Params, features: Features) -> jax.Array:
-        begin, now = features
-        return score.apply(p["decoder"], (begin + p["moved"])[None], jax.tree.map(lambda x: x[None], now))[0]
-
-    shared = {"decoder": params["decoder"], "moved": jnp.zeros(start.shape[1])}
-    found = core.adapt(
-        apply,
-        shared,
-        support._replace(features=(start, support.features)),
-        loss=loss,
-        optimizer=inner,
-        steps=steps,
-        adapted={"decoder": False, "moved": True},
-        step_size=jnp.exp(params["log_step_size"]),
-    )
-    moved = core.weights(shared, found)["moved"] if steps else 0.0
-    return start + moved, found.failed
 
 
 def shared_values(existing: Mapping[str, jax.Array], support: Examples) -> jax.Array:

@@ -1,12 +1,14 @@
 """Decoder: a shared network whose scores a vector for each user bends; what many strategies adapt through."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from metarec_jax import core
 from metarec_jax.models.model import Model
-from metarec_jax.tasks import Features, Params
+from metarec_jax.tasks import Examples, Features, Params
 
 
 class Decoder(NamedTuple):
@@ -64,6 +66,40 @@ def decoder(model: Model, size: int, hidden: int = 32) -> Decoder:
         return model.apply(params["model"], features) + linear + bent @ params["out"]
 
     return Decoder(init, apply)
+
+
+def adapt_context(
+    score: Decoder, params: Params, start: jax.Array, support: Examples, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Context vectors after inner steps on the support, in which nothing else moves.
+
+    What adapts is the distance from the start, which is 0 for all users at first: the start is a feature.
+
+    Args:
+      score: `decoder(model, size)`.
+      params: its parameters.
+      start: `[users, size]`.
+      support: what each user adapts to.
+      **options: keyword arguments of `core.adapt`: loss, optimiser, steps, step size.
+
+    Returns:
+      The vectors `[users, size]`, and which users `[users]` failed and kept the start.
+    """
+
+    def apply(p: Params, features: Features) -> jax.Array:
+        begin, now = features
+        return score_one(score, p["decoder"], begin + p["moved"], now)
+
+    shared = {"decoder": params, "moved": jnp.zeros(start.shape[1])}
+    given = support._replace(features=(start, support.features))
+    found = core.adapt(apply, shared, given, adapted={"decoder": False, "moved": True}, **options)
+    moved = core.weights(shared, found)["moved"]
+    return (start if moved is None else start + moved), found.failed
+
+
+def score_one(score: Decoder, params: Params, context: jax.Array, features: Features) -> jax.Array:
+    """Scores `[examples]` of one user: context `[size]`, features `[examples, ...]`."""
+    return score.apply(params, context[None], jax.tree.map(lambda x: x[None], features))[0]
 
 
 def need_embed(model: Model) -> tuple[Callable[[Params, Features], jax.Array], int]:

@@ -171,8 +171,11 @@ def fit_weights(
     @jax.jit
     def scored(task: Task) -> jax.Array:
         adapted = strategy.adapt(params, task.support, jax.random.key(0))
-        one = lambda w: strategy.predict({**params, "weights": w}, adapted, task.query.features)  # noqa: E731
-        return jax.vmap(one, out_axes=-1)(only)
+
+        def member(w: jax.Array) -> jax.Array:
+            return strategy.predict({**params, "weights": w}, adapted, task.query.features)
+
+        return jax.vmap(member, out_axes=-1)(only)
 
     parts = [(scored(task), task.query._replace(features=())) for task in tasks]
 

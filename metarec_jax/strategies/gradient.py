@@ -1,6 +1,7 @@
 """Gradient-based strategies: MAML, FOMAML, ANIL and MeLU are one inner loop over different groups of parameters."""
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,13 @@ from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 ALL = ("embedding", "decision", "head")
 
 
-def default_inner(loss: PointwiseLoss) -> optax.GradientTransformation:
-    """SGD with 0.025 over the curvature of the loss: 0.1 for the logistic loss, 0.0125 for the squared error.
+def default_inner(loss: PointwiseLoss, scale: float = 0.025) -> optax.GradientTransformation:
+    """SGD with `scale` over the curvature of the loss: 0.1 for the logistic loss, 0.0125 for the squared error.
 
     A model's biases all move its score together, so that the largest stable step falls with the loss's curvature times
     their number; steps of one size for all losses diverge for the steeper one.
     """
-    return optax.sgd(0.025 / (curvature(loss) or 0.25))
+    return optax.sgd(scale / (curvature(loss) or 0.25))
 
 
 def curvature(loss: PointwiseLoss) -> float:
@@ -72,6 +73,38 @@ def from_adapt(
     return Strategy(init, adapt, predict, meta_loss)
 
 
+def from_inner_loop(
+    model: Model,
+    loss: PointwiseLoss,
+    groups: Collection[str],
+    learned: Callable[[Params], dict[str, Params]],
+    options: Callable[[Params], dict[str, Any]],
+) -> Strategy:
+    """MAML with parameters of the inner loop that are meta-learned beside the model's.
+
+    Args:
+      model, loss, groups: see `maml`.
+      learned: `learned(fast)`, the initial values of those parameters, from the arrays that adapt.
+      options: `options(params)`, keyword arguments of `core.adapt`: optimiser, steps, step sizes and the like.
+    """
+    adapted_leaves = leaves_of(model, groups)
+
+    def init(key: jax.Array) -> Params:
+        params = model.init(key)
+        return {"model": params} | learned(core.partition(params, adapted_leaves(params)))
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        own = params["model"]
+        return core.adapt(model.apply, own, support, loss=loss, adapted=adapted_leaves(own), **options(params))
+
+    return from_adapt(model, loss, init, adapt)
+
+
+def one_each(fast: Params) -> Params:
+    """A zero for each array: the logarithm of a factor that starts at 1."""
+    return jax.tree.map(lambda _: jnp.zeros(()), fast)
+
+
 def maml(
     model: Model,
     *,
@@ -105,30 +138,15 @@ def maml(
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
     """
     inner = default_inner(loss) if inner is None else inner
-    adapted_leaves = leaves_of(model, groups)
 
-    def init(key: jax.Array) -> Params:
-        params = {"model": model.init(key)}
-        if learn_step_size:
-            fast = core.partition(params["model"], adapted_leaves(params["model"]))
-            params["log_step_size"] = jax.tree.map(lambda _: jnp.zeros(()), fast)
-        return params
+    def learned(fast: Params) -> dict[str, Params]:
+        return {"log_step_size": one_each(fast)} if learn_step_size else {}
 
-    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
-        return core.adapt(
-            model.apply,
-            params["model"],
-            support,
-            loss=loss,
-            optimizer=inner,
-            steps=steps,
-            adapted=adapted_leaves(params["model"]),
-            step_size=jax.tree.map(jnp.exp, params["log_step_size"]) if learn_step_size else 1.0,
-            first_order=first_order,
-            form=form,
-        )
+    def options(params: Params) -> dict[str, Any]:
+        size = jax.tree.map(jnp.exp, params["log_step_size"]) if learn_step_size else 1.0
+        return {"optimizer": inner, "steps": steps, "step_size": size, "first_order": first_order, "form": form}
 
-    return from_adapt(model, loss, init, adapt)
+    return from_inner_loop(model, loss, groups, learned, options)
 
 
 def fomaml(

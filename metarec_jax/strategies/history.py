@@ -47,3 +47,17 @@ def reading_all(support: Examples, features: Features) -> Features:
         return features
     leading = jax.tree.leaves(features)[0].shape[:2]
     return History(features, support, jnp.full(leading, -1, jnp.int32))
+
+
+def joined(task: Task) -> Examples:
+    """Support and query as one set, `[users, support + query, ...]`; the past of its examples stays the support set."""
+
+    def join(support: jax.Array, query: jax.Array) -> jax.Array:
+        return jnp.concatenate([support, query], axis=1)
+
+    support, query = task
+    if not isinstance(support.features, History):
+        return jax.tree.map(join, support, query)
+    one, two = support.features, query.features
+    features = History(jax.tree.map(join, one.now, two.now), one.past, join(one.own, two.own))
+    return Examples(features, join(support.target, query.target), join(support.mask, query.mask))

@@ -7,8 +7,8 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import constant, profile_of
-from metarec_jax.strategies.decoder import decoder
-from metarec_jax.strategies.gradient import curvature
+from metarec_jax.strategies.decoder import decoder, score_one
+from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
@@ -53,7 +53,7 @@ def limaml(
     """
     if steps < 1 or size < 1 or hidden < 1:
         raise ValueError(f"steps, size and hidden must be 1 or more, got {steps=}, {size=}, {hidden=}")
-    inner = optax.sgd(0.0625 / (curvature(loss) or 0.25)) if inner is None else inner
+    inner = default_inner(loss, 0.0625) if inner is None else inner
     network, profile = decoder(model, size), model.profile or constant()
 
     def init(key: jax.Array) -> Params:
@@ -72,8 +72,7 @@ def limaml(
 
         def one_user(params: Params, features: Features) -> jax.Array:
             own, features = features
-            embedding = block(params["block"], own)[None]
-            return network.apply(params["network"], embedding, jax.tree.map(lambda x: x[None], features))[0]
+            return score_one(network, params["network"], block(params["block"], own), features)
 
         shared = {"block": params["block"], "network": params["network"]}
         adapted = core.adapt(

@@ -1,16 +1,16 @@
 """MAML++: step sizes of each layer and each inner step, and a meta-loss that looks at every step."""
 
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from metarec_jax import core
 from metarec_jax.models.model import Model
-from metarec_jax.strategies.gradient import ALL, default_inner, from_adapt, leaves_of
-from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Params, PointwiseLoss, Task
+from metarec_jax.strategies.gradient import ALL, default_inner, from_inner_loop
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.tasks import Params, PointwiseLoss, Task
 
 
 def mamlpp(
@@ -51,39 +51,25 @@ def mamlpp(
     if steps < 1 or not 0 <= multi_step < 1:
         raise ValueError(f"need steps >= 1 and 0 <= multi_step < 1, got {steps=}, {multi_step=}")
     inner = default_inner(loss) if inner is None else inner
-    adapted_leaves = leaves_of(model, groups)
 
-    def init(key: jax.Array) -> Params:
-        params = model.init(key)
-        fast = core.partition(params, adapted_leaves(params))
-        return {"model": params, "log_step_size": jax.tree.map(lambda _: jnp.zeros(steps), fast)}
+    def learned(fast: Params) -> dict[str, Params]:
+        return {"log_step_size": jax.tree.map(lambda _: jnp.zeros(steps), fast)}
 
-    def take(params: Params, support: Examples, count: int) -> Adapted:
-        return core.adapt(
-            model.apply,
-            params["model"],
-            support,
-            loss=loss,
-            optimizer=optax.chain(inner, scale_by_step(jax.tree.map(jnp.exp, params["log_step_size"]))),
-            steps=count,
-            adapted=adapted_leaves(params["model"]),
-        )
+    def after(count: int) -> Strategy:
+        def options(params: Params) -> dict[str, Any]:
+            rates = scale_by_step(jax.tree.map(jnp.exp, params["log_step_size"]))
+            return {"optimizer": optax.chain(inner, rates), "steps": count}
 
-    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
-        return take(params, support, steps)
+        return from_inner_loop(model, loss, groups, learned, options)
 
-    last = from_adapt(model, loss, init, adapt)
-
-    def query_loss(params: Params, task: Task, count: int) -> jax.Array:
-        scores = last.predict(params, take(params, task.support, count), task.query.features)
-        return core.query_loss(scores, task.query, loss)
+    *earlier, last = [after(k) for k in range(1, steps + 1)]
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         value, aux = last.loss(params, task, key)
-        if multi_step == 0 or steps == 1:
+        if multi_step == 0 or not earlier:
             return value, aux
-        earlier = sum(query_loss(params, task, k) for k in range(1, steps)) / (steps - 1)
-        return (1 - multi_step) * value + multi_step * earlier, aux
+        mean = sum(one.loss(params, task, key)[0] for one in earlier) / len(earlier)
+        return (1 - multi_step) * value + multi_step * mean, aux
 
     return last._replace(loss=meta_loss)
 

@@ -1,16 +1,16 @@
 """Meta-SGD: the inner step has a size of its own for every single parameter, and all sizes are meta-learned."""
 
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from metarec_jax import core
 from metarec_jax.models.model import Model
-from metarec_jax.strategies.gradient import ALL, default_inner, from_adapt, leaves_of
-from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Params, PointwiseLoss
+from metarec_jax.strategies.gradient import ALL, default_inner, from_inner_loop
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.tasks import Params, PointwiseLoss
 
 
 def meta_sgd(
@@ -47,27 +47,12 @@ def meta_sgd(
       itself is the parameter, drawn at random; here a is, so that a weight penalty draws to MAML and not to no step.
     """
     inner = default_inner(loss) if inner is None else inner
-    adapted_leaves = leaves_of(model, groups)
 
-    def init(key: jax.Array) -> Params:
-        params = model.init(key)
-        return {
-            "model": params,
-            "step_size": jax.tree.map(jnp.zeros_like, core.partition(params, adapted_leaves(params))),
-        }
+    def learned(fast: Params) -> dict[str, Params]:
+        return {"step_size": jax.tree.map(jnp.zeros_like, fast)}
 
-    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
-        return core.adapt(
-            model.apply,
-            params["model"],
-            support,
-            loss=loss,
-            optimizer=inner,
-            steps=steps,
-            adapted=adapted_leaves(params["model"]),
-            step_size=jax.tree.map(lambda a: 1 + a, params["step_size"]),
-            first_order=first_order,
-            form="plain",
-        )
+    def options(params: Params) -> dict[str, Any]:
+        size = jax.tree.map(lambda a: 1 + a, params["step_size"])
+        return {"optimizer": inner, "steps": steps, "step_size": size, "first_order": first_order, "form": "plain"}
 
-    return from_adapt(model, loss, init, adapt)
+    return from_inner_loop(model, loss, groups, learned, options)

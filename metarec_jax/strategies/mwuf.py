@@ -7,8 +7,8 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import constant, profile_of
-from metarec_jax.strategies.cold_items import check, normal, warm_up
-from metarec_jax.strategies.decoder import decoder, need_embed
+from metarec_jax.strategies.cold_items import check, normal
+from metarec_jax.strategies.decoder import adapt_context, decoder, need_embed
 from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
@@ -62,7 +62,8 @@ def mwuf(
 
     def warm(params: Params, support: Examples) -> tuple[jax.Array, jax.Array]:
         start = jnp.broadcast_to(params["common"], (support.mask.shape[0], size))
-        cold, failed = warm_up(score, params, start, support, loss, inner, steps)
+        options = {"loss": loss, "optimizer": inner, "steps": steps, "step_size": jnp.exp(params["log_step_size"])}
+        cold, failed = adapt_context(score, params["decoder"], start, support, **options)
         keep = support.mask > 0
         phi = jnp.where(keep[..., None], embed(params["decoder"]["model"], support.features), 0.0)
         both = jnp.concatenate([phi, jnp.where(keep, support.target, 0.0)[..., None] * phi], -1)

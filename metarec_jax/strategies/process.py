@@ -279,11 +279,11 @@ def attend(
     def project(name: str, x: jax.Array) -> jax.Array:
         return (x @ params[name]).reshape(*x.shape[:2], heads, -1)
 
-    q, k, v = project("query", query), project("key", key), project("value", value)
     kept = mask[:, None, None] > 0
-    logits = jnp.einsum("unhs,umhs->uhnm", q, k) / q.shape[-1] ** 0.5
-    weights = jnp.where(kept, jax.nn.softmax(jnp.where(kept, logits, -1e30)), 0.0)
-    return jnp.einsum("uhnm,umhs->unhs", weights, v).reshape(query.shape) @ params["out"]
+    read = jax.nn.dot_product_attention(
+        project("query", query), project("key", key), project("value", value), mask=kept
+    ).reshape(query.shape)
+    return jnp.where(jnp.any(kept, -1), read, 0.0) @ params["out"]
 
 
 def normal(params: Params, r: jax.Array) -> Normal:

@@ -7,6 +7,7 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.gradient import default_inner
+from metarec_jax.strategies.history import joined
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
@@ -43,7 +44,7 @@ def reptile(
         return core.predict(model.apply, params, adapted, features)
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        everything = jax.tree.map(lambda s, q: jnp.concatenate([s, q], axis=1), task.support, task.query)
+        everything = joined(task)
         fixed = jax.lax.stop_gradient(params)
         adapted = adapt(fixed, everything, key)
         value = core.query_loss(predict(fixed, adapted, everything.features), everything, loss)

@@ -5,6 +5,7 @@ gated adaptation moves nothing but a user's switches of shared features.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.decoder import need_embed
-from metarec_jax.strategies.gradient import ALL, default_inner, from_adapt, leaves_of
+from metarec_jax.strategies.gradient import ALL, default_inner, from_adapt, from_inner_loop, one_each
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 
@@ -61,7 +62,6 @@ def sparse_maml(
     if start < 0:
         raise ValueError(f"start must be 0 or more, or nothing would adapt; got {start}")
     inner = default_inner(loss) if inner is None else inner
-    adapted_leaves = leaves_of(model, groups)
 
     def numbers(w: jax.Array) -> jax.Array:
         shape = w.shape
@@ -73,29 +73,16 @@ def sparse_maml(
             shape = shape[1:] or shape  # a layer's bias has one number for each output
         return jnp.zeros(shape)
 
-    def init(key: jax.Array) -> Params:
-        params = {"model": model.init(key)}
-        fast = core.partition(params["model"], adapted_leaves(params["model"]))
-        params["mask"] = jax.tree.map(numbers, fast)
-        params["log_step_size"] = jax.tree.map(lambda _: jnp.zeros(()), fast)
-        return params
+    def learned(fast: Params) -> dict[str, Params]:
+        return {"mask": jax.tree.map(numbers, fast), "log_step_size": one_each(fast)}
 
-    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+    def options(params: Params) -> dict[str, Any]:
         mask = jax.tree.map(lambda m: straight_through(start + m), params["mask"])
-        sizes = jax.tree.map(lambda m, s: m * jnp.exp(s), mask, params["log_step_size"])
-        return core.adapt(
-            model.apply,
-            params["model"],
-            support,
-            loss=loss,
-            optimizer=inner,
-            steps=steps,
-            adapted=adapted_leaves(params["model"]),
-            step_size=sizes,
-            form="plain" if masks == "weight" else "auto",
-        )
+        size = jax.tree.map(lambda m, s: m * jnp.exp(s), mask, params["log_step_size"])
+        form = "plain" if masks == "weight" else "auto"
+        return {"optimizer": inner, "steps": steps, "step_size": size, "form": form}
 
-    return from_adapt(model, loss, init, adapt)
+    return from_inner_loop(model, loss, groups, learned, options)
 
 
 def straight_through(m: jax.Array) -> jax.Array:
@@ -137,31 +124,17 @@ def meta_reg(
     if penalty <= 0:
         raise ValueError(f"penalty must be more than 0, from which it is learned; got {penalty}")
     inner = default_inner(loss) if inner is None else inner
-    adapted_leaves = leaves_of(model, groups)
 
-    def init(key: jax.Array) -> Params:
-        params = {"model": model.init(key)}
-        fast = core.partition(params["model"], adapted_leaves(params["model"]))
-        params["log_step_size"] = jax.tree.map(lambda _: jnp.zeros(()), fast)
-        params["log_strength"] = jax.tree.map(lambda _: jnp.zeros(()), fast)  # relative to `penalty`
-        return params
+    def learned(fast: Params) -> dict[str, Params]:
+        return {"log_step_size": one_each(fast), "log_strength": one_each(fast)}  # the strength relative to `penalty`
 
-    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
-        sizes = jax.tree.map(jnp.exp, params["log_step_size"])
+    def options(params: Params) -> dict[str, Any]:
+        size = jax.tree.map(jnp.exp, params["log_step_size"])
         # `proximal` counts moves before they are multiplied by the step size, so the step size multiplies the pull
-        pull = jax.tree.map(lambda s, size: penalty * jnp.exp(s) * size, params["log_strength"], sizes)
-        return core.adapt(
-            model.apply,
-            params["model"],
-            support,
-            loss=loss,
-            optimizer=core.implicit.proximal(inner, pull),
-            steps=steps,
-            adapted=adapted_leaves(params["model"]),
-            step_size=sizes,
-        )
+        pull = jax.tree.map(lambda s, size: penalty * jnp.exp(s) * size, params["log_strength"], size)
+        return {"optimizer": core.implicit.proximal(inner, pull), "steps": steps, "step_size": size}
 
-    return from_adapt(model, loss, init, adapt)
+    return from_inner_loop(model, loss, groups, learned, options)
 
 
 def gated(

@@ -10,6 +10,7 @@ import pytest
 
 import metarec_jax as mr
 from metarec_jax import core
+from metarec_jax.tasks import History
 
 LOSS = optax.losses.squared_error
 
@@ -59,6 +60,26 @@ def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tin
         params,
         own,
     )
+
+
+def test_reptile_never_scores_an_example_by_reading_itself(task_batch, tiny_model):
+    def apply(params, features):
+        """Score of an example: how often its own target's place is read, all others being hidden."""
+        if not isinstance(features, History):
+            return jnp.zeros(features.shape[:-1]) + params["b"]
+        _, past, own = features
+        same = (past.features == features.now[..., :, None, :]).all(-1) & (past.mask > 0)
+        readable = own[..., :, None] != jnp.arange(past.mask.shape[-1])
+        return params["b"] + (same & readable).sum(-1)
+
+    task = task_batch(mask=False)
+    model = mr.Model(lambda key: {"b": jnp.zeros(())}, apply, history=True)
+    strategy = mr.with_history(mr.reptile(model, loss=LOSS, steps=1))
+    value, _ = strategy.loss(model.init(None), task, jax.random.key(0))
+    # with no score but the bias, the loss after one step from 0 is that of the bias alone
+    target = np.concatenate([task.support.target, task.query.target], 1)
+    bias = 2 * 0.0125 * target.mean(1, keepdims=True)
+    np.testing.assert_allclose(value, np.mean((bias - target) ** 2), rtol=1e-5)
 
 
 def test_training_on_the_engine_has_the_loss_curve_of_the_plain_form(synthetic):

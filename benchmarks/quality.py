@@ -4,9 +4,9 @@
     python benchmarks/quality.py --splits 40 --strategies ridge
     python benchmarks/quality.py --target rating --log quality.jsonl    # may be stopped and started again
 
-Each strategy is trained once a split, with its default settings, and judged with 1, 3, 5, 10 and all support examples
-of each test user. Prints Markdown tables: means over splits, each strategy's paired difference to the
-baseline that is best in that metric with a 95 % interval (Student's t over splits), and what a strategy costs.
+Each strategy is trained once a split, with its default settings (or those of `--tuned`), and judged with 1, 3, 5, 10
+and all support examples of each test user. Prints Markdown tables: means over splits, each strategy's paired difference
+to the baseline that is best in that metric with a 95 % interval (Student's t over splits), and what a strategy costs.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 import metarec_jax as mr
+from metarec_jax.training import default_optimizer
 
 SHOWN = {
     "click": ("auc", "within_user_auc", "precision@5", "ndcg@5", "mrr@5", "log_loss"),
@@ -31,6 +32,7 @@ SHOWN = {
 PAIRED = {"click": ("auc", "within_user_auc"), "rating": ("rmse",)}  # the last one is shown by support size too
 LESS_IS_BETTER = ("rmse", "mae", "log_loss")
 SUPPORT = (1, 3, 5, 10, None)  # None: all that a test user has
+DEFAULT: dict[str, Any] = {"outer": {}, "own": {}}  # settings: of the outer optimiser, and the strategy's own
 BUCKETS = (40, 90)  # the same for every split, so that a strategy compiles once
 
 
@@ -62,10 +64,17 @@ def once(make: Callable[..., Any]) -> Callable[..., Any]:
     return first
 
 
-def trainer(name: str) -> Callable[..., mr.Recommender]:
-    """`mr.train` for one strategy."""
-    model = mr.strategies.DEFAULT_MODEL.get(name, "mlp")
-    return partial(mr.train, strategy=once(mr.STRATEGIES[name]), model=model, progress=False, buckets=BUCKETS)
+def trainer(name: str, settings: dict[str, Any] | None = None) -> Callable[..., mr.Recommender]:
+    """`mr.train` for one strategy with the settings that `tune.py` writes, else its default ones."""
+    settings = settings or DEFAULT
+    return partial(
+        mr.train,
+        strategy=once(partial(mr.STRATEGIES[name], **settings["own"])),
+        model=mr.strategies.DEFAULT_MODEL.get(name, "mlp"),
+        optimizer=default_optimizer(**settings["outer"]),
+        progress=False,
+        buckets=BUCKETS,
+    )
 
 
 def judge(recommender: mr.Recommender, name: str | None) -> dict[str, dict[str, dict[str, float]]]:
@@ -86,11 +95,21 @@ def run(
     protocol: mr.ColdUsers,
     epochs: int,
     log: Path | None,
+    tuned: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Train and judge everything that the log does not hold yet; one row for each learner and split."""
     setting = {"data": data.name, "protocol": repr(protocol), "epochs": epochs}
+
+    def settings_of(learner: str) -> dict[str, Any]:
+        return {key: tuned.get(learner, DEFAULT)[key] for key in DEFAULT}
+
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log and log.exists() else []
-    rows = [row for row in rows if all(row[key] == value for key, value in setting.items())]
+    rows = [
+        row
+        for row in rows
+        if all(row[key] == value for key, value in setting.items())
+        and row.get("settings", DEFAULT) == settings_of(row["learner"])
+    ]
     done = {(row["learner"], row["seed"]) for row in rows}
 
     def keep(row: dict[str, Any]) -> None:
@@ -100,7 +119,8 @@ def run(
                 file.write(json.dumps(row) + "\n")
 
     for name in strategies:
-        train = trainer(name)
+        settings = settings_of(name)
+        train = trainer(name, settings)
         for seed in splits:
             if (name, seed) in done:
                 continue
@@ -115,7 +135,7 @@ def run(
                 done.add(("two means", seed))
             for learner, results in found.items():
                 row = setting | {"learner": learner, "seed": seed, "results": results}
-                keep(row | cost if learner == name else row)
+                keep(row | cost | {"settings": settings} if learner == name else row)
             shown = PAIRED[protocol.target][-1]
             print(f"{name}, split {seed}: {shown} {found[name]['None'][shown]:.4f}, {seconds:.0f} s", flush=True)
     return [row for row in rows if row["seed"] in splits]
@@ -176,13 +196,15 @@ def main() -> None:
         "--epochs", type=int, default=60, help="at most; training stops when validation does not improve"
     )
     parser.add_argument("--strategies", nargs="+", default=list(mr.STRATEGIES), choices=list(mr.STRATEGIES))
+    parser.add_argument("--tuned", type=Path, help="settings that tune.py wrote; without it the default ones")
     parser.add_argument("--log", type=Path, help="JSON lines: results are kept here, and what is here is not run again")
     given = parser.parse_args()
     if given.splits < 2 or given.first < 0:
         parser.error("--splits must be 2 or more, which an interval needs, and --first 0 or more")
     splits, data = range(given.first, given.first + given.splits), mr.data.load(given.data)
     protocol = mr.ColdUsers(target=given.target, train_on=given.train_on)
-    rows = run(given.strategies, splits, data, protocol, given.epochs, given.log)
+    tuned = json.loads(given.tuned.read_text()).get(given.target, {}) if given.tuned else {}
+    rows = run(given.strategies, splits, data, protocol, given.epochs, given.log, tuned)
     print(f"\n{data.name}, {protocol}, splits {splits[0]} to {splits[-1]}")
     print(f"{platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     report(rows, given.target)

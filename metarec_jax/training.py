@@ -62,6 +62,7 @@ def fit(
     buckets: int | tuple[int, ...] = 2,
     average: float = 0.9,
     unknown: float = 0.1,
+    short: float = 0.0,
     statistics: ItemStatistics | None = None,
     seed: int = 0,
     params: Params | None = None,
@@ -86,6 +87,8 @@ def fit(
       average: what is validated and kept is a running average of the parameters that keeps this share of itself at each
         epoch (0: the last parameters; Polyak and Juditsky, 1992).
       unknown: share of users and items whose identity is hidden in training, which trains the unknown rows.
+      short: share of users whose support set is cut to a random length in training. Strategies with inner gradient
+        steps adapt better to one or three examples with 0.5; closed-form and Bayesian ones need none of it.
       statistics: takes a training user's own interactions out of the item field that it made, when the data has it.
       seed: of the initial parameters and of the sampling.
       params: initial parameters (default: those of `strategy.init`).
@@ -102,7 +105,13 @@ def fit(
     params = jax.jit(strategy.init)(key) if params is None else jax.tree.map(jnp.array, params)
     state = jax.jit(optimizer.init)(params)
     averaged = jax.device_get(params)
-    sampling: dict[str, Any] = {"query": query, "batch_size": batch_size, "unknown": unknown, "statistics": statistics}
+    sampling: dict[str, Any] = {
+        "query": query,
+        "batch_size": batch_size,
+        "unknown": unknown,
+        "short": short,
+        "statistics": statistics,
+    }
     best, history = Fitted(params, -1, []), []
     for epoch in range(epochs):
         losses = []

@@ -72,6 +72,7 @@ def batches(
     buckets: tuple[int, ...],
     rng: np.random.Generator | None = None,
     unknown: float = 0.0,
+    short: float = 0.0,
     statistics: ItemStatistics | None = None,
 ) -> Iterator[Batch]:
     """All users once, as task batches of `batch_size` users; each support width is one of `buckets`.
@@ -89,6 +90,7 @@ def batches(
       rng: shuffles users and interactions when given; else the order of `histories` stands.
       unknown: share of users, and of items, whose identity is hidden, so that the rows for unknown ids are
         trained too.
+      short: share of users whose support set is cut to a random length, log-uniform from 1 to all.
       statistics: takes each user's own interactions out of the field `training statistics`; for training users only.
     """
     order = np.arange(len(histories))
@@ -97,6 +99,9 @@ def batches(
     length = histories.lengths
     queries = np.minimum(query, np.maximum(length - 1, 0))
     supports = np.minimum(length - queries, buckets[-1] if support is None else min(support, buckets[-1]))
+    if rng is not None and short:
+        cut = np.exp(rng.random(len(supports)) * np.log(supports + 1)).astype(int)
+        supports = np.where(rng.random(len(supports)) < short, np.minimum(cut, supports), supports)
     bucket = np.searchsorted(buckets, supports[order])
     pieces = [
         order[bucket == b][i : i + batch_size]

@@ -261,6 +261,23 @@ def test_the_asked_share_of_identities_is_hidden_and_nothing_else():
     assert abs(hidden / real - 0.25) < 4 * np.sqrt(0.25 * 0.75 / real)
 
 
+def test_the_asked_share_of_supports_is_cut_and_lengths_are_log_uniform():
+    data = synthetic(users=600, items=60, ratings_per_user=(40, 40), seed=0)
+    histories = Histories.of(data, np.arange(1, 601))
+    sizes = np.concatenate(
+        [
+            batch.task.support.mask.sum(1)[: len(batch.positions)]
+            for batch in batches(histories, CLICK, buckets=(30,), rng=np.random.default_rng(0), short=0.5)
+        ]
+    )
+    assert sizes.min() >= 1
+    assert (sizes == 30).mean() == pytest.approx(0.5, abs=0.06)
+    cut = sizes[sizes < 30]  # P(n <= 5) = log 6 / log 31
+    assert (cut <= 5).mean() == pytest.approx(np.log(6) / np.log(31), abs=0.07)
+    (whole,) = batches(histories, CLICK, buckets=(30,), batch_size=600, short=0.5)
+    assert (whole.task.support.mask.sum(1) == 30).all()  # nothing is random without a generator
+
+
 def test_hiding_a_user_hides_its_attributes_in_support_and_query_alike(data, histories):
     rng = np.random.default_rng(0)
     (batch,) = batches(histories, CLICK, query=3, batch_size=23, buckets=(12,), rng=rng, unknown=0.5)

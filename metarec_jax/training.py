@@ -55,6 +55,7 @@ def fit(
     query: int = 10,
     optimizer: optax.GradientTransformation | None = None,
     epochs: int = EPOCHS,
+    min_epochs: int | None = None,
     patience: int = 8,
     batch_size: int = 32,
     chunk: int | None = None,
@@ -79,6 +80,8 @@ def fit(
       query: query size of a training task.
       optimizer: outer optimiser (default `default_optimizer()`).
       epochs: at most so many passes over the training users.
+      min_epochs: the first epoch whose parameters may be kept (default: a third of `epochs`). With long support sets the
+        validation loss is low from the first epochs on, before the shared part of the recommender has been learned.
       patience: stop after so many epochs without a better validation loss.
       batch_size: users a meta-step.
       chunk: users differentiated at a time; bounds the memory of a large batch, changes nothing else.
@@ -112,6 +115,7 @@ def fit(
         "short": short,
         "statistics": statistics,
     }
+    first = min(epochs // 3 if min_epochs is None else min_epochs, epochs - 1)
     best, history = Fitted(params, -1, []), []
     for epoch in range(epochs):
         losses = []
@@ -133,7 +137,7 @@ def fit(
         history.append(entry)
         if report is not None:
             report(epoch, entry)
-        if best.epoch < 0 or entry[SELECT[target.kind]] < history[best.epoch][SELECT[target.kind]]:
+        if epoch <= first or entry[SELECT[target.kind]] < history[best.epoch][SELECT[target.kind]]:
             best = Fitted(jax.device_get(averaged), epoch, [])
         elif epoch - best.epoch >= patience:
             break

@@ -262,7 +262,7 @@ def _rank(
 
 def train(
     data: Dataset,
-    strategy: str | Callable[..., Strategy] = "ridge",
+    strategy: str | Callable[..., Strategy] = "alpaca",
     model: str | Callable[..., Model] | None = None,
     *,
     seed: int = 0,

@@ -34,7 +34,7 @@ def test_train_evaluate_and_recommend_in_a_row(ratings, tmp_path):
     assert "metarec recommend" in trained.output
     judged = run("evaluate", model, ratings, *COLUMNS)
     assert judged.exit_code == 0, judged.output
-    assert all(learner in judged.output for learner in ("ridge", "two means", "ALS fold-in", "item-kNN"))
+    assert all(learner in judged.output for learner in ("alpaca", "two means", "ALS fold-in", "item-kNN"))
     got = run("recommend", model, "3=5", "4=1", "-k", 4)
     assert got.exit_code == 0, got.output
     assert len(re.findall(r"^ +\d\. +0\.\d+ ", got.output, re.MULTILINE)) == 4

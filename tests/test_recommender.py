@@ -152,9 +152,9 @@ def test_training_is_reproducible_and_learns(synthetic):
     jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
     longer = mr.train(synthetic, seed=5, epochs=40, progress=False, protocol=mr.ColdUsers(target="rating"))
     results = longer.evaluate()
-    assert results["ridge"]["rmse"] < results["two means"]["rmse"]
+    assert results["alpaca"]["rmse"] < results["two means"]["rmse"]
     # the best possible error is the noise, 0.5
-    assert 0.4 < results["ridge"]["rmse"] < 0.75
+    assert 0.4 < results["alpaca"]["rmse"] < 0.75
 
 
 def test_one_compilation_for_each_bucket_shape_over_a_whole_training_run(synthetic):

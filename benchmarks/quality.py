@@ -138,6 +138,7 @@ def run(
                 keep(row | cost | {"settings": settings} if learner == name else row)
             shown = PAIRED[protocol.target][-1]
             print(f"{name}, split {seed}: {shown} {found[name]['None'][shown]:.4f}, {seconds:.0f} s", flush=True)
+        jax.clear_caches()  # the next strategy shares no program; all of them would exhaust the memory maps
     return [row for row in rows if row["seed"] in splits]
 
 

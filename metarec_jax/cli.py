@@ -49,7 +49,7 @@ def quickstart(out: str, seed: int) -> None:
 
 @cli.command()
 @click.argument("data")
-@click.option("--strategy", default="alpaca", show_default=True, help="How to adapt to a user (see the README's table).")
+@click.option("--strategy", default="alpaca", show_default=True, help="How to adapt to a user (README's table).")
 @click.option("--model", default=None, help="Network (see the README); by default the strategy's own.")
 @click.option(
     "--target",

@@ -80,8 +80,8 @@ def fit(
       query: query size of a training task.
       optimizer: outer optimiser (default `default_optimizer()`).
       epochs: at most so many passes over the training users.
-      min_epochs: the first epoch whose parameters may be kept (default: a third of `epochs`). With long support sets the
-        validation loss is low from the first epochs on, before the shared part of the recommender has been learned.
+      min_epochs: the first epoch whose parameters may be kept (default: a third of `epochs`). With long support sets
+        the validation loss is low from the first epochs on, before the shared part has been learned.
       patience: stop after so many epochs without a better validation loss.
       batch_size: users a meta-step.
       chunk: users differentiated at a time; bounds the memory of a large batch, changes nothing else.

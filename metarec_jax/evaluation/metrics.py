@@ -5,6 +5,8 @@ counts a tie as one half; a NaN score ranks below every other. A metric that is 
 the whole, is NaN; `mean_defined` leaves such users out.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -35,6 +37,18 @@ def accuracy(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.
     return _mean((probability >= 0.5) == (target > 0.5), mask)
 
 
+def precision(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Share of the interactions with `probability >= 1/2` that are positive; NaN where there is none."""
+    guess, true = (probability >= 0.5) & (mask > 0), (target > 0.5) & (mask > 0)
+    return (guess & true).sum() / _or_nan(guess.sum())
+
+
+def recall(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Share of the positive interactions that have `probability >= 1/2`; NaN where there is none."""
+    guess, true = (probability >= 0.5) & (mask > 0), (target > 0.5) & (mask > 0)
+    return (guess & true).sum() / _or_nan(true.sum())
+
+
 def f1(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
     """Harmonic mean of precision and recall of `probability >= 1/2` over all interactions; 0 if both are."""
     guess, true = (probability >= 0.5) & (mask > 0), (target > 0.5) & (mask > 0)
@@ -63,14 +77,40 @@ def recall_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> 
     return ranked[:, :k].sum(1) / _or_nan(ranked.sum(1))
 
 
-def ndcg_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[users]` discounted cumulative gain (gain = target, discount 1 / log2(1 + rank)) over the best
-    possible one; NaN for users without gain (Järvelin and Kekäläinen, 2002)."""
+def f1_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """`[users]` harmonic mean of P@k and R@k; NaN for users without positives."""
+    ranked = _ranked(scores, target, mask)
+    return 2 * ranked[:, :k].sum(1) / (k + _or_nan(ranked.sum(1)))
+
+
+def hit_rate_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """`[users]` 1 where a positive is among the top k, else 0; NaN for users without positives."""
+    ranked = _ranked(scores, target, mask) > 0
+    return jnp.where(ranked.any(1), ranked[:, :k].any(1), jnp.nan)
+
+
+def map_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """`[users]` average precision at k: the mean, over a user's positives, of the precision at the rank of each that is
+    in the top k (0 for the others), as trec_eval has it; NaN for users without positives."""
+    ranked = _ranked(scores, target, mask)
+    at_rank = jnp.cumsum(ranked, 1) / (1.0 + jnp.arange(ranked.shape[1]))
+    return (ranked * at_rank)[:, :k].sum(1) / _or_nan(ranked.sum(1))
+
+
+def ndcg_at(
+    k: int, scores: jax.Array, target: jax.Array, mask: jax.Array, gain: Literal["linear", "exponential"] = "linear"
+) -> jax.Array:
+    """`[users]` discounted cumulative gain over the best possible one; NaN for users without gain.
+
+    The discount is 1 / log2(1 + rank); the gain is the target (Järvelin and Kekäläinen, 2002) or 2^target - 1
+    (Burges et al., 2005). For clicks the two are the same.
+    """
     discount = 1 / jnp.log2(2.0 + jnp.arange(scores.shape[1]))
     discount = jnp.where(jnp.arange(scores.shape[1]) < k, discount, 0.0)
-    gain = jnp.where(mask > 0, target, 0.0)
-    ideal = -jnp.sort(-gain, axis=1)
-    return (_ranked(scores, gain, mask) * discount).sum(1) / _or_nan((ideal * discount).sum(1))
+    gains = target if gain == "linear" else jnp.exp2(jnp.asarray(target, jnp.float32)) - 1
+    gained = jnp.where(mask > 0, gains, 0.0)
+    ideal = -jnp.sort(-gained, axis=1)
+    return (_ranked(scores, gained, mask) * discount).sum(1) / _or_nan((ideal * discount).sum(1))
 
 
 def mrr_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
@@ -81,9 +121,32 @@ def mrr_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax
     return jnp.where(ranked.any(1), value, jnp.nan)
 
 
+def reliability(
+    probability: jax.Array, target: jax.Array, mask: jax.Array, bins: int = 10
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The reliability curve: mean probability, share of positives and count of each of `bins` equal parts of [0, 1].
+
+    The first two are NaN where a bin is empty; 1 belongs to the last bin.
+    """
+    kept = jnp.asarray(mask).ravel() > 0
+    p = jnp.where(kept, jnp.asarray(probability).ravel(), 0.0)
+    bin_of = jnp.where(kept, jnp.clip((p * bins).astype(int), 0, bins - 1), bins)  # what is masked: a bin of its own
+    positive = kept & (jnp.asarray(target).ravel() > 0.5)
+    weights = (kept.astype(p.dtype), p, positive.astype(p.dtype))
+    count, total, hits = (jnp.bincount(bin_of, w, length=bins + 1)[:bins] for w in weights)
+    return total / _or_nan(count), hits / _or_nan(count), count
+
+
+def calibration_error(probability: jax.Array, target: jax.Array, mask: jax.Array, bins: int = 10) -> jax.Array:
+    """Expected calibration error: |mean probability - share of positives|, averaged over bins by their counts (Naeini
+    et al., AAAI 2015)."""
+    confidence, share, count = reliability(probability, target, mask, bins)
+    return jnp.where(count > 0, jnp.abs(confidence - share) * count, 0.0).sum() / _or_nan(count.sum())
+
+
 @jax.jit
 def click_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """The click table: AUC, within-user AUC, P@5, R@5, nDCG@5, MRR@5; log-loss, accuracy and F1."""
+    """The click table: AUC, within-user AUC, P@5, R@5, nDCG@5, MRR@5, MAP@5; log-loss, calibration, accuracy and F1."""
     return {
         "auc": auc(scores, target, mask),
         "within_user_auc": mean_defined(within_user_auc(scores, target, mask)),
@@ -91,7 +154,9 @@ def click_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict
         "recall@5": mean_defined(recall_at(5, scores, target, mask)),
         "ndcg@5": mean_defined(ndcg_at(5, scores, target, mask)),
         "mrr@5": mean_defined(mrr_at(5, scores, target, mask)),
+        "map@5": mean_defined(map_at(5, scores, target, mask)),
         "log_loss": log_loss(scores, target, mask),
+        "calibration_error": calibration_error(scores, target, mask),
         "accuracy": accuracy(scores, target, mask),
         "f1": f1(scores, target, mask),
     }

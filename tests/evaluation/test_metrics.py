@@ -2,18 +2,21 @@
 
 import math
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import pytrec_eval
 from sklearn import metrics as sklearn
+from sklearn.calibration import calibration_curve
 
 from metarec_jax.evaluation import metrics
 
 USERS, CANDIDATES = 12, 9
-POINTWISE = ("rmse", "mae", "log_loss", "accuracy", "f1", "auc")
-RANKING = ("precision_at", "recall_at", "ndcg_at", "mrr_at")
+POINTWISE = ("rmse", "mae", "log_loss", "accuracy", "precision", "recall", "f1", "auc", "calibration_error")
+RANKING = ("precision_at", "recall_at", "f1_at", "hit_rate_at", "map_at", "ndcg_at", "mrr_at")
 SEEDS = range(3)
 
 
@@ -70,6 +73,21 @@ def plain_mrr(user, k):
     return math.nan if not places else 1 / places[0] if places[0] <= k else 0.0
 
 
+def plain_f1(user, k):
+    p, r = plain_precision(user, k), plain_recall(user, k)
+    return 2 * p * r / (p + r) if p + r else p + r  # 0, or NaN without positives
+
+
+def plain_hit_rate(user, k):
+    return float(any(ranked(user)[:k])) if any(t for _, t in user) else math.nan
+
+
+def plain_map(user, k):
+    targets = ranked(user)
+    at_hits = [sum(targets[:rank]) / rank for rank, t in enumerate(targets[:k], 1) if t]
+    return sum(at_hits) / sum(targets) if sum(targets) else math.nan
+
+
 def plain_auc(user):
     positives, negatives = [s for s, t in user if t > 0.5], [s for s, t in user if t <= 0.5]
     wins = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positives for n in negatives]
@@ -79,9 +97,19 @@ def plain_auc(user):
 PLAIN = {
     "precision_at": plain_precision,
     "recall_at": plain_recall,
+    "f1_at": plain_f1,
+    "hit_rate_at": plain_hit_rate,
+    "map_at": plain_map,
     "ndcg_at": plain_ndcg,
     "mrr_at": plain_mrr,
 }
+
+
+def binned_error(target, scores):
+    """Expected calibration error from scikit-learn's curve of ten equal bins."""
+    share, confidence = calibration_curve(target, scores, n_bins=10)
+    count = np.histogram(scores, bins=np.linspace(0, 1, 11))[0]
+    return np.average(np.abs(share - confidence), weights=count[count > 0])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -94,7 +122,10 @@ def test_overall_metrics_equal_scikit_learn(seed):
         "mae": sklearn.mean_absolute_error(target, scores),
         "log_loss": sklearn.log_loss(target, scores),
         "accuracy": sklearn.accuracy_score(clicked, guessed),
+        "precision": sklearn.precision_score(clicked, guessed),
+        "recall": sklearn.recall_score(clicked, guessed),
         "f1": sklearn.f1_score(clicked, guessed),
+        "calibration_error": binned_error(target, scores),
         "auc": sklearn.roc_auc_score(target, scores),
     }
     assert set(expected) == set(POINTWISE)
@@ -124,6 +155,47 @@ def test_ranking_metrics_equal_a_plain_loop(name, k, seed):
     arrays = case(seed)
     found = getattr(metrics, name)(k, *arrays)
     np.testing.assert_allclose(found, [PLAIN[name](u, k) for u in kept(*arrays)], rtol=1e-6)
+
+
+TREC = {  # trec_eval's names: ours
+    "P_5": partial(metrics.precision_at, 5),
+    "recall_5": partial(metrics.recall_at, 5),
+    "success_5": partial(metrics.hit_rate_at, 5),
+    "map_cut_5": partial(metrics.map_at, 5),
+    "recip_rank": partial(metrics.mrr_at, CANDIDATES),
+    "ndcg_cut_5": partial(metrics.ndcg_at, 5),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("gains", ["click", "linear", "exponential"])
+def test_ranking_metrics_equal_trec_eval_where_nothing_is_tied(seed, gains):
+    scores, target, mask = case(seed, ties=False, stars=gains != "click")
+    graded = np.exp2(target) - 1 if gains == "exponential" else target
+    users = {str(i): user for i, user in enumerate(kept(scores, graded, mask)) if any(t for _, t in user)}
+    qrels = {u: {str(j): int(t) for j, (_, t) in enumerate(user)} for u, user in users.items()}
+    run = {u: {str(j): s for j, (s, _) in enumerate(user)} for u, user in users.items()}
+    expected = pytrec_eval.RelevanceEvaluator(qrels, set(TREC)).evaluate(run)
+    rows = [int(u) for u in users]
+    if gains == "click":
+        for theirs, ours in TREC.items():
+            found = np.asarray(ours(scores, target, mask))[rows]
+            np.testing.assert_allclose(found, [expected[u][theirs] for u in users], rtol=1e-6, err_msg=theirs)
+    else:
+        found = np.asarray(metrics.ndcg_at(5, scores, target, mask, gain=gains))[rows]
+        np.testing.assert_allclose(found, [expected[u]["ndcg_cut_5"] for u in users], rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_reliability_curve_equals_scikit_learn(seed):
+    arrays = case(seed)
+    scores, target = (x.astype(float) for x in flat(*arrays))
+    confidence, share, count = (np.asarray(x) for x in metrics.reliability(*arrays, bins=7))
+    expected = calibration_curve(target, scores, n_bins=7)
+    np.testing.assert_allclose(share[count > 0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(confidence[count > 0], expected[1], rtol=1e-6)
+    assert count.sum() == len(scores)
+    assert np.isnan(share[count == 0]).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -124,6 +124,7 @@ def part(choice: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
 def _describe(data: Dataset) -> dict[str, Any]:
     return {
         "name": data.name,
+        "report": data.report,
         "items": _vocabulary_to_json(data.items),
         "titles": None if data.titles is None else data.titles.tolist(),
         "user_fields": [_field_to_json(f) for f in data.user_fields],
@@ -146,6 +147,7 @@ def _restore(described: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Dat
         item_fields=item_fields,
         item_features={f.name: arrays[f"item/{f.name}"] for f in item_fields},
         titles=None if titles is None else np.array(titles, object),
+        report=described.get("report", {}),
     )
 
 

@@ -1,5 +1,6 @@
 """Data: read, check, encode, split into tasks, and batch."""
 
+from metarec_jax.data import cleaning
 from metarec_jax.data.batches import Batch, batches, bucket_sizes, features
 from metarec_jax.data.by_item import by_item
 from metarec_jax.data.dataset import Dataset
@@ -14,5 +15,5 @@ from metarec_jax.data.vocabulary import Vocabulary
 
 __all__ = [
     "Batch", "ColdUsers", "Dataset", "Field", "Histories", "ItemStatistics", "Split", "Target", "Vocabulary",
-    "batches", "bucket_sizes", "by_item", "features", "from_tables", "load", "read_table", "synthetic",
+    "batches", "bucket_sizes", "by_item", "cleaning", "features", "from_tables", "load", "read_table", "synthetic",
 ]  # fmt: skip

@@ -1,12 +1,14 @@
 """Tables: what the caller has (dict of arrays, pandas, polars, Arrow, CSV, Parquet) as a Dataset."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metarec_jax.data.cleaning import Rule
+from metarec_jax.data.cleaning import clean as apply_rules
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field, as_objects, encode_table
 from metarec_jax.data.vocabulary import Vocabulary, as_ids, is_missing
@@ -15,6 +17,7 @@ from metarec_jax.errors import DataError
 if TYPE_CHECKING:
     import polars as pl
 
+LATEST = 10**11  # seconds; what is later must be in another unit
 COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 
 
@@ -24,6 +27,7 @@ def from_tables(
     items: Any = None,
     *,
     columns: Mapping[str, str] | None = None,
+    clean: Sequence[Rule] = (),
     title: str = "title",
     name: str = "tables",
 ) -> Dataset:
@@ -38,6 +42,8 @@ def from_tables(
       items: optional attributes, one row an item, keyed by `item_id`. Items nobody rated are in the catalogue
         too.
       columns: names of the caller's own columns, for instance `{"user_id": "customer", "rating": "stars"}`.
+      clean: rules of `metarec_jax.data.cleaning`, applied in order before anything else; `Dataset.report` tells how
+        many rows each touched, and is kept with a model.
       title: the column of `items` to show to people; it is not a field.
       name: what to call the dataset in reports.
 
@@ -52,6 +58,10 @@ def from_tables(
     table = to_polars(interactions, "interactions")
     if not table.height:
         raise DataError("interactions: the table is empty; at least one rating is needed")
+    report = {"rows": table.height}
+    if clean:
+        table, touched = apply_rules(_canonical(table, names), clean)
+        names, report = {c: c for c in COLUMNS}, report | touched
     user_ids, item_ids = (ids(table, names[c], "interactions") for c in ("user_id", "item_id"))
     rating = numbers(table, names["rating"], "interactions")
     if names["timestamp"] in table.columns:
@@ -80,7 +90,7 @@ def from_tables(
         item_fields=item_fields,
         item_features=item_features,
         titles=titles,
-        report={"rows": table.height, "duplicates": table.height - len(keep)},
+        report=report | {"duplicates": table.height - len(keep) + report.get("duplicates", 0)},
     )
 
 
@@ -160,10 +170,13 @@ def seconds(table: "pl.DataFrame", column: str, what: str) -> np.ndarray:
     if values.dtype in (pl.Date, pl.Datetime):
         values = values.dt.epoch("s")
     finite = _finite(values, np.float64, f"{what}: column {column!r}")
-    if (beyond := np.abs(finite) >= 2.0**63).any():
-        row = int(np.argmax(beyond))
-        raise DataError(f"{what}: column {column!r} is {values[row]} in row {row}, beyond 64 bits")
-    return values.cast(pl.Int64).to_numpy()  # not by way of float64, which keeps 53 bits only
+    if (late := np.abs(finite) >= LATEST).any():
+        row = int(np.argmax(late))
+        raise DataError(
+            f"{what}: column {column!r} is {values[row]} in row {row}: in seconds that is over 3,000 years; if "
+            "it is in milliseconds, divide it, or give clean=[mr.data.cleaning.milliseconds_to_seconds()]"
+        )
+    return finite.astype(np.int64)
 
 
 def _finite(values: "pl.Series", dtype: type, where: str) -> np.ndarray:
@@ -251,6 +264,14 @@ def _values(series: "pl.Series") -> np.ndarray:
     if series.dtype.is_numeric() and not series.null_count():
         return series.to_numpy()
     return as_objects(series.to_list())
+
+
+def _canonical(table: "pl.DataFrame", names: Mapping[str, str]) -> "pl.DataFrame":
+    """The table with `COLUMNS` in the place of the caller's own names."""
+    for column in ("user_id", "item_id", "rating"):
+        _column(table, names[column], "interactions")
+    taken = {c for c in COLUMNS if names[c] != c and c in table.columns}
+    return table.drop(taken).rename({names[c]: c for c in COLUMNS if names[c] in table.columns})
 
 
 def _last_of_each_pair(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray) -> np.ndarray:

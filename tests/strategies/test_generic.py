@@ -1,5 +1,6 @@
 """What must hold for every strategy in the list; a new one is tested by being listed."""
 
+import warnings
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import metarec_jax as mr
+from metarec_jax.core.fastweights import PlainFormWarning
 from metarec_jax.tasks import Examples, Task
 
 LOGISTIC = optax.losses.sigmoid_binary_cross_entropy
@@ -20,6 +22,20 @@ PLAINLY_TRAINED = ("pretrain", "finetune", "finetune_head", "lora")  # training 
 def strategy(request, tiny_model, tiny_reading_model):
     model = tiny_reading_model if request.param in READERS else tiny_model
     return mr.STRATEGIES[request.param](model, loss=LOGISTIC)
+
+
+@pytest.fixture(params=list(mr.STRATEGIES))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reading_task():
+    """A dataset and one batch of its tasks."""
+    data = mr.data.synthetic(users=30, items=40, seed=0)
+    histories = mr.data.Histories.of(data, np.arange(1, 5))
+    (batch,) = mr.data.batches(histories, mr.data.Target("click"), query=5, batch_size=4, buckets=(16,))
+    return data, batch.task
 
 
 def test_shapes_are_those_of_the_interface(strategy, task_batch):
@@ -123,3 +139,19 @@ def scores(strategy, params, task):
 def perturbed(params):
     """Parameters away from their initial zeros, so that no term is hidden by one."""
     return jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+
+
+@pytest.mark.parametrize("network", ["deepfm", "gru", "hstu"])
+def test_every_strategy_differentiates_through_every_kind_of_network(name, network, reading_task):
+    """By shapes alone, which no compiler needs to see; values are tested on the small networks."""
+    data, task = reading_task
+    model = mr.models.MODELS[network](mr.models.fields_of(data))
+    if name in READERS and not model.history:
+        pytest.skip("reads the history, which this network does not")
+    strategy = mr.STRATEGIES[name](model, loss=LOGISTIC)
+    strategy = mr.strategies.with_history(strategy) if model.history else strategy
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlainFormWarning)  # a recurrent layer is used at every step
+        params = jax.eval_shape(strategy.init, jax.random.key(0))
+        gradient = jax.eval_shape(jax.grad(lambda p: strategy.loss(p, task, jax.random.key(0))[0]), params)
+    assert jax.tree.map(lambda x: x.shape, gradient) == jax.tree.map(lambda x: x.shape, params)

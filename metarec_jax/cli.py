@@ -1,4 +1,4 @@
-"""The command line: `metarec quickstart | train | evaluate | recommend`."""
+"""The command line: `metarec quickstart | train | evaluate | recommend | compare | report`."""
 
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ def cli() -> None:
     Your data:    metarec train ratings.csv --out my-model
                   (columns user_id, item_id, rating, and timestamp if there is one)
     A new user:   metarec recommend my-model 50=5 172=4 313=1
+    Which is best: metarec compare ml-100k -s alpaca -s maml
     """
 
 
@@ -149,13 +150,58 @@ def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, 
     _print_recommendations(recommender.recommend(history, k, exclude_seen=not include_seen, user=attributes))
 
 
+@cli.command()
+@click.argument("data")
+@click.option("--strategy", "-s", "strategies", multiple=True, required=True, help="One of them. Repeatable.")
+@click.option("--splits", default=10, show_default=True, help="Random splits, seeds 0 and up.")
+@click.option(
+    "--target", type=click.Choice(["click", "rating"]), default="click", show_default=True, help="What to predict."
+)
+@click.option("--epochs", default=60, show_default=True, help="At most so many.")
+@click.option("--column", multiple=True, metavar="NAME=YOURS", help="Your column names, e.g. --column rating=stars.")
+@click.option(
+    "--out", default="comparison", show_default=True, help="Folder; what is there already is not run again."
+)
+def compare(
+    data: str, strategies: tuple[str, ...], splits: int, target: Any, epochs: int, column: tuple[str, ...], out: str
+) -> None:
+    """Train strategies on several splits of DATA and compare them with the plain baselines.
+
+    May be stopped and started again. Example: metarec compare ml-100k -s alpaca -s maml --splits 10
+    """
+    import metarec_jax as mr
+
+    found = mr.evaluation.compare(
+        _read(data, column),
+        strategies,
+        splits=splits,
+        protocol=mr.ColdUsers(target=target),
+        folder=out,
+        epochs=epochs,
+        report=click.echo,
+    )
+    for (name, seed), why in found.failed.items():
+        click.echo(f"{name}, split {seed}, came to nothing: {why}", err=True)
+    click.echo(f"\n{mr.evaluation.markdown(found)}\n\nNext:\n  metarec report {out}")
+
+
+@cli.command()
+@click.argument("comparison", type=click.Path(exists=True, file_okay=False))
+@click.option("--out", default="report.html", show_default=True, help="The file to write.")
+def report(comparison: str, out: str) -> None:
+    """One HTML file with the tables and plots of COMPARISON, a folder that `metarec compare` wrote."""
+    import metarec_jax as mr
+
+    click.echo(f"{mr.evaluation.report(mr.evaluation.load_comparison(comparison), out)} is ready; open it in a browser")
+
+
 def main() -> None:
     """Run the command line; errors of the package become one line each."""
     from metarec_jax.errors import DataError, ModelFileError
 
     try:
         cli(standalone_mode=True)
-    except (DataError, ModelFileError, ValueError, FloatingPointError) as error:
+    except (DataError, ModelFileError, ValueError, FloatingPointError, ImportError) as error:
         raise SystemExit(f"metarec: {error}") from error
 
 

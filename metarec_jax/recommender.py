@@ -1,5 +1,6 @@
 """Recommender: the thin wrapper that people touch. `train` makes one; it recommends, evaluates, saves and loads."""
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from metarec_jax.data.splits import ColdUsers, Split
 from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.target import Target
 from metarec_jax.errors import DataError, ModelFileError
-from metarec_jax.evaluation.evaluate import score_baselines, score_tasks, summarise
+from metarec_jax.evaluation.evaluate import Scores, score_baselines, score_tasks, summarise
 from metarec_jax.evidence import evidence
 from metarec_jax.models import MODELS, Model, fields_of
 from metarec_jax.progress import epochs_bar
@@ -123,6 +124,13 @@ class Recommender:
         Returns:
           `{learner: {metric: value}}`.
         """
+        scores = self.scores(data, support=support, baselines=baselines)
+        return {learner: summarise(found, self.target.kind) for learner, found in scores.items()}
+
+    def scores(
+        self, data: Dataset | None = None, *, support: int | None = None, baselines: bool = True
+    ) -> dict[str, Scores]:
+        """What `evaluate` summarises: every test user's scores by learner; arguments as there."""
         split = self._split(data, "evaluate(data)")
         longest = int(np.maximum(split.test.lengths - self.protocol.query, 1).max())
         width = -(-longest // 32) * 32  # splits and support sizes share their shapes, hence what is compiled
@@ -138,7 +146,27 @@ class Recommender:
         results = {name: score_tasks(self.strategy, self.params, tasks, self.target)}
         if baselines:
             results |= score_baselines(split.train, split.test, self.target, query=self.protocol.query, support=support)
-        return {learner: summarise(scores, self.target.kind) for learner, scores in results.items()}
+        return results
+
+    def adaptation_cost(self, data: Dataset | None = None, *, users: int = 256, repeats: int = 5) -> tuple[float, int]:
+        """What adapting costs: milliseconds a user and bytes of one adapted user.
+
+        The time is the median of `repeats` runs of the compiled `adapt` on a batch of `users` support sets, which are
+        those of the test users.
+        """
+        test = self._split(data, "adaptation_cost(data)").test
+        width = -(-int(np.maximum(test.lengths - self.protocol.query, 1).max()) // 32) * 32
+        options: dict[str, Any] = {"query": self.protocol.query, "batch_size": len(test), "buckets": (width,)}
+        (batch,) = batches(test, self.target, **options)
+        support = jax.tree.map(lambda x: jnp.asarray(np.resize(x, (users, *x.shape[1:]))), batch.task.support)
+        adapt, key = jax.jit(self.strategy.adapt), jax.random.key(0)
+        adapted = jax.block_until_ready(adapt(self.params, support, key))
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(adapt(self.params, support, key))
+            seconds.append(time.perf_counter() - start)
+        return float(np.median(seconds)) / users * 1e3, sum(x.nbytes for x in jax.tree.leaves(adapted)) // users
 
     def ask(self, k: int = 10, data: Dataset | None = None) -> list[Recommendation]:
         """The `k` items to ask a new user about first, most telling first: MeLU's evidence candidates.

@@ -60,3 +60,18 @@ def test_mistakes_get_one_line_and_no_traceback(monkeypatch, capsys, tmp_path):
             cli.main()
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_compare_and_report_in_a_row(ratings, tmp_path):
+    out, page = tmp_path / "comparison", tmp_path / "report.html"
+    options = ("-s", "ridge", "--splits", 2, "--epochs", 1, "--out", out)
+    first = run("compare", ratings, *COLUMNS, *options)
+    assert first.exit_code == 0, first.output
+    assert "| ridge |" in first.output
+    assert "ridge, split 1" in first.output
+    again = run("compare", ratings, *COLUMNS, *options)
+    assert again.exit_code == 0, again.output
+    assert "split 1:" not in again.output  # nothing was run again
+    shown = run("report", out, "--out", page)
+    assert shown.exit_code == 0, shown.output
+    assert "<svg" in page.read_text()

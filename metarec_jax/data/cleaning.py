@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from metarec_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -126,8 +128,9 @@ def outlier_users(deviations: float = 6.0) -> Rule:
 
     def apply(table: "pl.DataFrame") -> tuple["pl.DataFrame", int]:
         count = table.group_by("user_id").agg(pl.len().log().alias("n"))
-        middle = count["n"].median()
-        spread = 1.4826 * (count["n"] - middle).abs().median()
+        logs = count["n"].to_numpy()
+        middle = float(np.median(logs))
+        spread = 1.4826 * float(np.median(np.abs(logs - middle)))
         usual = count.filter(pl.col("n") <= middle + max(deviations * spread, math.log(2)))  # twice is never an outlier
         kept = table.join(usual, "user_id", "semi", maintain_order="left")
         return kept, table.height - kept.height

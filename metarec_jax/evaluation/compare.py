@@ -237,7 +237,7 @@ def _open(folder: Path, setting: dict[str, Any], kind: str, segments: dict[str, 
         before = json.loads((folder / SETTING).read_text())["setting"]
         if {k: v for k, v in before.items() if k not in ("seeds", "hash")} != same:
             raise DataError(f"{folder} holds a comparison of another kind, {in_words(before)}; give another folder")
-    _replace(folder / "segments.npz", lambda file: np.savez(file, **segments))
+    _replace(folder / "segments.npz", lambda file: np.savez(file, **segments))  # type: ignore[arg-type]
     head = json.dumps({"setting": setting, "kind": kind}, indent=1).encode()
     _replace(folder / SETTING, lambda file: file.write(head))
     return folder

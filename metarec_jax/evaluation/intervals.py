@@ -195,12 +195,11 @@ def _sums(
 def _weighted_auc(user: np.ndarray, positive: np.ndarray, ties: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """Area under the ROC curve of interactions in rising order of score, with their users' weights."""
     w = np.ones((1, len(user))) if weights is None else weights[:, user]
-    if not len(user):
-        return np.full(len(w), np.nan) if weights is not None else np.nan
-    start = np.flatnonzero(np.diff(ties, prepend=-1))
-    up, down = (np.add.reduceat(np.where(side, w, 0.0), start, axis=1) for side in (positive, ~positive))
-    below = np.cumsum(down, axis=1) - down / 2
-    pairs = up.sum(1) * down.sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = np.where(pairs > 0, (up * below).sum(1) / pairs, np.nan)
-    return value if weights is not None else value[0]
+    value = np.full(len(w), np.nan)
+    if len(user):
+        start = np.flatnonzero(np.diff(ties, prepend=-1))
+        up, down = (np.add.reduceat(np.where(side, w, 0.0), start, axis=1) for side in (positive, ~positive))
+        below = np.cumsum(down, axis=1) - down / 2
+        pairs = up.sum(1) * down.sum(1)
+        np.divide((up * below).sum(1), pairs, out=value, where=pairs > 0)
+    return value[0] if weights is None else value

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.evaluation import metrics
@@ -141,7 +142,7 @@ def _svg(comparison: Comparison, draw: Callable[[Comparison, Any], None]) -> str
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the report needs matplotlib: pip install 'metarec-jax[plot]'") from error
-    colours = {f"{part}.color": GREY for part in ("text", "xtick", "ytick")}
+    colours: dict[Any, Any] = {f"{part}.color": GREY for part in ("text", "xtick", "ytick")}
     colours |= {"axes.labelcolor": GREY, "axes.edgecolor": GREY, "axes.titlecolor": GREY, "legend.labelcolor": GREY}
     with rc_context({**colours, "svg.fonttype": "none", "svg.hashsalt": draw.__name__, "axes.spines.top": False}):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -193,8 +194,8 @@ def _calibration(comparison: Comparison, figure: Any) -> None:
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1)
     for name in comparison.learners:
         runs = [comparison.scores(name, seed) for seed in comparison.seeds]
-        merged = (np.concatenate([getattr(r, part) for r in runs]) for part in ("scores", "target", "mask"))
-        confidence, share, count = (np.asarray(x) for x in metrics.reliability(*merged))
+        scores, target, mask = (jnp.concatenate(arrays) for arrays in zip(*runs, strict=True))
+        confidence, share, count = (np.asarray(x) for x in metrics.reliability(scores, target, mask))
         enough = count >= 20
         axes.plot(confidence[enough], share[enough], marker=".", label=name)
     axes.set(xlabel="predicted probability", ylabel="share of clicks")

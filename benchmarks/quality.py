@@ -146,12 +146,15 @@ def report(rows: list[dict[str, Any]], target: str) -> None:
     """The Markdown tables."""
     seeds = sorted({row["seed"] for row in rows})
     by = {(row["learner"], row["seed"]): row for row in rows}
-    complete = [n for n in dict.fromkeys(row["learner"] for row in rows) if all((n, s) in by for s in seeds)]
-    baselines = [b for b in mr.evaluation.BASELINES if b in complete]
-    learners = [learner for learner in complete if learner not in baselines]
+    metric = PAIRED[target][-1]
 
     def values(learner: str, metric: str, size: int | None = None) -> np.ndarray:
         return np.array([by[learner, seed]["results"][str(size)][metric] for seed in seeds])
+
+    complete = [n for n in dict.fromkeys(row["learner"] for row in rows) if all((n, s) in by for s in seeds)]
+    complete.sort(key=lambda n: values(n, metric).mean(), reverse=metric not in LESS_IS_BETTER)  # the best first
+    baselines = [b for b in mr.evaluation.BASELINES if b in complete]
+    learners = [learner for learner in complete if learner not in baselines]
 
     def against(learner: str, metric: str, size: int | None = None) -> str:
         sign = -1 if metric in LESS_IS_BETTER else 1
@@ -172,7 +175,6 @@ def report(rows: list[dict[str, Any]], target: str) -> None:
             for learner in complete
         ],
     )
-    metric = PAIRED[target][-1]
     print(f"\n{metric} minus the best baseline, by support examples:\n")
     table(
         ["learner", *("all" if size is None else str(size) for size in SUPPORT)],

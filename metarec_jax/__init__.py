@@ -2,6 +2,7 @@
 
 from metarec_jax import core, data, evaluation, models, strategies
 from metarec_jax.core import meta_step
+from metarec_jax.data.protocols import Scenario, TimeSplit
 from metarec_jax.data.splits import ColdUsers
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation import metrics
@@ -13,7 +14,8 @@ from metarec_jax.tasks import Examples, History, Task
 __version__ = "0.1.0"
 
 __all__ = [
-    "ColdUsers", "DataError", "Examples", "History", "Model", "ModelFileError", "Recommendation", "Recommender", "Task",
-    "core", "data", "evaluation", "load", "meta_step", "metrics", "models", "strategies", "train",
+    "ColdUsers", "DataError", "Examples", "History", "Model", "ModelFileError", "Recommendation", "Recommender",
+    "Scenario", "Task", "TimeSplit", "core", "data", "evaluation", "load", "meta_step", "metrics", "models",
+    "strategies", "train",
 ]  # fmt: skip
 __all__ += strategies.__all__

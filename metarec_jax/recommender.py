@@ -15,7 +15,8 @@ import optax
 from metarec_jax import saving
 from metarec_jax.data.batches import batches
 from metarec_jax.data.dataset import Dataset
-from metarec_jax.data.histories import History, encode_history, encode_user, is_one_user
+from metarec_jax.data.histories import History, encode_attributes, encode_history, is_one_user
+from metarec_jax.data.protocols import PROTOCOLS, Protocol
 from metarec_jax.data.splits import ColdUsers, Split
 from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.target import Target
@@ -62,7 +63,7 @@ class Recommender:
     params: Params
     catalogue: Dataset
     target: Target
-    protocol: ColdUsers
+    protocol: Protocol
     seed: int
     recipe: dict[str, Any]
     limits: tuple[float, float]
@@ -75,6 +76,7 @@ class Recommender:
         *,
         exclude_seen: bool = True,
         user: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        context: Mapping[str, Any] | None = None,
     ) -> Any:
         """The `k` best items for a new user, or for each of a batch of new users.
 
@@ -85,13 +87,15 @@ class Recommender:
           k: how many; fewer come back when fewer items are left.
           exclude_seen: leave out what is in the history.
           user: attributes of the user (or a list of them), `{"age": 30}`; what is left out is unknown.
+          context: what is around the call, for all its users, `{"device": "phone"}`; what is left out is unknown, as
+            are the contexts of the history.
 
         Returns:
           A list of `Recommendation`, best first; for a batch a list of such lists.
 
         Raises:
           DataError: item ids of another type than in training; a rating that is no finite number or off the scale; an
-            unknown attribute.
+            unknown attribute or context.
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise DataError(f"k must be a positive integer, got {k!r}")
@@ -104,11 +108,12 @@ class Recommender:
             encode_history(h, self.catalogue.items, self.limits, "history" if single else f"history {i}")
             for i, h in enumerate(histories)
         ]
-        attributes = [encode_user(u, self.catalogue.user_fields) for u in users]
+        attributes = [encode_attributes(u, self.catalogue.user_fields) for u in users]
+        around = encode_attributes(context, self.catalogue.context_fields, "context")
         size = min(CHUNK, max(1, CELLS // len(self.catalogue.items)))
         found: list[list[Recommendation]] = []
         for i in range(0, len(encoded), size):
-            found += self._recommend_chunk(encoded[i : i + size], attributes[i : i + size], int(k), exclude_seen)
+            found += self._recommend_chunk(encoded[i : i + size], attributes[i : i + size], around, int(k), exclude_seen)
         return found[0] if single else found
 
     def evaluate(
@@ -193,7 +198,7 @@ class Recommender:
         config = {
             "recipe": self.recipe,
             "target": asdict(self.target),
-            "protocol": asdict(self.protocol),
+            "protocol": {"name": type(self.protocol).__name__} | asdict(self.protocol),
             "seed": self.seed,
             "limits": self.limits,
             "history": self.history,
@@ -218,7 +223,7 @@ class Recommender:
             {n: (f.kind, f.size, f.vocabulary and f.vocabulary.ids.tolist()) for n, f in fields_of(d).items()}
             for d in (self.catalogue, data)
         )
-        same_fields = all(known.get(name) == field for name, field in given.items())
+        same_fields = {f.name for f in self.catalogue.context_fields} == {f.name for f in data.context_fields} and all(known.get(name) == field for name, field in given.items())
         if not np.array_equal(self.catalogue.items.ids, data.items.ids) or not same_fields:
             raise DataError(
                 f"{data.name} does not have the items and fields of the training data ({self.catalogue.name}); "
@@ -230,6 +235,7 @@ class Recommender:
         self,
         encoded: list[tuple[np.ndarray, np.ndarray]],
         attributes: list[dict[str, np.ndarray]],
+        around: dict[str, np.ndarray],
         k: int,
         exclude: bool,
     ) -> list[list[Recommendation]]:
@@ -245,7 +251,7 @@ class Recommender:
             for f in data.user_fields
         }
         scores, best = _rank(
-            self.strategy, min(_bucket(k, 8), len(data.items)), exclude, self.params, items, target, mask, known,
+            self.strategy, min(_bucket(k, 8), len(data.items)), exclude, self.params, items, target, mask, known, around,
             data.item_features | {"": np.arange(len(data.items), dtype=np.int32)},
         )  # fmt: skip
         probability = self.target.decode(np.asarray(scores))
@@ -266,22 +272,25 @@ def _rank(
     target: jax.Array,
     mask: jax.Array,
     user: dict[str, jax.Array],
+    context: dict[str, jax.Array],
     catalogue: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """The top `k` scores `[users, k]` and item rows `[users, k]`; what must not be recommended has score -inf."""
 
-    def features(rows: jax.Array) -> dict[str, jax.Array]:  # as metarec_jax.data.batches.features
+    def features(rows: jax.Array, context: dict[str, jax.Array]) -> dict[str, jax.Array]:  # as metarec_jax.data.batches.features
         found = {"item_id" if name == "" else f"item/{name}": table[rows] for name, table in catalogue.items()}
         for name, value in user.items():
             found[f"user/{name}"] = jnp.broadcast_to(value[:, None], rows.shape + value.shape[1:])
+        for name, value in context.items():
+            found[f"context/{name}"] = jnp.broadcast_to(value, rows.shape + value.shape)
         return found
 
     before = jnp.broadcast_to(jnp.arange(items.shape[1], dtype=jnp.int32), items.shape)
-    support = Examples(features(items) | {"order": before}, target, mask)
+    support = Examples(features(items, jax.tree.map(jnp.zeros_like, context)) | {"order": before}, target, mask)
     adapted = strategy.adapt(params, support, jax.random.key(0))
     everything = jnp.broadcast_to(catalogue[""], (len(items), len(catalogue[""])))
     last = jnp.broadcast_to(mask.sum(1, keepdims=True).astype(jnp.int32), everything.shape)
-    scores = strategy.predict(params, adapted, features(everything) | {"order": last})
+    scores = strategy.predict(params, adapted, features(everything, context) | {"order": last})
     scores = scores.at[:, 0].set(-jnp.inf)  # the unknown item is none
     if exclude:
         scores = scores.at[jnp.arange(len(items))[:, None], items].set(-jnp.inf)
@@ -294,7 +303,7 @@ def train(
     model: str | Callable[..., Model] | None = None,
     *,
     seed: int = 0,
-    protocol: ColdUsers | None = None,
+    protocol: Protocol | None = None,
     strategy_options: Mapping[str, Any] | None = None,
     model_options: Mapping[str, Any] | None = None,
     start: Recommender | None = None,
@@ -403,7 +412,8 @@ def load(
         makers[what] = partial(known[name], **recipe[what]["options"]) if given is None else given
     built = _build(makers["strategy"], makers["model"], catalogue, target)
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
-    protocol = ColdUsers(**{**config["protocol"], "fractions": tuple(config["protocol"]["fractions"])})
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
+    protocol = PROTOCOLS[settings.pop("name", "ColdUsers")](**settings)
     return Recommender(
         built,
         params,

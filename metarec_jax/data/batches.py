@@ -22,11 +22,19 @@ class Batch(NamedTuple):
     positions: np.ndarray
 
 
-def features(data: Dataset, users: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
-    """What models read about user rows `[users]` and item rows `[users, examples]`.
+def features(
+    data: Dataset, users: np.ndarray, items: np.ndarray, index: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """What models read about user rows `[users]`, item rows `[users, examples]` and the contexts of interactions.
+
+    Args:
+      data: the dataset.
+      users, items: rows.
+      index: `[users, examples]` positions of the interactions, -1 where there is none or its context is not known
+        (default: everywhere).
 
     Returns:
-      `item_id` `[users, examples]` int32, and one entry `item/NAME` or `user/NAME` a field,
+      `item_id` `[users, examples]` int32, and one entry `item/NAME`, `user/NAME` or `context/NAME` a field,
       `[users, examples, ...]`. Batches add `order` `[users, examples]`: how many of the user's
       interactions came before.
     """
@@ -36,6 +44,12 @@ def features(data: Dataset, users: np.ndarray, items: np.ndarray) -> dict[str, n
     for name, table in data.user_features.items():
         row = table[users][:, None]
         found[f"user/{name}"] = np.broadcast_to(row, items.shape + row.shape[2:])
+    for field in data.context_fields:
+        value = np.broadcast_to(field.unknown(), items.shape + field.unknown().shape)
+        if index is not None:
+            known = (index >= 0).reshape(index.shape + (1,) * (value.ndim - index.ndim))
+            value = np.where(known, data.context_features[field.name][np.maximum(index, 0)], value)
+        found[f"context/{field.name}"] = value
     return found
 
 
@@ -87,16 +101,21 @@ def batches(
       support: largest support size (None: all that is left).
       batch_size: users a batch.
       buckets: padded support widths, ascending.
-      rng: shuffles users and interactions when given; else the order of `histories` stands.
-      unknown: share of users, and of items, whose identity is hidden, so that the rows for unknown ids are
-        trained too.
+      rng: shuffles users and interactions when given; else the order of `histories` stands. The interactions of
+        ordered histories stay in order; each task then ends at a random moment of its user's.
+      unknown: share of users, of items, and of interactions whose identity or context is hidden, so that the rows for
+        unknown values are trained too.
       short: share of users whose support set is cut to a random length, log-uniform from 1 to all.
       statistics: takes each user's own interactions out of the field `training statistics`; for training users only.
     """
-    order = np.arange(len(histories))
+    order, skip = np.arange(len(histories)), np.zeros(len(histories), int)
     if rng is not None:
-        histories, order = histories.shuffled(rng), rng.permutation(order)
-    length = histories.lengths
+        order = rng.permutation(order)
+        if histories.ordered:  # a task ends at a moment of its own: what came later is left out
+            skip = rng.integers(np.maximum(histories.lengths - query, 1))
+        else:
+            histories = histories.shuffled(rng)
+    length = histories.lengths - skip
     queries = np.minimum(query, np.maximum(length - 1, 0))
     supports = np.minimum(length - queries, buckets[-1] if support is None else min(support, buckets[-1]))
     if rng is not None and short:
@@ -112,7 +131,7 @@ def batches(
         pieces = [pieces[i] for i in rng.permutation(len(pieces))]
     for piece in pieces:
         width = buckets[int(np.searchsorted(buckets, supports[piece].max()))]
-        begin = histories.starts[piece]
+        begin = histories.starts[piece] + skip[piece]
         user = histories.users[piece]
         if rng is not None and unknown:
             user = np.where(rng.random(len(user)) < unknown, UNKNOWN, user)
@@ -149,7 +168,10 @@ def _examples(
     mask = column < count[:, None]
     index = histories.index[np.where(mask, begin[:, None] + column, 0)]
     item = np.where(mask, data.item[index], UNKNOWN)
-    found = features(data, users, item)
+    around = np.where(mask, index, -1)
+    if rng is not None and unknown and data.context_fields:
+        around = np.where(rng.random(item.shape) < unknown, -1, around)
+    found = features(data, users, item, around)
     found["order"] = np.where(mask, data.order[index], 0)
     if rng is not None and unknown:
         found["item_id"] = np.where(rng.random(item.shape) < unknown, UNKNOWN, found["item_id"])

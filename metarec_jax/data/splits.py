@@ -21,12 +21,15 @@ class Histories:
       users: `[n]` user rows.
       starts: `[n + 1]`; user `i` has the interactions `index[starts[i]:starts[i + 1]]`.
       index: `[interactions]` positions in the dataset's arrays.
+      ordered: each user's interactions are there from the latest to the first, and tasks keep that order: support
+        before query, also in training.
     """
 
     data: Dataset
     users: np.ndarray
     starts: np.ndarray
     index: np.ndarray
+    ordered: bool = False
 
     def __len__(self) -> int:
         return len(self.users)
@@ -37,14 +40,28 @@ class Histories:
         return np.diff(self.starts)
 
     @classmethod
-    def of(cls, data: Dataset, users: np.ndarray) -> "Histories":
-        """The histories of these user rows, in the dataset's order."""
+    def of(cls, data: Dataset, users: np.ndarray, keep: np.ndarray | None = None) -> "Histories":
+        """The histories of these user rows, in the dataset's order; of all interactions, or of those to `keep`
+        (`[interactions]` bool)."""
         order = np.argsort(data.user, kind="stable")
+        order = order if keep is None else order[keep[order]]
         bounds = np.searchsorted(data.user[order], np.arange(len(data.users) + 1))
-        first, last = bounds[users], bounds[users + 1]
-        starts = np.concatenate([[0], np.cumsum(last - first)])
-        within = np.arange(starts[-1]) - np.repeat(starts[:-1], last - first)
-        return cls(data, np.asarray(users), starts, order[np.repeat(first, last - first) + within])
+        return cls(data, np.arange(len(data.users)), bounds, order).take(np.asarray(users))
+
+    def take(self, positions: np.ndarray, most: int | None = None) -> "Histories":
+        """The users at these positions, each with its interactions, or with the first `most` of them, in the same
+        order."""
+        length = self.lengths[positions] if most is None else np.minimum(self.lengths[positions], most)
+        starts = np.concatenate([[0], np.cumsum(length)]).astype(int)
+        within = np.arange(starts[-1]) - np.repeat(starts[:-1], length)
+        index = self.index[np.repeat(self.starts[positions], length) + within]
+        return replace(self, users=self.users[positions], starts=starts, index=index)
+
+    def latest_first(self) -> "Histories":
+        """The same users, each with its interactions from the latest to the first, as tasks in time take them."""
+        owner = np.repeat(np.arange(len(self)), self.lengths)
+        by_time = np.lexsort((-self.data.order[self.index], owner))
+        return replace(self, index=self.index[by_time], ordered=True)
 
     def shuffled(self, rng: np.random.Generator) -> "Histories":
         """The same users, each with its interactions in random order."""

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metarec_jax.data.splits import ColdUsers, Histories
+from metarec_jax.data.protocols import Protocol
+from metarec_jax.data.splits import Histories
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Target:
     scale: float = 1.0
 
     @classmethod
-    def fit(cls, protocol: ColdUsers, train: Histories) -> "Target":
+    def fit(cls, protocol: Protocol, train: Histories) -> "Target":
         """Mean and scale from the training users' ratings alone."""
         if protocol.target == "click":
             return cls("click", protocol.threshold)

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 
 from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.protocols import Protocol
+from metarec_jax.data.splits import ColdUsers
 from metarec_jax.errors import DataError
 from metarec_jax.evaluation.baselines import BASELINES
 from metarec_jax.evaluation.evaluate import Scores
@@ -89,7 +91,7 @@ def compare(
     strategies: Sequence[str] | Mapping[str, Mapping[str, Any]],
     *,
     splits: int | Sequence[int] = 10,
-    protocol: Any = None,
+    protocol: Protocol | None = None,
     support: Sequence[int | None] = SUPPORT,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -114,8 +116,6 @@ def compare(
       DataError: the folder holds a comparison on another protocol or other data.
       ValueError: no strategy, no split, one twice, or a strategy with the name of a baseline.
     """
-    from metarec_jax.data.splits import ColdUsers
-
     seeds = list(range(splits)) if isinstance(splits, int) else [int(s) for s in splits]
     named = {n: {"strategy": n} for n in strategies} if not isinstance(strategies, Mapping) else dict(strategies)
     if not named or len(named) < len(strategies) or not seeds or len(set(seeds)) < len(seeds):
@@ -172,7 +172,7 @@ def load(folder: str | Path) -> Comparison:
 
 
 def _run(
-    data: Dataset, name: str, options: Mapping[str, Any], protocol: Any, seed: int, support: Sequence[int | None]
+    data: Dataset, name: str, options: Mapping[str, Any], protocol: Protocol, seed: int, support: Sequence[int | None]
 ) -> dict[str, Run]:
     """The runs of a strategy and of the baselines."""
     from metarec_jax.recommender import train  # the layer above: a comparison is of whole recommenders

@@ -129,6 +129,7 @@ def _describe(data: Dataset) -> dict[str, Any]:
         "titles": None if data.titles is None else data.titles.tolist(),
         "user_fields": [_field_to_json(f) for f in data.user_fields],
         "item_fields": [_field_to_json(f) for f in data.item_fields],
+        "context_fields": [_field_to_json(f) for f in data.context_fields],
     }
 
 
@@ -146,6 +147,7 @@ def _restore(described: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Dat
         user_fields=tuple(_field_from_json(f) for f in described["user_fields"]),
         item_fields=item_fields,
         item_features={f.name: arrays[f"item/{f.name}"] for f in item_fields},
+        context_fields=tuple(_field_from_json(f) for f in described.get("context_fields", [])),
         titles=None if titles is None else np.array(titles, object),
         report=described.get("report", {}),
     )

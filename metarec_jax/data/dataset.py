@@ -21,6 +21,8 @@ class Dataset:
       users, items: raw ids and their rows.
       user_fields, item_fields: how attributes are encoded.
       user_features, item_features: encoded attributes, each `[rows, ...]`; row 0 is the unknown user or item.
+      context_fields: how what was around an interaction (device, hour) is encoded.
+      context_features: encoded contexts, each `[interactions, ...]`.
       titles: `[item rows]` names to show to people, or None.
       report: what cleaning did, as counts.
       truth: `[user rows, item rows]` expected rating, for synthetic data only.
@@ -37,6 +39,8 @@ class Dataset:
     user_features: dict[str, np.ndarray] = field(default_factory=dict)
     item_fields: tuple[Field, ...] = ()
     item_features: dict[str, np.ndarray] = field(default_factory=dict)
+    context_fields: tuple[Field, ...] = ()
+    context_features: dict[str, np.ndarray] = field(default_factory=dict)
     titles: np.ndarray | None = None
     report: dict[str, int] = field(default_factory=dict)
     truth: np.ndarray | None = None

@@ -11,6 +11,7 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import platformdirs
@@ -70,7 +71,7 @@ def load(
         return movielens.read(path, name)
     if name not in NAMES:
         return _read_path(Path(name))
-    folder = Path(cache or os.environ.get("METAREC_CACHE") or platformdirs.user_cache_dir("metarec_jax"))
+    folder = cache_folder(cache)
     cached = folder / f"{name}.zip"
     if cached.exists():
         try:
@@ -98,6 +99,11 @@ def load(
     )
 
 
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Where downloads are kept: `cache`, else `METAREC_CACHE`, else the user's cache folder."""
+    return Path(cache or os.environ.get("METAREC_CACHE") or platformdirs.user_cache_dir("metarec_jax"))
+
+
 def _read_path(path: Path) -> Dataset:
     if not path.exists():
         raise DataError(f"{path}: neither a known dataset ({', '.join(NAMES)}) nor an existing file or folder")
@@ -119,23 +125,38 @@ def _official(name: str, target: Path, timeout: float) -> None:
 
 
 def _recbole(name: str, target: Path, timeout: float) -> None:
-    """The data members of recbole's wheel, each checked by SHA-256, packed as an archive of their own."""
+    """The data members of recbole's wheel as an archive of their own."""
+    from_wheel(RECBOLE, RECBOLE_FOLDER, RECBOLE_SHA256, target)
+
+
+def from_wheel(requirement: str, inside: str, sha256: Mapping[str, str], target: Path) -> None:
+    """Some members of a PyPI package's wheel, each checked by SHA-256, packed as an archive of their own.
+
+    Args:
+      requirement: of pip, with the version.
+      inside: the folder of the members in the wheel.
+      sha256: the members' checksums, by their names below the folder.
+      target: the archive to write.
+
+    Raises:
+      DataError: pip cannot get the wheel, or a member is missing or another.
+    """
     with tempfile.TemporaryDirectory() as folder:
         options = ["--no-deps", "--quiet", "--only-binary=:all:", "-d", folder]
-        command = [sys.executable, "-m", "pip", "download", *options, RECBOLE]
+        command = [sys.executable, "-m", "pip", "download", *options, requirement]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             lines = done.stderr.strip().splitlines()
-            raise DataError(f"pip could not download {RECBOLE} ({lines[-1] if lines else 'no message'})")
+            raise DataError(f"pip could not download {requirement} ({lines[-1] if lines else 'no message'})")
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
-                content = {member: wheel.read(RECBOLE_FOLDER + member) for member in RECBOLE_SHA256}
+                content = {member: wheel.read(inside + member) for member in sha256}
         except (KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"the wheel of {RECBOLE} cannot be read ({error})") from error
-        for member, sha256 in RECBOLE_SHA256.items():
-            if hashlib.sha256(content[member]).hexdigest() != sha256:
-                raise DataError(f"{member} of {RECBOLE} does not have the expected SHA-256")
+            raise DataError(f"the wheel of {requirement} cannot be read ({error})") from error
+        for member, expected in sha256.items():
+            if hashlib.sha256(content[member]).hexdigest() != expected:
+                raise DataError(f"{member} of {requirement} does not have the expected SHA-256")
         packed = Path(folder) / "packed.zip"
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             for member, data in content.items():

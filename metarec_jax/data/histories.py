@@ -58,12 +58,14 @@ def encode_history(
     return rows[keep], ratings[keep]
 
 
-def encode_user(attributes: Mapping[str, Any] | None, fields: tuple[Field, ...]) -> dict[str, np.ndarray]:
-    """Encoded attributes of one user, each `[...]`; a field that is not given is unknown."""
+def encode_attributes(
+    attributes: Mapping[str, Any] | None, fields: tuple[Field, ...], what: str = "user attribute"
+) -> dict[str, np.ndarray]:
+    """Encoded attributes of one user, or one context, each `[...]`; a field that is not given is unknown."""
     attributes = dict(attributes or {})
     if unknown := set(attributes) - {f.name for f in fields}:
         raise DataError(
-            f"user attribute {sorted(unknown)[0]!r} is unknown to the model; it knows: "
+            f"{what} {sorted(unknown)[0]!r} is unknown to the model; it knows: "
             f"{', '.join(f.name for f in fields) or 'none'}"
         )
     return {f.name: f.encode([attributes[f.name]])[0] if f.name in attributes else f.unknown() for f in fields}

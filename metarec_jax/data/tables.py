@@ -28,6 +28,7 @@ def from_tables(
     *,
     columns: Mapping[str, str] | None = None,
     clean: Sequence[Rule] = (),
+    context: Sequence[str] = (),
     title: str = "title",
     name: str = "tables",
 ) -> Dataset:
@@ -44,6 +45,8 @@ def from_tables(
       columns: names of the caller's own columns, for instance `{"user_id": "customer", "rating": "stars"}`.
       clean: rules of `metarec_jax.data.cleaning`, applied in order before anything else; `Dataset.report` tells how
         many rows each touched, and is kept with a model.
+      context: columns of `interactions` that tell what was around each one (device, hour); models read them as they
+        read attributes.
       title: the column of `items` to show to people; it is not a field.
       name: what to call the dataset in reports.
 
@@ -77,6 +80,7 @@ def from_tables(
     item_fields, item_features, titles = _attributes(item_table, names["item_id"], item_vocabulary, title)
     user, item = user_vocabulary.encode(user_ids), item_vocabulary.encode(item_ids)
     keep = _last_of_each_pair(user, item, timestamp)
+    context_fields, context_features = _contexts(table, context, set(names.values()), keep)
     return Dataset(
         name=name,
         user=user[keep],
@@ -89,6 +93,8 @@ def from_tables(
         user_features=user_features,
         item_fields=item_fields,
         item_features=item_features,
+        context_fields=context_fields,
+        context_features=context_features,
         titles=titles,
         report=report | {"duplicates": table.height - len(keep) + report.get("duplicates", 0)},
     )
@@ -258,6 +264,18 @@ def _attributes(
         titles = np.full(len(vocabulary), "", object)
         titles[rows] = ["" if t is None else str(t) for t in table[title].to_list()]
     return fields, encode_table(fields, values, rows, len(vocabulary)), titles
+
+
+def _contexts(
+    table: "pl.DataFrame", columns: Sequence[str], taken: set[str], keep: np.ndarray
+) -> tuple[tuple[Field, ...], dict[str, np.ndarray]]:
+    """Fields of these columns of the interactions and their features, of the rows that are kept."""
+    if isinstance(columns, str) or len(set(columns)) < len(columns) or taken & set(columns):
+        others = ", ".join(sorted(taken))
+        raise DataError(f"context: give a list of other columns than {others}, each once; got {columns!r}")
+    values = {c: _values(_column(table, c, "interactions")[keep]) for c in columns}
+    fields = tuple(Field.fit(c, v) for c, v in values.items())
+    return fields, {f.name: f.encode(values[f.name]) for f in fields}
 
 
 def _values(series: "pl.Series") -> np.ndarray:

@@ -1,6 +1,6 @@
 """Vocabulary: raw ids (64-bit integers or strings) to dense int32 rows.
 
-Row 0 is kept for every id never seen.
+Row 0 is kept for every id never seen. Ids without bound can be hashed to a fixed number of rows instead.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from metarec_jax.data.hashing import hashed
 from metarec_jax.errors import DataError
 
 UNKNOWN = 0  # the row of an id that the vocabulary does not have
@@ -16,29 +17,53 @@ UNKNOWN = 0  # the row of an id that the vocabulary does not have
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Sorted unique ids; id `ids[r - 1]` has row `r`.
+    """Sorted unique ids; id `ids[r - 1]` has row `r`. With `buckets`, id x has row 1 + hash(x) mod buckets.
 
     Attributes:
-      ids: `[n]` int64 or numpy unicode strings, sorted, unique.
+      ids: `[n]` int64 or numpy unicode strings, sorted, unique; of a hashed vocabulary empty, its type still counts.
       name: what the ids are, for messages ("item_id").
+      buckets: rows of a hashed vocabulary besides row 0; None where every id has its own.
     """
 
     ids: np.ndarray
     name: str = "id"
+    buckets: int | None = None
 
     @classmethod
     def of(cls, values: Any, name: str = "id") -> "Vocabulary":
         """The vocabulary of all distinct `values`."""
         return cls(np.unique(as_ids(values, name)), name)
 
+    @classmethod
+    def hashed(cls, buckets: int, name: str = "id", *, integers: bool = False) -> "Vocabulary":
+        """A vocabulary for ids without bound: nothing is stored, and two ids may share a row.
+
+        Of n ids about n - b (1 - exp(-n / b)) lose their own row to another, with b buckets: 1 in 10 at n = b / 5. The
+        rows are the same in every process, on every machine. No id is unknown, and none can be told from its row.
+
+        Args:
+          buckets: number of rows besides row 0.
+          name: what the ids are, for messages.
+          integers: the ids are integers, not strings.
+
+        Raises:
+          ValueError: `buckets` is not between 1 and 2^31 - 2.
+
+        References:
+          Weinberger et al., Feature Hashing for Large Scale Multitask Learning, ICML 2009.
+        """
+        if isinstance(buckets, bool) or not isinstance(buckets, int) or not 1 <= buckets <= 2**31 - 2:
+            raise ValueError(f"buckets must be an integer from 1 to 2^31 - 2, got {buckets!r}")
+        return cls(np.zeros(0, np.int64 if integers else np.str_), name, buckets)
+
     def __len__(self) -> int:
         """Number of rows, the unknown row included."""
-        return len(self.ids) + 1
+        return (len(self.ids) if self.buckets is None else self.buckets) + 1
 
     def encode(self, values: Any) -> np.ndarray:
         """Rows `[n]` int32 of raw ids; 0 where an id is unknown. Ids of another type raise `DataError`."""
         values = as_ids(values, self.name)
-        if not len(values) or not len(self.ids):
+        if not len(values) or (self.buckets is None and not len(self.ids)):
             return np.full(len(values), UNKNOWN, np.int32)
         if values.dtype.kind != self.ids.dtype.kind:
             kinds = {"i": "integers", "U": "strings"}
@@ -46,12 +71,16 @@ class Vocabulary:
                 f"{self.name}: this data has {kinds[self.ids.dtype.kind]} as ids but got "
                 f"{kinds[values.dtype.kind]} (first: {values[0]!r}); convert them before the call"
             )
+        if self.buckets is not None:
+            return (1 + hashed(values) % np.uint64(self.buckets)).astype(np.int32)
         position = np.minimum(np.searchsorted(self.ids, values), len(self.ids) - 1)
         return np.where(self.ids[position] == values, position + 1, UNKNOWN).astype(np.int32)
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
-        """Raw ids of `rows`, none of which may be 0 (the unknown row stands for no id)."""
+        """Raw ids of `rows`, none of which may be 0 (the unknown row stands for no id); hashed ids are gone."""
         rows = np.asarray(rows)
+        if self.buckets is not None:
+            raise DataError(f"{self.name}: hashed ids cannot be told from their rows; use Vocabulary.of")
         if np.any(rows == UNKNOWN):
             raise DataError(f"{self.name}: row 0 stands for unknown and has no id")
         return self.ids[rows - 1]
@@ -75,9 +104,28 @@ def as_ids(values: Any, name: str) -> np.ndarray:
         raise DataError(f"{name}: row {row} holds {array[row]}, above 2^63 - 1; pass such ids as strings")
     if array.dtype.kind in "iu":
         return array.astype(np.int64)
-    if array.dtype.kind in "US":
+    if array.dtype.kind == "S":
+        return _decoded(array, name)
+    if array.dtype.kind == "U":
         return array.astype(np.str_)
     raise DataError(f"{name}: ids must be integers or strings, got {array.dtype}; convert the column first")
+
+
+def _decoded(array: np.ndarray, name: str) -> np.ndarray:
+    """Bytes as the UTF-8 they must be."""
+    try:
+        return np.char.decode(array, "utf-8")
+    except UnicodeDecodeError as error:
+        row, value = next((r, v) for r, v in enumerate(array.tolist()) if not _is_utf8(v))
+        raise DataError(f"{name}: row {row} holds {value!r}, which is not UTF-8; decode the column first") from error
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _from_objects(array: np.ndarray, name: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Evaluation: metrics, the plain baselines, comparisons of many learners and their reports."""
 
-from metarec_jax.evaluation import intervals, lists, metrics
+from metarec_jax.evaluation import counterfactual, intervals, lists, metrics
 from metarec_jax.evaluation.baselines import BASELINES
 from metarec_jax.evaluation.compare import Comparison, compare
 from metarec_jax.evaluation.compare import load as load_comparison
@@ -9,6 +9,7 @@ from metarec_jax.evaluation.protocol import describe, fingerprint, in_words
 from metarec_jax.evaluation.report import markdown, report
 
 __all__ = [
-    "BASELINES", "Comparison", "Scores", "compare", "describe", "fingerprint", "in_words", "intervals", "lists",
-    "load_comparison", "markdown", "metrics", "report", "score_baselines", "score_tasks", "summarise",
+    "BASELINES", "Comparison", "Scores", "compare", "counterfactual", "describe", "fingerprint", "in_words",
+    "intervals", "lists", "load_comparison", "markdown", "metrics", "report", "score_baselines", "score_tasks",
+    "summarise",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ def fingerprint(data: Dataset) -> str:
     arrays |= {"users": data.users.ids, "items": data.items.ids}
     arrays |= {f"user/{name}": table for name, table in data.user_features.items()}
     arrays |= {f"item/{name}": table for name, table in data.item_features.items()}
+    arrays |= {f"context/{name}": table for name, table in data.context_features.items()}
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         array = array.astype(array.dtype.newbyteorder("<"))  # the same bytes on every machine

@@ -46,4 +46,5 @@ def fields_of(data: Dataset) -> dict[str, Field]:
     item_id = Field("item_id", "categorical", len(data.items), 1, data.items)
     items = {f"item/{f.name}": f for f in data.item_fields}
     users = {f"user/{f.name}": f for f in data.user_fields}
-    return {"item_id": item_id} | items | users
+    contexts = {f"context/{f.name}": f for f in data.context_fields}
+    return {"item_id": item_id} | items | users | contexts

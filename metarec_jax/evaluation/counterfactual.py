@@ -1,0 +1,143 @@
+"""Off-policy estimates: the click or conversion rate that another policy would have had, from logged feedback.
+
+All take arrays over logged rounds, computed in float64: `reward` `[n]`, `propensity` `[n]` (the logging policy's
+probability of what it showed) and `target` `[n]` (the judged policy's probability of the same). The interval is the
+normal one of a mean over independent rounds.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from metarec_jax.errors import DataError
+
+
+class Estimate(NamedTuple):
+    """A rate.
+
+    Attributes:
+      value: the estimate.
+      error: its standard error.
+      low, high: its 95 % interval.
+    """
+
+    value: float
+    error: float
+    low: float
+    high: float
+
+
+def on_policy(reward: np.ndarray) -> Estimate:
+    """The mean reward of the logging policy itself."""
+    return _estimate(_finite("reward", reward))
+
+
+def ips(reward: np.ndarray, propensity: np.ndarray, target: np.ndarray, *, clip: float | None = None) -> Estimate:
+    """Inverse propensity scoring: mean of w r with w = target / propensity. Unbiased; `clip` bounds w, for less
+    variance and some bias.
+
+    References:
+      Horvitz and Thompson, 1952. Strehl et al., Learning from Logged Implicit Exploration Data, NIPS 2010.
+    """
+    reward, weight = _weights(reward, propensity, target, clip)
+    return _estimate(weight * reward)
+
+
+def snips(reward: np.ndarray, propensity: np.ndarray, target: np.ndarray, *, clip: float | None = None) -> Estimate:
+    """Self-normalised: sum of w r over sum of w. Consistent, bounded by the rewards, less variance.
+
+    The standard error is that of a ratio (delta method).
+
+    References:
+      Swaminathan and Joachims, The Self-Normalized Estimator for Counterfactual Learning, NIPS 2015, eq. 8.
+    """
+    reward, weight = _weights(reward, propensity, target, clip)
+    if not weight.sum():
+        raise DataError("snips: the judged policy shows nothing that was logged; there is nothing to estimate from")
+    value = float((weight * reward).sum() / weight.sum())
+    return _estimate(value + weight * (reward - value) / weight.mean())
+
+
+def direct_method(expected: np.ndarray, policy: np.ndarray) -> Estimate:
+    """The mean of what a reward model expects: sum over actions of policy x expected. As biased as the model is.
+
+    Args:
+      expected: `[n, actions]` expected rewards.
+      policy: `[n, actions]` the judged policy's probabilities; each row sums to 1.
+    """
+    expected, policy = _policy(expected, policy)
+    return _estimate((policy * expected).sum(1))
+
+
+def doubly_robust(
+    reward: np.ndarray,
+    propensity: np.ndarray,
+    action: np.ndarray,
+    expected: np.ndarray,
+    policy: np.ndarray,
+    *,
+    clip: float | None = None,
+) -> Estimate:
+    """The direct method plus the weighted error of its model: mean of E_policy[q] + w (r - q(action)).
+
+    Unbiased where the propensities are right or the model is.
+
+    Args:
+      reward, propensity: `[n]`.
+      action: `[n]` what was shown.
+      expected: `[n, actions]` expected rewards, q; of a model that was fitted on other rounds.
+      policy: `[n, actions]` the judged policy's probabilities; each row sums to 1.
+      clip: largest weight.
+
+    References:
+      Dudík, Langford and Li, Doubly Robust Policy Evaluation and Learning, ICML 2011, eq. 3.
+    """
+    expected, policy = _policy(expected, policy)
+    action = np.asarray(action)
+    if action.shape != (len(policy),) or action.min() < 0 or action.max() >= policy.shape[1]:
+        raise DataError(f"action: expected {len(policy)} numbers from 0 to {policy.shape[1] - 1}")
+    row = np.arange(len(action))
+    reward, weight = _weights(reward, propensity, policy[row, action], clip)
+    return _estimate((policy * expected).sum(1) + weight * (reward - expected[row, action]))
+
+
+def _estimate(terms: np.ndarray) -> Estimate:
+    value, error = float(terms.mean()), float(terms.std(ddof=1) / len(terms) ** 0.5) if len(terms) > 1 else np.nan
+    return Estimate(value, error, value - 1.96 * error, value + 1.96 * error)
+
+
+def _weights(
+    reward: np.ndarray, propensity: np.ndarray, target: np.ndarray, clip: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Checked rewards, and importance weights."""
+    reward = _finite("reward", reward)
+    logged, judged = _finite("propensity", propensity, len(reward)), _finite("target", target, len(reward))
+    for name, values, low in (("propensity", logged, 1e-12), ("target", judged, 0.0)):
+        if (bad := (values < low) | (values > 1)).any():
+            row = int(np.argmax(bad))
+            raise DataError(f"{name}: row {row} is {values[row]}, no probability of something that was shown")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, got {clip}")
+    weight = judged / logged
+    return reward, weight if clip is None else np.minimum(weight, clip)
+
+
+def _policy(expected: np.ndarray, policy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    expected, policy = np.asarray(expected, np.float64), np.asarray(policy, np.float64)
+    if expected.ndim != 2 or expected.shape != policy.shape or not len(policy):
+        raise DataError(f"expected and policy must both be [n, actions], got {expected.shape} and {policy.shape}")
+    for name, values in (("expected", expected), ("policy", policy)):
+        if (bad := ~np.isfinite(values).all(1)).any():
+            raise DataError(f"{name}: row {int(np.argmax(bad))} has a value that is not finite")
+    if (bad := (policy.min(1) < 0) | (np.abs(policy.sum(1) - 1) > 1e-6)).any():
+        raise DataError(f"policy: row {int(np.argmax(bad))} is no distribution over actions (its sum must be 1)")
+    return expected, policy
+
+
+def _finite(name: str, values: np.ndarray, length: int | None = None) -> np.ndarray:
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not len(array) or (length is not None and len(array) != length):
+        raise DataError(f"{name}: expected one number a logged round{f' ({length})' if length else ''}, got {array.shape}")
+    if (bad := ~np.isfinite(array)).any():
+        raise DataError(f"{name}: row {int(np.argmax(bad))} is {array[np.argmax(bad)]}; drop or mend such rounds")
+    return array

@@ -1,0 +1,90 @@
+"""Contexts: what was around an interaction stays with it, from the table to the batches and to a call."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import metarec_jax as mr
+from metarec_jax.data import Histories, Target, batches
+from metarec_jax.errors import DataError
+
+
+def table(users: int = 150, seed: int = 0) -> dict[str, np.ndarray]:
+    """Ratings that are high on the phone and low on the TV; one in ten interactions is there twice."""
+    data = mr.data.synthetic(users=users, items=45, seed=seed)
+    rng = np.random.default_rng(seed)
+    device = rng.choice(["phone", "tv"], len(data.rating))
+    found = {
+        "user_id": data.user, "item_id": data.item, "rating": np.where(device == "phone", 5.0, 1.0),
+        "timestamp": data.timestamp, "device": device, "hour": rng.integers(24, size=len(device)),
+    }  # fmt: skip
+    again = rng.random(len(device)) < 0.1
+    return {name: np.concatenate([column[again], column]) for name, column in found.items()}
+
+
+def test_contexts_stay_with_their_interactions_through_cleaning_splits_and_batches():
+    data = mr.data.from_tables(table(), context=["device", "hour"])
+    phone = data.context_fields[0].vocabulary.encode(["phone"])[0]
+    assert data.report["duplicates"] > 0
+    np.testing.assert_array_equal(data.context_features["device"] == phone, data.rating == 5)
+    train = mr.ColdUsers(query=3, minimum=5).split(data).train
+    for batch in batches(train, Target("click"), query=3, buckets=(48,), rng=np.random.default_rng(0)):
+        for part in batch.task:
+            device, real = part.features["context/device"], part.mask > 0
+            np.testing.assert_array_equal((device == phone)[real], part.target[real] == 1)
+            assert (device[~real] == 0).all()
+            assert (part.features["context/hour"][~real] == 0).all()
+            assert part.features["context/hour"].shape == (*real.shape, 1)
+
+
+def test_hidden_contexts_train_the_unknown_row():
+    data = mr.data.from_tables(table(), context=["device"])
+    histories = Histories.of(data, np.arange(1, len(data.users)))
+    made = batches(histories, Target("click"), query=3, buckets=(48,), rng=np.random.default_rng(0), unknown=0.5)
+    hidden = [(b.task.support.features["context/device"] == 0)[b.task.support.mask > 0] for b in made]
+    assert np.concatenate(hidden).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_recommender_reads_the_context_of_the_call_and_survives_saving(tmp_path):
+    data = mr.data.from_tables(table(), context=["device"])
+    options = {"epochs": 4, "progress": False, "unknown": 0.1}
+    trained = mr.train(data, "ridge", protocol=mr.ColdUsers(query=3, minimum=5), **options)
+    history = {1: 5.0, 2: 1.0}
+    scores = {d: trained.recommend(history, 5, context={"device": d}) for d in ("phone", "tv")}
+    assert min(r.score for r in scores["phone"]) > max(r.score for r in scores["tv"])
+    assert trained.recommend(history, 5, context={"device": "watch"}) == trained.recommend(history, 5)
+    batch = trained.recommend([history, {}], 5, context={"device": "tv"})
+    np.testing.assert_allclose([r.score for r in batch[0]], [r.score for r in scores["tv"]], rtol=1e-4)
+    results = trained.evaluate(baselines=False)
+    trained.save(tmp_path / "model")
+    loaded = mr.load(tmp_path / "model")
+    assert loaded.recommend(history, 5, context={"device": "tv"}) == scores["tv"]
+    assert loaded.evaluate(data, baselines=False) == results
+    with pytest.raises(DataError, match="does not have"):
+        loaded.evaluate(replace(data, context_fields=(), context_features={}))
+    with pytest.raises(DataError, match="context 'place' is unknown"):
+        trained.recommend(history, context={"place": "home"})
+
+
+def test_every_model_reads_contexts():
+    from metarec_jax.models import MODELS, fields_of
+
+    data = mr.data.from_tables(table(30), context=["device", "hour"])
+    assert {"context/device", "context/hour"} < set(fields_of(data))
+    other = mr.data.by_item(data)
+    assert other.context_features["device"] is data.context_features["device"]
+    for name in MODELS:
+        trained = mr.train(
+            data, "ridge", name, protocol=mr.ColdUsers(query=3, minimum=5), epochs=1, progress=False, buckets=1
+        )  # fmt: skip
+        one, two = (trained.recommend({1: 5.0}, 1, context={"device": d})[0].score for d in ("phone", "tv"))
+        assert np.isfinite([one, two]).all()
+
+
+@pytest.mark.parametrize("wrong", ["device", ["device", "device"], ["rating"]], ids=str)
+def test_contexts_are_other_columns_each_once(wrong):
+    with pytest.raises(DataError, match="context: give a list"):
+        mr.data.from_tables(table(), context=wrong)
+    with pytest.raises(DataError, match="'place' is missing"):
+        mr.data.from_tables(table(), context=["place"])

@@ -54,3 +54,22 @@ def results_table(results: Mapping[str, Mapping[str, float]], title: str) -> Any
     for learner, values in results.items():
         table.add_row(learner, *(f"{values[m]:.4f}" for m in metrics))
     return table
+
+
+@contextmanager
+def counter(show: bool, what: str, total: int | None = None) -> Iterator[Callable[[int], Any]]:
+    """A progress bar over things of which some are done at a time; yields what tells it how many more.
+
+    Args:
+      show: whether to show anything.
+      what: the things.
+      total: how many there are, when that is known.
+    """
+    if not show:
+        yield lambda more: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(TextColumn(what), BarColumn(), TextColumn("{task.completed:,}"), TimeElapsedColumn()) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda more: bar.advance(task, more)

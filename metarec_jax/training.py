@@ -90,8 +90,9 @@ def fit(
       average: what is validated and kept is a running average of the parameters that keeps this share of itself at each
         epoch (0: the last parameters; Polyak and Juditsky, 1992).
       unknown: share of users and items whose identity is hidden in training, which trains the unknown rows.
-      short: share of users whose support set is cut to a random length in training. Strategies with inner gradient
-        steps adapt better to one or three examples with 0.5; closed-form and Bayesian ones need none of it.
+      short: share of users whose support set is cut to a random length in training; validation then means over 3 and
+        all support examples. For ratings 0.8 is much better than 0 for new users with few ratings, and no worse with
+        many; for clicks it helps strategies with inner gradient steps, at 0.5, and the others not.
       statistics: takes a training user's own interactions out of the item field that it made, when the data has it.
       seed: of the initial parameters and of the sampling.
       params: initial parameters (default: those of `strategy.init`).
@@ -115,6 +116,7 @@ def fit(
         "short": short,
         "statistics": statistics,
     }
+    judged = (3, None) if short else (None,)
     first = min(epochs // 3 if min_epochs is None else min_epochs, epochs - 1)
     best, history = Fitted(params, -1, []), []
     for epoch in range(epochs):
@@ -132,8 +134,13 @@ def fit(
                 "size; inner Adam needs optax.adam(..., eps_root=1e-8)"
             )
         averaged = _average(averaged, params, average * (epoch > 0))
-        tasks = batches(split.validation, target, query=query, batch_size=batch_size, buckets=widths[-1:])
-        entry = {"loss": loss, **summarise(score_tasks(strategy, averaged, tasks, target), target.kind)}
+        tables = []
+        for size in judged:
+            tasks = batches(
+                split.validation, target, query=query, support=size, batch_size=batch_size, buckets=widths[-1:]
+            )
+            tables.append(summarise(score_tasks(strategy, averaged, tasks, target), target.kind))
+        entry = {"loss": loss} | {name: float(np.mean([table[name] for table in tables])) for name in tables[0]}
         history.append(entry)
         if report is not None:
             report(epoch, entry)

@@ -10,13 +10,14 @@ from metarec_jax.data.open_bandit import LoggedFeedback, open_bandit
 from metarec_jax.data.protocols import Scenario, TimeSplit
 from metarec_jax.data.splits import ColdUsers, Histories, Split
 from metarec_jax.data.statistics import ItemStatistics
+from metarec_jax.data.stream import Prepared, prepare
 from metarec_jax.data.synthetic import synthetic
 from metarec_jax.data.tables import from_tables, read_table
 from metarec_jax.data.target import Target
 from metarec_jax.data.vocabulary import Vocabulary
 
 __all__ = [
-    "Batch", "ColdUsers", "Dataset", "Field", "Histories", "ItemStatistics", "LoggedFeedback", "Scenario", "Split",
-    "Target", "TimeSplit", "Vocabulary", "batches", "bucket_sizes", "by_item", "cleaning", "features", "from_tables",
-    "load", "open_bandit", "read_table", "synthetic",
+    "Batch", "ColdUsers", "Dataset", "Field", "Histories", "ItemStatistics", "LoggedFeedback", "Prepared", "Scenario",
+    "Split", "Target", "TimeSplit", "Vocabulary", "batches", "bucket_sizes", "by_item", "cleaning", "features",
+    "from_tables", "load", "open_bandit", "prepare", "read_table", "synthetic",
 ]  # fmt: skip

@@ -1,0 +1,318 @@
+"""Stream: tables larger than memory to per-user histories on disk, in bounded memory, resumable after a kill.
+
+Two passes. The first reads the tables in pieces and writes each with its rows ordered by shard (a hash of the user);
+the second gathers a shard from all pieces, sorts it by user and time, and writes it as arrays that are mapped into
+memory. Every piece and every shard appears under its name at once when it is whole, so that a killed run loses at most
+the one at work.
+"""
+
+import errno
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.hashing import hashed
+from metarec_jax.data.tables import COLUMNS, ids, numbers, seconds
+from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary, as_ids
+from metarec_jax.errors import DataError
+from metarec_jax.progress import counter
+
+if TYPE_CHECKING:
+    import polars as pl
+
+VERSION = 1
+MANIFEST, SETTING, ITEMS = "manifest.json", "setting.json", "items.npy"
+ARRAYS = ("users", "starts", "item", "rating", "timestamp")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Histories on disk, as `prepare` wrote them.
+
+    Attributes:
+      path: the folder.
+      report: counts of `rows`, `duplicates`, rows that are `cut` from long histories, `users` and `items`.
+      shards: how many.
+    """
+
+    path: Path
+    report: dict[str, int]
+    shards: int
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Prepared":
+        """What `prepare` has finished at `path`.
+
+        Raises:
+          DataError: nothing there, or it is not finished.
+        """
+        path = Path(path)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: no prepared histories, or not finished ({error}); prepare them again") from error
+        if manifest["version"] != VERSION:
+            raise DataError(f"{path}: written in format {manifest['version']}, this is {VERSION}; prepare it again")
+        return cls(path, manifest["report"], manifest["shards"])
+
+    @cached_property
+    def items(self) -> Vocabulary:
+        """All items of all shards."""
+        return Vocabulary(np.load(self.path / ITEMS), "item_id")
+
+    def shard(self, number: int) -> Dataset:
+        """One shard's users, each with its interactions from the first to the latest; mapped, not read."""
+        users, starts, item, rating, timestamp = self._arrays(number)
+        return Dataset(
+            name=f"{self.path.name}, shard {number}",
+            user=np.repeat(np.arange(1, len(users) + 1, dtype=np.int32), np.diff(starts)),
+            item=item,
+            rating=rating,
+            timestamp=timestamp,
+            users=Vocabulary(users, "user_id"),
+            items=self.items,
+        )
+
+    def history(self, user: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A user's raw item ids, ratings and seconds, from the first to the latest; empty for an unknown user."""
+        wanted = as_ids([user], "user_id")
+        users, starts, item, rating, timestamp = self._arrays(int(_shard_of(wanted, self.shards)[0]))
+        row = int(Vocabulary(users, "user_id").encode(wanted)[0])
+        found = slice(0, 0) if row == UNKNOWN else slice(starts[row - 1], starts[row])
+        return self.items.ids[item[found] - 1], np.array(rating[found]), np.array(timestamp[found])
+
+    def _arrays(self, number: int) -> list[np.ndarray]:
+        folder = self.path / _shard_name(number)
+        return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
+
+
+def prepare(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    shards: int = 64,
+    piece: int = 2_000_000,
+    max_history: int | None = None,
+    progress: bool = True,
+) -> Prepared:
+    """Turn tables of interactions of any size into histories on disk.
+
+    Two ratings of one item by one user count as one, the later, as in `from_tables`. Memory: one piece, or one shard,
+    or all item ids, a few times over; more shards, less memory. After a kill, an error or a full disk the same call
+    goes on where it stopped.
+
+    Args:
+      sources: Parquet, CSV (also .tsv) or JSON-lines (.jsonl, .ndjson) files, all with the same columns.
+      out: the folder to write.
+      columns: names of your own columns, as in `from_tables`.
+      shards: how many parts the users are split into, by a hash.
+      piece: rows read at a time.
+      max_history: keep this many of a user's interactions, the latest (default: all).
+      progress: show a progress bar.
+
+    Raises:
+      DataError: no such file, a damaged one, a bad id, rating or time (with file and row); no space on the disk; `out`
+        holds something else.
+    """
+    files = [Path(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]
+    if not files or shards < 1 or piece < 1 or (max_history is not None and max_history < 1):
+        raise DataError("prepare: give at least one file, and shards, piece and max_history of 1 or more")
+    if missing := [f for f in files if not f.is_file()]:
+        raise DataError(f"{missing[0]}: no such file")
+    out, names = Path(out), {c: c for c in COLUMNS} | dict(columns or {})
+    marks = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    setting = {"files": marks, "columns": names, "shards": shards, "piece": piece, "max_history": max_history}
+    setting["version"] = VERSION
+    work = out / "work"
+    try:
+        if _same_setting(out, setting) and (out / MANIFEST).exists():
+            shutil.rmtree(work, ignore_errors=True)
+            return Prepared.open(out)
+        work.mkdir(parents=True, exist_ok=True)
+        _write(out / SETTING, json.dumps(setting).encode())
+        with counter(progress, "reading rows") as told:
+            pieces = [p for f, file in enumerate(files) for p in _partition(file, f, names, shards, piece, work, told)]
+        _merge_items(pieces, out)
+        items = Vocabulary(np.load(out / ITEMS), "item_id")
+        with counter(progress, "writing shards", shards) as told:
+            for number in range(shards):
+                if not (out / _shard_name(number)).exists():
+                    _gather(number, pieces, items, out, max_history)
+                told(1)
+        counts = [json.loads((out / _shard_name(n) / "counts.json").read_text()) for n in range(shards)]
+        report = {key: sum(c[key] for c in counts) for key in counts[0]} | {"items": len(items) - 1}
+        manifest = {"version": VERSION, "shards": shards, "report": report}
+        _write(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+        shutil.rmtree(work)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        need = sum(size for _, size, _ in marks)
+        raise DataError(
+            f"{out}: no space left on the disk; preparing needs about {3 * need:,} bytes there. Make space and call "
+            "prepare(...) again: what is written already is kept"
+        ) from error
+    return Prepared.open(out)
+
+
+def _partition(
+    file: Path, number: int, names: Mapping[str, str], shards: int, rows: int, work: Path, told: Any
+) -> list[Path]:
+    """First pass over one file: a folder for each piece, its rows ordered by shard."""
+    found: list[Path] = []
+
+    def folder_of(begin: int) -> Path:
+        return work / f"piece-{number:05}-{begin:012}"
+
+    for begin, height, frame in _pieces(file, names, rows, lambda begin: folder_of(begin).exists()):
+        folder = folder_of(begin)
+        if frame is not None:
+            what = f"{file} (rows counted from row {begin})"
+            user, item = (ids(frame, names[k], what) for k in ("user_id", "item_id"))
+            rating = numbers(frame, names["rating"], what)
+            timed = names["timestamp"] in frame.columns
+            time = seconds(frame, names["timestamp"], what) if timed else np.zeros(len(user), np.int64)
+            shard = _shard_of(user, shards)
+            order = np.argsort(shard, kind="stable")
+            arrays = {"user": user, "item": item, "rating": rating, "time": time}
+            content = {name: array[order] for name, array in arrays.items()}
+            content["bounds"] = np.searchsorted(shard[order], np.arange(shards + 1))
+            content["items"] = np.unique(item)
+            _write_folder(folder, content)
+        found.append(folder)
+        told(height)
+    if not found:
+        raise DataError(f"{file}: the table is empty")
+    return found
+
+
+def _pieces(
+    file: Path, names: Mapping[str, str], rows: int, done: Callable[[int], bool]
+) -> Iterator[tuple[int, int, "pl.DataFrame | None"]]:
+    """First row, number of rows and wanted columns of each piece, in the file's order; of what is `done` no columns."""
+    import polars as pl
+
+    scanners = {
+        ".parquet": pl.scan_parquet,
+        ".csv": pl.scan_csv,
+        ".tsv": lambda f: pl.scan_csv(f, separator="\t"),
+        ".jsonl": pl.scan_ndjson,
+        ".ndjson": pl.scan_ndjson,
+    }
+    if file.suffix not in scanners:
+        raise DataError(f"{file}: unknown kind of table {file.suffix!r}; use {', '.join(scanners)}")
+    try:
+        scan = scanners[file.suffix](file)
+        there = scan.collect_schema().names()
+        scan = scan.select([n for n in names.values() if n in there])
+        if file.suffix == ".parquet":
+            total = scan.select(pl.len()).collect().item()
+            for begin in range(0, total, rows):
+                height = min(rows, total - begin)
+                yield begin, height, None if done(begin) else scan.slice(begin, rows).collect()
+        else:
+            begin = 0
+            for frame in scan.collect_batches(chunk_size=rows, maintain_order=True):
+                yield begin, frame.height, None if done(begin) else frame
+                begin += frame.height
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read, it may be damaged or cut short ({error})") from error
+
+
+def _merge_items(pieces: list[Path], out: Path) -> None:
+    """All item ids, sorted, as the vocabulary of all shards."""
+    if (out / ITEMS).exists():
+        return
+    merged = np.load(pieces[0] / "items.npy")
+    for folder in pieces[1:]:
+        fresh = np.load(folder / "items.npy")
+        if fresh.dtype.kind != merged.dtype.kind:
+            raise DataError("item ids are integers in one file and strings in another; make them one type")
+        merged = np.union1d(merged, fresh)
+    _write(out / ITEMS, _bytes(merged))
+
+
+def _gather(number: int, pieces: list[Path], items: Vocabulary, out: Path, max_history: int | None) -> None:
+    """Second pass over one shard: sorted by user and time, the later of duplicates, the latest of long histories."""
+
+    def column(name: str) -> np.ndarray:
+        parts = []
+        for folder in pieces:
+            begin, end = np.load(folder / "bounds.npy")[[number, number + 1]]
+            parts.append(np.load(folder / f"{name}.npy", mmap_mode="r")[begin:end])
+        return np.concatenate(parts)
+
+    user, item, time = column("user"), items.encode(column("item")), column("time")
+    users, owner = np.unique(user, return_inverse=True)
+    # the last of each (user, item) by time, else by row: lexsort is stable, so that equal times keep the rows' order
+    by_pair = np.lexsort((time, item, owner))
+    last = np.ones(len(item), bool)
+    last[:-1] = (np.diff(owner[by_pair]) != 0) | (np.diff(item[by_pair]) != 0)
+    kept = np.sort(by_pair[last])
+    kept = kept[np.lexsort((time[kept], owner[kept]))]
+    before = len(kept)
+    if max_history is not None:
+        ends = np.searchsorted(owner[kept], owner[kept], side="right")
+        kept = kept[ends - np.arange(len(kept)) <= max_history]
+    starts = np.searchsorted(owner[kept], np.arange(len(users) + 1))
+    counts = {"rows": len(item), "duplicates": len(item) - before, "cut": before - len(kept), "users": len(users)}
+    content = {"users": users, "starts": starts, "item": item[kept], "rating": column("rating")[kept]}
+    content["timestamp"] = time[kept]
+    _write_folder(out / _shard_name(number), content, {"counts.json": json.dumps(counts).encode()})
+
+
+def _same_setting(out: Path, setting: dict[str, Any]) -> bool:
+    """Whether `out` belongs to this call; what belongs to another is refused."""
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    if not (out / SETTING).exists():
+        raise DataError(f"{out} holds something else; give an empty folder")
+    if json.loads((out / SETTING).read_text()) != setting:
+        raise DataError(f"{out} was prepared from other files or with other options; delete it or give another folder")
+    return True
+
+
+def _shard_of(users: np.ndarray, shards: int) -> np.ndarray:
+    return (hashed(users) % np.uint64(shards)).astype(np.int64)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05}"
+
+
+def _bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def _write_folder(folder: Path, arrays: Mapping[str, np.ndarray], others: Mapping[str, bytes] | None = None) -> None:
+    """A folder of arrays that appears at once, when all of it is on the disk."""
+    fresh = folder.with_name(f".{folder.name}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for name, array in arrays.items():
+        _write(fresh / f"{name}.npy", _bytes(array))
+    for name, content in (others or {}).items():
+        _write(fresh / name, content)
+    os.replace(fresh, folder)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing, and wait until it is on the disk."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

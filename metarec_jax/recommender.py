@@ -113,7 +113,8 @@ class Recommender:
         size = min(CHUNK, max(1, CELLS // len(self.catalogue.items)))
         found: list[list[Recommendation]] = []
         for i in range(0, len(encoded), size):
-            found += self._recommend_chunk(encoded[i : i + size], attributes[i : i + size], around, int(k), exclude_seen)
+            chunk = encoded[i : i + size], attributes[i : i + size]
+            found += self._recommend_chunk(*chunk, around, int(k), exclude_seen)
         return found[0] if single else found
 
     def evaluate(
@@ -223,7 +224,8 @@ class Recommender:
             {n: (f.kind, f.size, f.vocabulary and f.vocabulary.ids.tolist()) for n, f in fields_of(d).items()}
             for d in (self.catalogue, data)
         )
-        same_fields = {f.name for f in self.catalogue.context_fields} == {f.name for f in data.context_fields} and all(known.get(name) == field for name, field in given.items())
+        around = [{f.name for f in d.context_fields} for d in (self.catalogue, data)]
+        same_fields = around[0] == around[1] and all(known.get(name) == field for name, field in given.items())
         if not np.array_equal(self.catalogue.items.ids, data.items.ids) or not same_fields:
             raise DataError(
                 f"{data.name} does not have the items and fields of the training data ({self.catalogue.name}); "
@@ -251,8 +253,8 @@ class Recommender:
             for f in data.user_fields
         }
         scores, best = _rank(
-            self.strategy, min(_bucket(k, 8), len(data.items)), exclude, self.params, items, target, mask, known, around,
-            data.item_features | {"": np.arange(len(data.items), dtype=np.int32)},
+            self.strategy, min(_bucket(k, 8), len(data.items)), exclude, self.params, items, target, mask, known,
+            around, data.item_features | {"": np.arange(len(data.items), dtype=np.int32)},
         )  # fmt: skip
         probability = self.target.decode(np.asarray(scores))
         found = []
@@ -277,7 +279,8 @@ def _rank(
 ) -> tuple[jax.Array, jax.Array]:
     """The top `k` scores `[users, k]` and item rows `[users, k]`; what must not be recommended has score -inf."""
 
-    def features(rows: jax.Array, context: dict[str, jax.Array]) -> dict[str, jax.Array]:  # as metarec_jax.data.batches.features
+    # as metarec_jax.data.batches.features
+    def features(rows: jax.Array, context: dict[str, jax.Array]) -> dict[str, jax.Array]:
         found = {"item_id" if name == "" else f"item/{name}": table[rows] for name, table in catalogue.items()}
         for name, value in user.items():
             found[f"user/{name}"] = jnp.broadcast_to(value[:, None], rows.shape + value.shape[1:])
@@ -412,7 +415,7 @@ def load(
         makers[what] = partial(known[name], **recipe[what]["options"]) if given is None else given
     built = _build(makers["strategy"], makers["model"], catalogue, target)
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
     protocol = PROTOCOLS[settings.pop("name", "ColdUsers")](**settings)
     return Recommender(
         built,

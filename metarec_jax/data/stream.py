@@ -130,7 +130,7 @@ def prepare(
     if missing := [f for f in files if not f.is_file()]:
         raise DataError(f"{missing[0]}: no such file")
     out, names = Path(out), {c: c for c in COLUMNS} | dict(columns or {})
-    marks = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    marks: list[Any] = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     setting = {"files": marks, "columns": names, "shards": shards, "piece": piece, "max_history": max_history}
     setting["version"] = VERSION
     work = out / "work"
@@ -202,7 +202,7 @@ def _pieces(
     """First row, number of rows and wanted columns of each piece, in the file's order; of what is `done` no columns."""
     import polars as pl
 
-    scanners = {
+    scanners: dict[str, Callable[[Path], pl.LazyFrame]] = {
         ".parquet": pl.scan_parquet,
         ".csv": pl.scan_csv,
         ".tsv": lambda f: pl.scan_csv(f, separator="\t"),

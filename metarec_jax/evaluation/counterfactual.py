@@ -137,7 +137,8 @@ def _policy(expected: np.ndarray, policy: np.ndarray) -> tuple[np.ndarray, np.nd
 def _finite(name: str, values: np.ndarray, length: int | None = None) -> np.ndarray:
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not len(array) or (length is not None and len(array) != length):
-        raise DataError(f"{name}: expected one number a logged round{f' ({length})' if length else ''}, got {array.shape}")
+        wanted = "" if length is None else f" ({length})"
+        raise DataError(f"{name}: expected one number a logged round{wanted}, got {array.shape}")
     if (bad := ~np.isfinite(array)).any():
         raise DataError(f"{name}: row {int(np.argmax(bad))} is {array[np.argmax(bad)]}; drop or mend such rounds")
     return array

@@ -96,9 +96,10 @@ def run(
     epochs: int,
     log: Path | None,
     tuned: dict[str, Any],
+    short: float | None,
 ) -> list[dict[str, Any]]:
     """Train and judge everything that the log does not hold yet; one row for each learner and split."""
-    setting = {"data": data.name, "protocol": repr(protocol), "epochs": epochs}
+    setting = {"data": data.name, "protocol": repr(protocol), "epochs": epochs, "short": short}
 
     def settings_of(learner: str) -> dict[str, Any]:
         return {key: tuned.get(learner, DEFAULT)[key] for key in DEFAULT}
@@ -107,7 +108,7 @@ def run(
     rows = [
         row
         for row in rows
-        if all(row[key] == value for key, value in setting.items())
+        if all(row.get(key) == value for key, value in setting.items())
         and row.get("settings", DEFAULT) == settings_of(row["learner"])
     ]
     done = {(row["learner"], row["seed"]) for row in rows}
@@ -125,7 +126,7 @@ def run(
             if (name, seed) in done:
                 continue
             start = time.perf_counter()
-            recommender = train(data, seed=seed, protocol=protocol, epochs=epochs)
+            recommender = train(data, seed=seed, protocol=protocol, epochs=epochs, short=short)
             seconds = time.perf_counter() - start
             users = len(protocol.split(data, seed).train) * len(recommender.history)
             cost = {"seconds": seconds, "users/s": users / seconds, "values": adapted_values(recommender)}
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=60, help="at most; training stops when validation does not improve"
     )
+    parser.add_argument("--short", type=float, help="share of short support sets in training (default: that of `fit`)")
     parser.add_argument("--strategies", nargs="+", default=list(mr.STRATEGIES), choices=list(mr.STRATEGIES))
     parser.add_argument("--tuned", type=Path, help="settings that tune.py wrote; without it the default ones")
     parser.add_argument("--log", type=Path, help="JSON lines: results are kept here, and what is here is not run again")
@@ -207,7 +209,7 @@ def main() -> None:
     splits, data = range(given.first, given.first + given.splits), mr.data.load(given.data)
     protocol = mr.ColdUsers(target=given.target, train_on=given.train_on)
     tuned = json.loads(given.tuned.read_text()).get(given.target, {}) if given.tuned else {}
-    rows = run(given.strategies, splits, data, protocol, given.epochs, given.log, tuned)
+    rows = run(given.strategies, splits, data, protocol, given.epochs, given.log, tuned, given.short)
     print(f"\n{data.name}, {protocol}, splits {splits[0]} to {splits[-1]}")
     print(f"{platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     report(rows, given.target)

@@ -19,6 +19,7 @@ from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Params, Task
 
 EPOCHS = 60
+SHORT = {"click": 0.0, "rating": 0.8}  # share of short support sets in training
 SELECT = {"click": "log_loss", "rating": "rmse"}  # what validation minimises
 
 
@@ -63,7 +64,7 @@ def fit(
     buckets: int | tuple[int, ...] = 2,
     average: float = 0.9,
     unknown: float = 0.1,
-    short: float = 0.0,
+    short: float | None = None,
     statistics: ItemStatistics | None = None,
     seed: int = 0,
     params: Params | None = None,
@@ -90,9 +91,9 @@ def fit(
       average: what is validated and kept is a running average of the parameters that keeps this share of itself at each
         epoch (0: the last parameters; Polyak and Juditsky, 1992).
       unknown: share of users and items whose identity is hidden in training, which trains the unknown rows.
-      short: share of users whose support set is cut to a random length in training; validation then means over 3 and
-        all support examples. For ratings 0.8 is much better than 0 for new users with few ratings, and no worse with
-        many; for clicks it helps strategies with inner gradient steps, at 0.5, and the others not.
+      short: share of users whose support set is cut to a random length in training; where there are any, validation
+        means over 3 and all support examples. Default: 0.8 for ratings, where it is much better for new users with few
+        of them and no worse with many; 0 for clicks, where it helps only strategies with inner gradient steps (0.5).
       statistics: takes a training user's own interactions out of the item field that it made, when the data has it.
       seed: of the initial parameters and of the sampling.
       params: initial parameters (default: those of `strategy.init`).
@@ -102,6 +103,7 @@ def fit(
       FloatingPointError: the loss is no longer finite.
     """
     optimizer = default_optimizer() if optimizer is None else optimizer
+    short = SHORT[target.kind] if short is None else short
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     lengths = np.clip(split.train.lengths - query, 1, max_support)
     widths = bucket_sizes(lengths, buckets) if isinstance(buckets, int) else buckets

@@ -1,6 +1,6 @@
 """Evaluate: scores of a learner or a plain baseline on a split's tasks, and what the metrics say of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,5 +81,5 @@ def score_baselines(
 
 def summarise(scores: Scores, kind: str) -> dict[str, float]:
     """The click or the rating table of some scores, as plain floats."""
-    table = metrics.click_metrics if kind == "click" else metrics.rating_metrics
+    table: Callable[..., dict[str, Any]] = metrics.click_metrics if kind == "click" else metrics.rating_metrics
     return {name: float(value) for name, value in table(*scores).items()}

@@ -128,6 +128,7 @@ def test_overall_metrics_equal_scikit_learn(seed):
         "calibration_error": binned_error(target, scores),
         "auc": sklearn.roc_auc_score(target, scores),
     }
+    np.testing.assert_allclose(jax.jit(metrics.auc)(*arrays), expected["auc"], rtol=2e-6)  # and on the device
     assert set(expected) == set(POINTWISE)
     for name, value in expected.items():
         np.testing.assert_allclose(getattr(metrics, name)(*arrays), value, rtol=2e-6, err_msg=name)
@@ -138,6 +139,8 @@ def test_overall_metrics_equal_scikit_learn(seed):
 def test_within_user_auc_equals_scikit_learn_and_all_pairs(seed, ties):
     arrays = case(seed, ties)
     found = np.asarray(metrics.within_user_auc(*arrays))
+    by_sorting = jax.vmap(metrics._auc)(*(jnp.asarray(x) for x in arrays))
+    np.testing.assert_allclose(by_sorting, found, rtol=1e-6)  # what tables of many candidates take
     users = kept(*arrays)
     np.testing.assert_allclose(found, [plain_auc(u) for u in users], rtol=1e-6)
     assert np.isnan(found[:3]).all()

@@ -107,7 +107,7 @@ def cache_folder(cache: str | Path | None = None) -> Path:
 def _read_path(path: Path) -> Dataset:
     if not path.exists():
         raise DataError(f"{path}: neither a known dataset ({', '.join(NAMES)}) nor an existing file or folder")
-    if path.suffix in (".csv", ".tsv", ".parquet", ".pq"):
+    if path.suffix in (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq"):
         return from_tables(read_table(path), name=path.stem)
     return movielens.read(path)
 

@@ -101,7 +101,8 @@ def from_tables(
 
 
 def read_table(path: str | Path) -> "pl.DataFrame":
-    """A CSV (also .tsv) or Parquet file as a polars table; a damaged file raises `DataError`."""
+    """A CSV (also .tsv), JSON-lines (.jsonl, .ndjson) or Parquet file as a polars table; a damaged file raises
+    `DataError`."""
     import polars as pl
 
     path = Path(path)
@@ -110,6 +111,8 @@ def read_table(path: str | Path) -> "pl.DataFrame":
     try:
         if path.suffix in (".parquet", ".pq"):
             return pl.read_parquet(path)
+        if path.suffix in (".jsonl", ".ndjson"):
+            return pl.read_ndjson(path, infer_schema_length=None)
         if path.suffix in (".csv", ".tsv"):
             separator = "\t" if path.suffix == ".tsv" else ","
             table = pl.read_csv(path, separator=separator, infer_schema_length=None)
@@ -117,7 +120,7 @@ def read_table(path: str | Path) -> "pl.DataFrame":
             return table
     except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read, it may be damaged or cut short ({error})") from error
-    raise DataError(f"{path}: unknown kind of table {path.suffix!r}; use .csv, .tsv or .parquet")
+    raise DataError(f"{path}: unknown kind of table {path.suffix!r}; use .csv, .tsv, .jsonl or .parquet")
 
 
 def _refuse_cut_row(path: Path, separator: str, width: int) -> None:

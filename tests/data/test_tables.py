@@ -8,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from metarec_jax.data.fetch import load
 from metarec_jax.data.fields import MAX_VALUES, Field
 from metarec_jax.data.tables import from_tables, read_table
 from metarec_jax.errors import DataError
@@ -374,3 +375,19 @@ def test_a_file_that_is_not_there_or_not_a_table_is_named(tmp_path):
     (tmp_path / "binary.csv").write_bytes(b"user_id,item_id\n\xff\xfe,1\n")
     with pytest.raises(DataError, match=r"binary\.csv"):
         read_table(tmp_path / "binary.csv")
+
+
+def test_json_lines_are_read_and_a_cut_or_mixed_file_is_told(tmp_path):
+    path = tmp_path / "ratings.jsonl"
+    lines = ['{"user_id": "ann", "item_id": 1, "rating": 3}', '{"user_id": "bob", "item_id": 2, "rating": 4.5}']
+    path.write_text("\n".join(lines) + "\n")
+    data = from_tables(read_table(path))
+    assert data.users.ids.tolist() == ["ann", "bob"]
+    assert data.rating.tolist() == [3, 4.5]
+    assert load(path).rating.tolist() == [3, 4.5]
+    path.write_text("\n".join(lines)[:-12])
+    with pytest.raises(DataError, match=r"ratings\.jsonl"):
+        read_table(path)
+    path.write_text(lines[0] + '\n{"user_id": 7, "item_id": "x", "rating": "good"}\n')
+    with pytest.raises(DataError, match=r"rating|user_id|cannot be read"):
+        from_tables(read_table(path))

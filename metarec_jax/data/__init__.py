@@ -6,6 +6,7 @@ from metarec_jax.data.by_item import by_item
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fetch import load
 from metarec_jax.data.fields import Field
+from metarec_jax.data.negatives import with_negatives
 from metarec_jax.data.open_bandit import LoggedFeedback, open_bandit
 from metarec_jax.data.protocols import Scenario, TimeSplit
 from metarec_jax.data.splits import ColdUsers, Histories, Split
@@ -19,5 +20,5 @@ from metarec_jax.data.vocabulary import Vocabulary
 __all__ = [
     "Batch", "ColdUsers", "Dataset", "Field", "Histories", "ItemStatistics", "LoggedFeedback", "Prepared", "Scenario",
     "Split", "Target", "TimeSplit", "Vocabulary", "batches", "bucket_sizes", "by_item", "cleaning", "features",
-    "from_tables", "load", "open_bandit", "prepare", "read_table", "synthetic",
+    "from_tables", "load", "open_bandit", "prepare", "read_table", "synthetic", "with_negatives",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from metarec_jax.data import cleaning
 from metarec_jax.data.batches import Batch, batches, bucket_sizes, features
 from metarec_jax.data.by_item import by_item
+from metarec_jax.data.by_key import by_key
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fetch import load
 from metarec_jax.data.fields import Field
@@ -19,6 +20,6 @@ from metarec_jax.data.vocabulary import Vocabulary
 
 __all__ = [
     "Batch", "ColdUsers", "Dataset", "Field", "Histories", "ItemStatistics", "LoggedFeedback", "Prepared", "Scenario",
-    "Split", "Target", "TimeSplit", "Vocabulary", "batches", "bucket_sizes", "by_item", "cleaning", "features",
-    "from_tables", "load", "open_bandit", "prepare", "read_table", "synthetic", "with_negatives",
+    "Split", "Target", "TimeSplit", "Vocabulary", "batches", "bucket_sizes", "by_item", "by_key", "cleaning",
+    "features", "from_tables", "load", "open_bandit", "prepare", "read_table", "synthetic", "with_negatives",
 ]  # fmt: skip

@@ -178,5 +178,5 @@ def _examples(
     values: Any = np.where(mask, target.encode(data.rating[index]), 0).astype(np.float32)
     kept: Any = mask.astype(np.float32)  # numpy here, on the device from the jitted step on
     if statistics is not None:
-        found[f"item/{STATISTICS}"] = statistics.without(item, values)
+        found[f"item/{STATISTICS}"] = statistics.without(data.user[index], item, values)
     return Examples(found, values, kept)

@@ -17,20 +17,23 @@ SHRINK = 5.0  # training users that the prior of an item's mean is worth
 class ItemStatistics:
     """Per item: the shrunk mean of the training users' targets, and log(1 + how many rated it), both standardised.
 
-    A training user's own interactions are taken out of what that user sees (`without`). Otherwise the field would tell
-    in training, and only there, what the user thought of a rarely rated item.
+    A training user's own interactions with an item are taken out of what that user sees (`without`). Otherwise the
+    field would tell in training, and only there, what the user thought of a rarely rated item.
 
     Attributes:
       total: `[items]` sum of (target - mean).
       count: `[items]` training users.
       mean: mean target of the training users.
       field: the dense field of width 2.
+      pairs: where a task has an item more than once (see `by_key`): sorted user * items + item of the training
+        interactions, with the sum of (target - mean) and the count of each.
     """
 
     total: np.ndarray
     count: np.ndarray
     mean: float
     field: Field
+    pairs: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def fit(cls, train: Histories, target: Target) -> "ItemStatistics":
@@ -40,7 +43,11 @@ class ItemStatistics:
         total = np.bincount(items, values - mean, len(data.items))
         count = np.bincount(items, minlength=len(data.items)).astype(float)
         field = Field.fit(NAME, np.stack(_raw(total, count), -1)[1:])
-        return cls(total, count, mean, field)
+        pair, place, times = np.unique(
+            data.user[train.index] * np.int64(len(data.items)) + items, return_inverse=True, return_counts=True
+        )
+        pairs = (pair, np.bincount(place, values - mean), times) if len(pair) < len(items) else None
+        return cls(total, count, mean, field, pairs)
 
     def extend(self, data: Dataset) -> Dataset:
         """The dataset with the field added to its items."""
@@ -51,9 +58,16 @@ class ItemStatistics:
             item_features={**data.item_features, NAME: table},
         )
 
-    def without(self, items: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """The field `[..., 2]` of item rows `[...]`, each without the one interaction of this target `[...]`."""
-        return self._standardised(self.total[items] - (target - self.mean), np.maximum(self.count[items] - 1, 0))
+    def without(self, users: np.ndarray, items: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """The field `[..., 2]` of item rows `[...]`, each without what its user `[...]` did with the item: the one
+        interaction of this target `[...]`, or all of them where tasks have an item more than once."""
+        own_total, own_count = target - self.mean, np.ones_like(self.count[items])
+        if self.pairs is not None:
+            pair = users * np.int64(len(self.total)) + items
+            place = np.minimum(np.searchsorted(self.pairs[0], pair), len(self.pairs[0]) - 1)
+            found = self.pairs[0][place] == pair
+            own_total, own_count = (np.where(found, own[place], 0) for own in self.pairs[1:])
+        return self._standardised(self.total[items] - own_total, np.maximum(self.count[items] - own_count, 0))
 
     def _standardised(self, total: np.ndarray, count: np.ndarray) -> np.ndarray:
         return ((np.stack(_raw(total, count), -1) - self.field.mean) / self.field.scale).astype(np.float32)

@@ -99,7 +99,7 @@ def alpaca(
         target = jnp.where(keep, support.target, 0.0)
 
         def derivatives(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Gradient and Cholesky factor of the Hessian of the negative log posterior."""
+            """Gradient of the negative log posterior, and the inverse of its Hessian's Cholesky factor."""
             scores = shared + jnp.einsum("unf,uf->un", z, at)
             if kind == "gaussian":
                 curvature = jnp.full_like(scores, jnp.exp(-2 * params["log_noise"]))
@@ -108,7 +108,7 @@ def alpaca(
                 slope = jax.nn.sigmoid(scores) - target
                 curvature = jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores)
             hessian = jnp.einsum("unf,un,ung->ufg", z, curvature, z) + jnp.eye(width + 1)
-            return jnp.einsum("unf,un->uf", z, slope) + at, jnp.linalg.cholesky(hessian)
+            return jnp.einsum("unf,un->uf", z, slope) + at, inverse_cholesky(hessian)
 
         def shorten(at: jax.Array, step: jax.Array, gradient: jax.Array) -> jax.Array:
             """`[users]` the first of 1, 1/2, 1/4 ... at which the negative log posterior falls enough (Armijo): a full
@@ -127,13 +127,11 @@ def alpaca(
         at = jnp.zeros((z.shape[0], width + 1), z.dtype)
         for _ in range(steps if kind == "bernoulli" else 1):
             at = jax.lax.stop_gradient(at)
-            gradient, factor = derivatives(at)
-            step = -jax.scipy.linalg.cho_solve((factor, True), gradient[..., None])[..., 0]
+            gradient, root = derivatives(at)
+            step = -jnp.einsum("ugf,ugh,uh->uf", root, root, gradient)
             at += step if kind == "gaussian" else shorten(at, step, gradient)[:, None] * step
-        _, factor = derivatives(at)
-        wide = jnp.broadcast_to(prior.T, factor.shape)
-        solved = jax.scipy.linalg.solve_triangular(factor, wide, lower=True)
-        return Posterior(at @ prior.T, jnp.swapaxes(solved, -1, -2))
+        _, root = derivatives(at)
+        return Posterior(at @ prior.T, jnp.einsum("fg,uhg->ufh", prior, root))
 
     def moments(params: Params, posterior: Posterior, features: Features) -> tuple[jax.Array, jax.Array]:
         """Mean and variance of the score, without noise, `[users, examples]`."""
@@ -160,3 +158,29 @@ def alpaca(
         return query_loss(nll, task.query, lambda value, _: value), {}
 
     return Strategy(init, adapt, predict, meta_loss, deviation)
+
+
+@jax.custom_jvp
+def inverse_cholesky(matrix: jax.Array) -> jax.Array:
+    """C = L^-1 of symmetric positive definite matrices `[..., n, n]` = L L'; so that C' C is the inverse.
+
+    Its derivative, dC = -Phi(C dA C') C with Phi the lower triangle and half the diagonal, is products only. That of the
+    triangular solve would be several solves that run at once, which on a CPU with two threads or more can wait for each
+    other for ever (jaxlib 0.10).
+
+    References:
+      Murray, Differentiation of the Cholesky decomposition, 2016, equation 8.
+    """
+    factor = jnp.linalg.cholesky(matrix)
+    identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    return jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
+
+
+@inverse_cholesky.defjvp
+def _inverse_cholesky_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (matrix,), (change,) = primals, tangents
+    root = inverse_cholesky(matrix)
+    inside = root @ change @ jnp.swapaxes(root, -1, -2)
+    n = matrix.shape[-1]
+    phi = jnp.tril(inside) * (1 - 0.5 * jnp.eye(n, dtype=matrix.dtype))
+    return root, -phi @ root

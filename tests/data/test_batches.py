@@ -295,3 +295,32 @@ def test_padding_users_leaves_a_full_batch_alone(histories):
     assert more.query.mask.shape == (len(histories) + 4, 3)
     np.testing.assert_array_equal(more.query.mask[: len(histories)], batch.task.query.mask)
     assert not more.query.mask[len(histories) :].any()
+
+
+# Size
+
+
+def test_six_widths_waste_less_than_a_fifth_on_the_lengths_of_movielens():
+    # every 5 % quantile of the ratings of ML-100K's users with 13 to 100, of whom ten each are judged
+    quantiles = [20, 20, 22, 23, 24, 26, 28, 30, 33, 35, 39, 42, 46, 50, 54, 58, 64, 69, 76, 86, 100]
+    lengths = np.interp(np.linspace(0, 20, 466), np.arange(21), quantiles).astype(int) - 10
+    widths = np.array(bucket_sizes(lengths, 6))
+    places = widths[np.searchsorted(widths, lengths)].sum()
+    assert 1 - lengths.sum() / places < 0.2
+
+
+def test_a_user_with_a_million_interactions_is_one_task_of_the_usual_shape():
+    many, again, others = 1_000_000, 200_000, 50
+    item = np.concatenate([np.arange(many), np.arange(again), np.tile(np.arange(20), others)])
+    user = np.repeat(np.arange(others + 1), [many + again] + [20] * others)
+    data = from_tables({"user_id": user, "item_id": item, "rating": user * 1e7 + np.arange(len(user))})
+    assert data.report["duplicates"] == again
+    assert (data.rating[data.user == 1].astype(int) >= again).all()  # the later of two stays
+    histories = Histories.of(data, np.arange(1, others + 2))
+    made = list(batches(histories, CLICK, query=5, buckets=(16, 64), batch_size=32, rng=np.random.default_rng(0)))
+    assert sorted(np.concatenate([b.positions for b in made]).tolist()) == list(range(others + 1))
+    assert {b.task.support.mask.shape for b in made} == {(32, 16), (32, 64)}
+    (longest,) = (b for b in made if 0 in b.positions)
+    row = longest.positions.tolist().index(0)
+    drawn = np.concatenate([part.features["item_id"][row][part.mask[row] > 0] for part in longest.task])
+    assert len(set(drawn.tolist())) == 69

@@ -12,6 +12,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import DotProduct
 
 import metarec_jax as mr
+from metarec_jax.strategies.alpaca import inverse_cholesky
 from metarec_jax.strategies.likelihood import likelihood
 from metarec_jax.tasks import Examples, Task
 
@@ -224,3 +225,21 @@ def test_likelihoods_are_told_apart_by_the_loss():
     assert likelihood(LOGISTIC) == "bernoulli"
     assert likelihood(optax.losses.squared_error) == likelihood(optax.losses.l2_loss) == "gaussian"
     assert likelihood(optax.losses.huber_loss) is None
+
+
+def test_the_inverse_cholesky_factor_and_its_derivative_are_those_of_the_plain_formula():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(3, 5, 5))
+    matrix = a @ a.swapaxes(-1, -2) + np.eye(5)
+    with jax.enable_x64(True):
+        matrix = jnp.asarray(matrix)
+        root = inverse_cholesky(matrix)
+        np.testing.assert_allclose(root, np.linalg.inv(np.linalg.cholesky(np.asarray(matrix))), rtol=1e-10, atol=1e-12)
+
+        def plain(x):
+            return jnp.sin(jnp.linalg.inv(jnp.linalg.cholesky(x))).sum()
+
+        ours = jax.grad(lambda x: jnp.sin(inverse_cholesky(x)).sum())(matrix)
+        theirs = jax.grad(plain)(matrix)
+        both = (g + g.swapaxes(-1, -2) for g in (ours, theirs))  # along symmetric changes, the only ones there are
+        np.testing.assert_allclose(*both, rtol=1e-8, atol=1e-10)

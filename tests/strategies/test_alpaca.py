@@ -227,6 +227,20 @@ def test_likelihoods_are_told_apart_by_the_loss():
     assert likelihood(optax.losses.huber_loss) is None
 
 
+def ill_conditioned(n: int, condition: float) -> np.ndarray:
+    """A symmetric matrix with eigenvalues from 1 to `condition`."""
+    q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(n, n)))
+    return q @ np.diag(np.geomspace(1, condition, n)) @ q.T
+
+
+def test_the_inverse_cholesky_factor_is_right_in_single_precision():
+    for condition in (10.0, 1e3, 1e4):
+        matrix = ill_conditioned(65, condition)
+        exact = np.linalg.inv(np.linalg.cholesky(matrix))
+        found = np.asarray(inverse_cholesky(jnp.asarray(matrix, jnp.float32)))
+        assert np.abs(found - exact).max() < 2e-6 * condition**0.5
+
+
 def test_the_inverse_cholesky_factor_and_its_derivative_are_those_of_the_plain_formula():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(3, 5, 5))
@@ -241,5 +255,7 @@ def test_the_inverse_cholesky_factor_and_its_derivative_are_those_of_the_plain_f
 
         ours = jax.grad(lambda x: jnp.sin(inverse_cholesky(x)).sum())(matrix)
         theirs = jax.grad(plain)(matrix)
+        wide = jnp.asarray(ill_conditioned(65, 1e4))  # as wide as the default network's embedding, and its bias
+        np.testing.assert_allclose(inverse_cholesky(wide) @ jnp.linalg.cholesky(wide), np.eye(65), atol=1e-9)
         both = (g + g.swapaxes(-1, -2) for g in (ours, theirs))  # along symmetric changes, the only ones there are
         np.testing.assert_allclose(*both, rtol=1e-8, atol=1e-10)

@@ -24,6 +24,7 @@ from metarec_jax.tasks import Params
 FORMAT = "metarec_jax model"
 FORMAT_VERSION = 1
 CONFIG, CATALOGUE, ARRAYS = "model.json", "catalogue.json", "arrays.safetensors"
+ARRAYS_OF_FIELD = ("mean", "scale", "knots")
 
 
 def write(path: str | Path, config: Mapping[str, Any], catalogue: Dataset, params: Params) -> None:
@@ -154,21 +155,24 @@ def _restore(described: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Dat
 
 
 def _vocabulary_to_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    return {"name": vocabulary.name, "kind": vocabulary.ids.dtype.kind, "ids": vocabulary.ids.tolist()}
+    ids = vocabulary.ids
+    return {"name": vocabulary.name, "kind": ids.dtype.kind, "ids": ids.tolist(), "buckets": vocabulary.buckets}
 
 
 def _vocabulary_from_json(described: dict[str, Any]) -> Vocabulary:
-    return Vocabulary(np.array(described["ids"], np.int64 if described["kind"] == "i" else np.str_), described["name"])
+    ids = np.array(described["ids"], np.int64 if described["kind"] == "i" else np.str_)
+    return Vocabulary(ids, described["name"], described.get("buckets"))
 
 
 def _field_to_json(field: Field) -> dict[str, Any]:
-    arrays = {k: None if (v := getattr(field, k)) is None else v.tolist() for k in ("mean", "scale")}
+    arrays = {k: None if (v := getattr(field, k)) is None else v.tolist() for k in ARRAYS_OF_FIELD}
     vocabulary = None if field.vocabulary is None else _vocabulary_to_json(field.vocabulary)
-    return {k: getattr(field, k) for k in ("name", "kind", "size", "width")} | arrays | {"vocabulary": vocabulary}
+    plain = {k: getattr(field, k) for k in ("name", "kind", "size", "width", "transform", "gram")}
+    return plain | arrays | {"vocabulary": vocabulary}
 
 
 def _field_from_json(described: dict[str, Any]) -> Field:
-    arrays = {k: None if described[k] is None else np.array(described[k]) for k in ("mean", "scale")}
+    arrays = {k: None if (v := described.get(k)) is None else np.array(v) for k in ARRAYS_OF_FIELD}
     vocabulary = described["vocabulary"] and _vocabulary_from_json(described["vocabulary"])
     return Field(**{**described, **arrays, "vocabulary": vocabulary})
 

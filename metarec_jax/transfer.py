@@ -81,6 +81,8 @@ def _rows(known: Vocabulary | None, new: Vocabulary | None) -> tuple[np.ndarray,
     """The rows of the values that both have, in the one and in the other; the unknown row is always among them."""
     if known is None or new is None or known.ids.dtype.kind != new.ids.dtype.kind:
         return np.full(1, UNKNOWN), np.full(1, UNKNOWN)
+    if known.buckets is not None and known.buckets == new.buckets:  # the same hashes
+        return np.arange(len(known)), np.arange(len(new))
     _, theirs, ours = np.intersect1d(known.ids, new.ids, assume_unique=True, return_indices=True)
     return np.append(UNKNOWN, theirs + 1), np.append(UNKNOWN, ours + 1)
 

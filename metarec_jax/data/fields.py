@@ -5,10 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary, is_missing
+from metarec_jax.data.hashing import grams
+from metarec_jax.data.normalise import knots, transformed
+from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary, as_ids, is_missing
 from metarec_jax.errors import DataError
 
 MAX_VALUES = 32  # of a multi-valued field that one row may have
+MAX_GRAMS = 64  # of a text
+KINDS = ("categorical", "multi", "text", "dense", "multimodal")
+NUMBERS = ("dense", "multimodal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,12 +22,16 @@ class Field:
 
     Attributes:
       name: column name; also the key in a batch's features.
-      kind: "categorical" (one int32 code a row), "multi" (int32 codes `[width]`, 0 = no more values), or
-        "dense" (float32 `[width]`, standardised; a missing value becomes the mean).
-      size: number of codes, the unknown code 0 included (1 for dense fields).
+      kind: "categorical" (one int32 code a row), "multi" (int32 codes `[width]`, 0 = no more values), "dense"
+        (float32 `[width]`, standardised; a missing value becomes the mean), or "multimodal" (float32 `[width]`: a
+        vector, standardised and divided by the root of its length, then a 1; all zeros where it is missing).
+      size: number of codes, the unknown code 0 included (1 for fields of numbers).
       width: values a row has (1 for categorical).
-      vocabulary: the raw values behind the codes (None for dense fields).
-      mean, scale: `[width]` what standardises a dense field.
+      vocabulary: the raw values behind the codes (None for fields of numbers).
+      mean, scale: what standardises numbers, `[width]`, of a vector `[width - 1]`.
+      transform: what numbers pass first, see `metarec_jax.data.normalise.transformed`.
+      knots: what that remembers of the values it was fitted to.
+      gram: of a multi-valued field of texts the length of the parts of words that are its values, beside the words.
     """
 
     name: str
@@ -32,56 +41,109 @@ class Field:
     vocabulary: Vocabulary | None = None
     mean: np.ndarray | None = None
     scale: np.ndarray | None = None
+    transform: str | None = None
+    knots: np.ndarray | None = None
+    gram: int | None = None
 
     @classmethod
-    def fit(cls, name: str, values: np.ndarray) -> "Field":
-        """Choose a kind from the values: strings and booleans are categorical, lists of strings or integers
-        multi-valued, numbers and vectors of numbers dense."""
-        kind = _kind(values, name)
+    def fit(
+        cls,
+        name: str,
+        values: np.ndarray,
+        *,
+        kind: str | None = None,
+        buckets: int | None = None,
+        transform: str | None = None,
+        gram: int = 3,
+    ) -> "Field":
+        """The field of these values.
+
+        Args:
+          name: column name.
+          values: `[n]` raw values, or `[n, width]` numbers.
+          kind: one of `KINDS`; by default strings and booleans are categorical, lists of strings or integers
+            multi-valued, numbers and vectors of numbers dense. "multimodal" is for vectors of an image, sound or text,
+            which some rows lack: models weigh those that are there by a learned gate. "text" hashes the words of a
+            text and their parts to a multi-valued field.
+          buckets: hash the values to so many codes instead of giving each its own (texts: 8192 by default).
+          transform: "log", "clip" or "quantile", for numbers with heavy tails.
+          gram: letters in the parts of words of a text; 0 for whole words only.
+
+        Raises:
+          DataError: the values are of another kind, of several lengths, infinite; no row has a vector.
+          ValueError: an unknown kind or transform, or an option that this kind does not have.
+        """
+        if kind not in (None, *KINDS):
+            raise ValueError(f"{name}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        kind = kind or _kind(values, name)
+        if transform is not None and kind not in NUMBERS:
+            raise ValueError(f"{name}: a transform is for numbers, this field is {kind}")
+        if buckets is not None and kind in NUMBERS:
+            raise ValueError(f"{name}: buckets are for values that are no numbers; this field is {kind}")
+        if kind == "text":
+            hashes = Vocabulary.hashed(8192 if buckets is None else buckets, name)
+            return cls(name, "multi", len(hashes), MAX_GRAMS, hashes, gram=gram)
         if kind == "categorical":
-            vocabulary = Vocabulary.of([str(v) for v in values if not is_missing(v)], name)
-            return cls(name, kind, len(vocabulary), 1, vocabulary)
+            texts, missing = _texts(values, name)
+            found = Vocabulary.of(texts[~missing], name) if buckets is None else Vocabulary.hashed(buckets, name)
+            return cls(name, kind, len(found), 1, found)
         if kind == "multi":
-            vocabulary = Vocabulary.of([str(v) for row in values for v in _listed(row)], name)
-            longest = max((len(_listed(row)) for row in values), default=1)
-            return cls(name, kind, len(vocabulary), min(max(longest, 1), MAX_VALUES), vocabulary)
+            flat, counts = _flat(values)
+            found = Vocabulary.of(flat, name) if buckets is None else Vocabulary.hashed(buckets, name)
+            return cls(name, kind, len(found), min(int(counts.max(initial=1)), MAX_VALUES), found)
         dense = _dense(values, name, None)
+        if kind == "multimodal" and np.isnan(dense).all():
+            raise DataError(f"column {name!r}: no row has a vector, so its length is unknown; leave the column out")
+        fitted = knots(dense, transform)
+        dense = transformed(dense, transform, fitted)
         count = np.maximum(np.isfinite(dense).sum(0), 1)
         mean = np.nansum(dense, 0) / count
         scale = np.sqrt(np.nansum((dense - mean) ** 2, 0) / count)
         varies = scale > 1e-7 * np.abs(mean)  # a constant's deviation is rounding, and not always 0
-        return cls(name, kind, 1, dense.shape[1], None, mean, np.where(varies, scale, 1.0))
+        width = dense.shape[1] + (kind == "multimodal")
+        return cls(name, kind, 1, width, None, mean, np.where(varies, scale, 1.0), transform, fitted)
 
     def encode(self, values: Any) -> np.ndarray:
-        """Codes `[n]` (categorical), `[n, width]` (multi) or float32 `[n, width]` (dense) of raw `values`
-        `[n]`.
+        """Codes `[n]` (categorical), `[n, width]` (multi) or float32 `[n, width]` (numbers) of raw `values` `[n]`.
 
-        A value never seen gets code 0; a missing dense value the mean (0 after standardising). An infinite
-        dense value, or one that is no number, raises `DataError`.
+        A value never seen gets code 0; a missing dense value the mean (0 after standardising), a missing vector of a
+        multimodal field zeros. An infinite value, or one that is no number, raises `DataError`.
         """
         values = np.asarray(values) if not isinstance(values, list) else as_objects(values)
-        if self.kind == "dense":
+        if self.kind in NUMBERS:
             assert self.mean is not None
             assert self.scale is not None
-            dense = (_dense(values, self.name, self.width) - self.mean) / self.scale
-            return np.nan_to_num(dense, nan=0.0).astype(np.float32)
+            dense = _dense(values, self.name, len(self.mean))
+            present = ~np.isnan(dense).all(1, keepdims=True)
+            dense = np.nan_to_num((transformed(dense, self.transform, self.knots) - self.mean) / self.scale, nan=0.0)
+            if self.kind == "multimodal":
+                dense = np.concatenate([dense / len(self.mean) ** 0.5, present], 1)
+            return dense.astype(np.float32)
         assert self.vocabulary is not None
         if self.kind == "categorical":
-            missing = np.array([is_missing(v) for v in values], bool)
-            codes = self.vocabulary.encode(["" if is_missing(v) else str(v) for v in values])
-            return np.where(missing, 0, codes).astype(np.int32)
+            texts, missing = _texts(values, self.name)
+            return np.where(missing, UNKNOWN, self.vocabulary.encode(texts)).astype(np.int32)
+        if self.gram is not None:
+            values = as_objects([None if is_missing(v) else grams(self._text(v), self.gram) for v in values])
+        flat, counts = _flat(values)
+        known, row = self.vocabulary.encode(flat), np.repeat(np.arange(len(counts)), counts)
+        known, row = known[known != UNKNOWN], row[known != UNKNOWN]
+        place = np.arange(len(row)) - np.searchsorted(row, row)
         codes = np.zeros((len(values), self.width), np.int32)
-        for i, row in enumerate(values):
-            known = self.vocabulary.encode([str(v) for v in _listed(row)])
-            known = known[known != UNKNOWN][: self.width]
-            codes[i, : len(known)] = known
+        kept = place < self.width
+        codes[row[kept], place[kept]] = known[kept]
         return codes
 
     def unknown(self) -> np.ndarray:
         """The encoded row of an entity about which nothing is known."""
         return np.zeros(
-            () if self.kind == "categorical" else self.width, np.float32 if self.kind == "dense" else np.int32
+            () if self.kind == "categorical" else self.width, np.float32 if self.kind in NUMBERS else np.int32
         )
+
+    def _text(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise DataError(f"column {self.name!r} holds {value!r}, which is no text; convert it to a string")
+        return value
 
 
 def encode_table(
@@ -101,6 +163,23 @@ def as_objects(values: list[Any]) -> np.ndarray:
     array = np.empty(len(values), object)
     array[:] = values
     return array
+
+
+def _texts(values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Strings `[n]` of the values, and which are missing."""
+    if values.dtype.kind == "S":
+        values = as_ids(values, f"column {name!r}")
+    if values.dtype.kind != "O":
+        missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
+        return values.astype(np.str_), missing
+    missing = np.array([is_missing(v) for v in values], bool)
+    return np.array(["" if m else str(v) for v, m in zip(values, missing, strict=True)], np.str_), missing
+
+
+def _flat(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The strings of all rows of a multi-valued field, one after the other, and how many each row `[n]` has."""
+    rows = [_listed(row) for row in values]
+    return np.array([str(v) for row in rows for v in row], np.str_), np.array([len(row) for row in rows], int)
 
 
 def _listed(row: Any) -> list[Any]:
@@ -128,6 +207,19 @@ def _kind(values: np.ndarray, name: str) -> str:
 
 def _dense(values: np.ndarray, name: str, width: int | None) -> np.ndarray:
     """float64 `[n, width]`; NaN where missing."""
+    if values.dtype.kind in "iufb" and values.ndim <= 2:
+        dense = values.astype(float).reshape(len(values), -1 if len(values) else width or 1)
+        if width is not None and dense.shape[1] != width:
+            raise DataError(f"column {name!r}: row 0 has {dense.shape[1]} values where the others have {width}")
+    else:
+        dense = _dense_objects(values, name, width)
+    if (infinite := np.isinf(dense).any(1)).any():
+        row = int(infinite.argmax())
+        raise DataError(f"column {name!r}: row {row} is infinite; replace it by a number or leave it empty")
+    return dense
+
+
+def _dense_objects(values: np.ndarray, name: str, width: int | None) -> np.ndarray:
     rows = [np.atleast_1d(np.nan if is_missing(v) else np.asarray(v)) for v in values]
     if width is None:
         width = max((len(row) for row, v in zip(rows, values, strict=True) if not is_missing(v)), default=1)
@@ -141,6 +233,4 @@ def _dense(values: np.ndarray, name: str, width: int | None) -> np.ndarray:
             dense[i] = row
         except (TypeError, ValueError) as error:
             raise DataError(f"column {name!r}: row {i} holds {values[i]!r}, which is no number") from error
-        if np.isinf(dense[i]).any():
-            raise DataError(f"column {name!r}: row {i} is infinite; replace it by a number or leave it empty")
     return dense

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LATEST = 10**11  # seconds; what is later must be in another unit
 COLUMNS = ("user_id", "item_id", "rating", "timestamp")
+Options = Mapping[str, Mapping[str, Any]] | None
 
 
 def from_tables(
@@ -29,6 +30,7 @@ def from_tables(
     columns: Mapping[str, str] | None = None,
     clean: Sequence[Rule] = (),
     context: Sequence[str] = (),
+    fields: Mapping[str, Mapping[str, Any]] | None = None,
     title: str = "title",
     name: str = "tables",
 ) -> Dataset:
@@ -47,6 +49,9 @@ def from_tables(
         many rows each touched, and is kept with a model.
       context: columns of `interactions` that tell what was around each one (device, hour); models read them as they
         read attributes.
+      fields: how to encode columns of attributes or context where the default does not suit: keyword arguments of
+        `Field.fit` by column, for instance `{"price": {"transform": "log"}, "poster": {"kind": "multimodal"},
+        "plot": {"kind": "text"}, "seller": {"buckets": 10_000}}`.
       title: the column of `items` to show to people; it is not a field.
       name: what to call the dataset in reports.
 
@@ -76,11 +81,14 @@ def from_tables(
     item_table = None if items is None else to_polars(items, "items")
     user_vocabulary = _vocabulary(user_ids, user_table, names["user_id"], "users")
     item_vocabulary = _vocabulary(item_ids, item_table, names["item_id"], "items")
-    user_fields, user_features, _ = _attributes(user_table, names["user_id"], user_vocabulary, None)
-    item_fields, item_features, titles = _attributes(item_table, names["item_id"], item_vocabulary, title)
+    user_fields, user_features, _ = _attributes(user_table, names["user_id"], user_vocabulary, None, fields)
+    item_fields, item_features, titles = _attributes(item_table, names["item_id"], item_vocabulary, title, fields)
     user, item = user_vocabulary.encode(user_ids), item_vocabulary.encode(item_ids)
     keep = _last_of_each_pair(user, item, timestamp)
-    context_fields, context_features = _contexts(table, context, set(names.values()), keep)
+    context_fields, context_features = _contexts(table, context, set(names.values()), keep, fields)
+    known = {f.name for f in (*user_fields, *item_fields, *context_fields)}
+    if unknown := set(fields or ()) - known:
+        raise DataError(f"fields: there is no column {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
     return Dataset(
         name=name,
         user=user[keep],
@@ -254,14 +262,14 @@ def _vocabulary(raw: np.ndarray, table: "pl.DataFrame | None", key: str, what: s
 
 
 def _attributes(
-    table: "pl.DataFrame | None", key: str, vocabulary: Vocabulary, title: str | None
+    table: "pl.DataFrame | None", key: str, vocabulary: Vocabulary, title: str | None, options: Options
 ) -> tuple[tuple[Field, ...], dict[str, np.ndarray], np.ndarray | None]:
     """Fields, their features `[rows, ...]` and the titles of an attribute table."""
     if table is None:
         return (), {}, None
     rows = vocabulary.encode(ids(table, key, key))
     values = {c: _values(table[c]) for c in table.columns if c not in (key, title)}
-    fields = tuple(Field.fit(c, v) for c, v in values.items())
+    fields = tuple(Field.fit(c, v, **(options or {}).get(c, {})) for c, v in values.items())
     titles = None
     if title in table.columns:
         titles = np.full(len(vocabulary), "", object)
@@ -270,20 +278,28 @@ def _attributes(
 
 
 def _contexts(
-    table: "pl.DataFrame", columns: Sequence[str], taken: set[str], keep: np.ndarray
+    table: "pl.DataFrame", columns: Sequence[str], taken: set[str], keep: np.ndarray, options: Options
 ) -> tuple[tuple[Field, ...], dict[str, np.ndarray]]:
     """Fields of these columns of the interactions and their features, of the rows that are kept."""
     if isinstance(columns, str) or len(set(columns)) < len(columns) or taken & set(columns):
         others = ", ".join(sorted(taken))
         raise DataError(f"context: give a list of other columns than {others}, each once; got {columns!r}")
     values = {c: _values(_column(table, c, "interactions")[keep]) for c in columns}
-    fields = tuple(Field.fit(c, v) for c, v in values.items())
+    fields = tuple(Field.fit(c, v, **(options or {}).get(c, {})) for c, v in values.items())
     return fields, {f.name: f.encode(values[f.name]) for f in fields}
 
 
 def _values(series: "pl.Series") -> np.ndarray:
+    import polars as pl
+
     if series.dtype.is_numeric() and not series.null_count():
         return series.to_numpy()
+    if isinstance(series.dtype, pl.Array):
+        series = series.arr.to_list()
+    if series.dtype in (pl.List(pl.Float32), pl.List(pl.Float64)):
+        lengths = series.list.len().unique()
+        if len(lengths) == 1 and lengths[0]:  # vectors, all there: not by way of objects
+            return series.explode().to_numpy().reshape(len(series), -1)
     return as_objects(series.to_list())
 
 

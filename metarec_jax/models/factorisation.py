@@ -9,7 +9,17 @@ from flax import nnx
 
 from metarec_jax.data.fields import Field
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, ByField, bias, look_up, need_item_fields, profile, sum_of_biases, table
+from metarec_jax.models.profile import (
+    PREFIX,
+    ByField,
+    bias,
+    need_item_fields,
+    profile,
+    slots,
+    sum_of_biases,
+    table,
+    vectors,
+)
 
 
 class FactorisationMachine(nnx.Module):
@@ -23,14 +33,14 @@ class FactorisationMachine(nnx.Module):
         self.fields = nnx.static({name: field.kind for name, field in fields.items()})
         self.embedding = nnx.Dict({name: table(field, width, rngs) for name, field in fields.items()})
         self.embedding_bias = nnx.Dict({name: bias(field, rngs) for name, field in fields.items()})
-        sizes = [width * len(fields), *hidden]
+        sizes = [width * slots(fields), *hidden]
         self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(sizes)])
         inputs = width + (sizes[-1] if hidden else 0)
         self.head = nnx.Linear(inputs, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def vectors(self, features: ByField) -> dict[str, jax.Array]:
         """`[..., width]` of each field."""
-        return {name: look_up(self.embedding[name], features[name], kind) for name, kind in self.fields.items()}
+        return vectors(self.embedding, features, self.fields)
 
     def embed(self, features: ByField) -> jax.Array:
         """Input of the head `[..., width]`: the item's vector, then the hidden layers' output."""

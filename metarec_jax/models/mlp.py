@@ -9,7 +9,7 @@ from flax import nnx
 
 from metarec_jax.data.fields import Field
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, ByField, bias, look_up, profile, sum_of_biases, table
+from metarec_jax.models.profile import PREFIX, ByField, bias, profile, slots, sum_of_biases, table, vectors
 
 
 class EmbeddingMLP(nnx.Module):
@@ -28,15 +28,15 @@ class EmbeddingMLP(nnx.Module):
             biases[name] = bias(field, rngs)
             if hidden or not name.startswith(PREFIX):
                 tables[name] = table(field, width, rngs)
-        self.deep = tuple(tables)
+        self.deep = nnx.static({name: fields[name].kind for name in tables})
         self.embedding, self.embedding_bias = nnx.Dict(tables), nnx.Dict(biases)
-        sizes = [width * len(tables), *hidden]
+        sizes = [width * slots({name: fields[name] for name in tables}), *hidden]
         self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(sizes)])
         self.head = nnx.Linear(sizes[-1], 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def embed(self, features: ByField) -> jax.Array:
         """Input of the head `[..., width]`."""
-        x = jnp.concatenate([look_up(self.embedding[f], features[f], self.fields[f]) for f in self.deep], -1)
+        x = jnp.concatenate([*vectors(self.embedding, features, self.deep).values()], -1)
         for layer in self.layers:
             x = nnx.relu(layer(x))
         return x

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from metarec_jax.data.fields import Field
+from metarec_jax.data.fields import NUMBERS, Field
 from metarec_jax.models.model import Encoder
 from metarec_jax.tasks import Examples, History, Params
 
@@ -23,8 +23,7 @@ class Profile(nnx.Module):
         self.tables = nnx.Dict({name: table(field, width, rngs) for name, field in fields.items()})
 
     def __call__(self, features: ByField) -> jax.Array:
-        parts = [look_up(self.tables[name], features[name], kind) for name, kind in self.fields.items()]
-        return jnp.concatenate(parts, -1)
+        return jnp.concatenate([*vectors(self.tables, features, self.fields).values()], -1)
 
 
 def profile(fields: Mapping[str, Field], width: int) -> Encoder | None:
@@ -41,7 +40,7 @@ def profile(fields: Mapping[str, Field], width: int) -> Encoder | None:
     return Encoder(
         init=lambda key: nnx.to_pure_dict(nnx.state(Profile(own, width, nnx.Rngs(key)))),
         apply=lambda params, features: nnx.merge(graph, nnx.State(params))(features),
-        width=width * len(own),
+        width=width * slots(own),
     )
 
 
@@ -64,16 +63,20 @@ def profile_of(encoder: Encoder, params: Params, support: Examples) -> jax.Array
 
 
 def table(field: Field, width: int, rngs: nnx.Rngs, scale: float = 0.1) -> nnx.Module:
-    """The layer that embeds one field in `width` numbers."""
+    """The layer that embeds one field in `width` numbers; of a multimodal field, one more is the gate's."""
+    if field.kind == "multimodal":  # without a bias: a missing vector is all zeros, one that is there ends in a 1
+        kernel = nnx.initializers.normal(scale)
+        return nnx.Linear(field.width, width + 1, use_bias=False, kernel_init=kernel, rngs=rngs)
     if field.kind == "dense":
         return nnx.Linear(field.width, width, kernel_init=nnx.initializers.normal(scale), rngs=rngs)
     return nnx.Embed(field.size, width, embedding_init=nnx.initializers.normal(scale), rngs=rngs)
 
 
 def bias(field: Field, rngs: nnx.Rngs) -> nnx.Module:
-    """The layer that gives one field's bias, 0 at first."""
-    if field.kind == "dense":
-        return nnx.Linear(field.width, 1, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
+    """The layer that gives one field's bias, 0 at first; of a multimodal field, its gate too."""
+    if field.kind in NUMBERS:
+        size = 1 + (field.kind == "multimodal")
+        return nnx.Linear(field.width, size, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
     return nnx.Embed(field.size, 1, embedding_init=nnx.initializers.zeros, rngs=rngs)
 
 
@@ -85,9 +88,47 @@ def look_up(layer: Callable[[jax.Array], jax.Array], x: jax.Array, kind: str) ->
     return jnp.where(present, layer(x), 0.0).sum(-2) / jnp.maximum(present.sum(-2), 1)
 
 
+def vectors(layers: Mapping[str, Any], features: ByField, kinds: Mapping[str, str]) -> dict[str, jax.Array]:
+    """`[..., width]` of each field, which `layers` look up; the multimodal fields of one side are one vector.
+
+        v = sum_m g_m P_m x_m,  g = softmax over the modalities m that are there of a_m . x_m
+
+    x_m ends in a 1 (see `Field`), so that a_m . x_m holds a bias: how far a modality is to be trusted whatever it says.
+    With all of them missing v is 0.
+
+    References:
+      Arevalo et al., Gated Multimodal Units for Information Fusion, ICLR 2017 workshop, section 3; the softmax over
+      those present is ours.
+    """
+    members: dict[str, list[str]] = {}
+    for name, kind in kinds.items():
+        members.setdefault(_slot(name, kind), []).append(name)
+    found = {}
+    for slot, names in members.items():
+        values = [look_up(layers[name], features[name], kinds[name]) for name in names]
+        mix = kinds[names[0]] == "multimodal"
+        found[slot] = _mixed(values, [features[name][..., -1] > 0 for name in names]) if mix else values[0]
+    return found
+
+
+def slots(fields: Mapping[str, Field]) -> int:
+    """How many vectors `vectors` makes of these fields."""
+    return len({_slot(name, field.kind) for name, field in fields.items()})
+
+
+def _slot(name: str, kind: str) -> str:
+    return f"{name.partition('/')[0]}/*" if kind == "multimodal" else name
+
+
+def _mixed(projected: list[jax.Array], present: list[jax.Array]) -> jax.Array:
+    values, there = jnp.stack(projected, -2), jnp.stack(present, -1)
+    gate = jax.nn.softmax(jnp.where(there, values[..., -1], -1e9), -1)
+    return (jnp.where(there, gate, 0.0)[..., None] * values[..., :-1]).sum(-2)
+
+
 def sum_of_biases(layers: Mapping[str, Any], features: ByField, kinds: Mapping[str, str]) -> jax.Array:
     """`[..., 1]` sum of the fields' biases, which `layers` look up."""
-    return sum((look_up(layers[f], features[f], kind) for f, kind in kinds.items()), start=jnp.zeros(()))
+    return sum(vectors(layers, features, kinds).values(), start=jnp.zeros(()))
 
 
 def need_item_fields(fields: Mapping[str, Field]) -> None:

@@ -9,7 +9,7 @@ from flax import nnx
 from metarec_jax.data.fields import Field
 from metarec_jax.models.mlp import EmbeddingMLP
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, look_up, need_item_fields, profile
+from metarec_jax.models.profile import PREFIX, need_item_fields, profile, slots, vectors
 from metarec_jax.tasks import Features, History
 
 Encode = Callable[[jax.Array, jax.Array], jax.Array]
@@ -36,8 +36,9 @@ class SequenceModel(EmbeddingMLP):
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(fields, width, hidden, rngs)
-        self.of_items = tuple(name for name in fields if not name.startswith(PREFIX))
-        inputs, deep = width * len(self.of_items), self.head.in_features
+        items = {name: field for name, field in fields.items() if not name.startswith(PREFIX)}
+        self.of_items = nnx.static({name: field.kind for name, field in items.items()})
+        inputs, deep = width * slots(items), self.head.in_features
         self.token = nnx.Linear(inputs, width, rngs=rngs)
         self.token_target = nnx.Linear(1, 2 * width, rngs=rngs)
         self.encoder = encoder(rngs)
@@ -65,7 +66,7 @@ class SequenceModel(EmbeddingMLP):
 
     def items(self, features: Features) -> jax.Array:
         """The embeddings of the item fields, one after the other."""
-        return jnp.concatenate([look_up(self.embedding[f], features[f], self.fields[f]) for f in self.of_items], -1)
+        return jnp.concatenate([*vectors(self.embedding, features, self.of_items).values()], -1)
 
     def states(self, features: History) -> jax.Array:
         """`[examples, width]` of one user: what the encoder knew before each example."""

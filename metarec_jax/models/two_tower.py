@@ -9,7 +9,17 @@ from flax import nnx
 
 from metarec_jax.data.fields import Field
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, ByField, bias, look_up, need_item_fields, profile, sum_of_biases, table
+from metarec_jax.models.profile import (
+    PREFIX,
+    ByField,
+    bias,
+    need_item_fields,
+    profile,
+    slots,
+    sum_of_biases,
+    table,
+    vectors,
+)
 
 
 class TwoTower(nnx.Module):
@@ -22,14 +32,16 @@ class TwoTower(nnx.Module):
         self.fields = nnx.static({name: field.kind for name, field in fields.items()})
         self.embedding = nnx.Dict({name: table(field, width, rngs) for name, field in fields.items()})
         self.embedding_bias = nnx.Dict({name: bias(field, rngs) for name, field in fields.items()})
-        self.user_fields = tuple(name for name in fields if name.startswith(PREFIX))
-        self.item_fields = tuple(name for name in fields if not name.startswith(PREFIX))
+        users = {name: field for name, field in fields.items() if name.startswith(PREFIX)}
+        items = {name: field for name, field in fields.items() if not name.startswith(PREFIX)}
+        self.user_fields = nnx.static({name: field.kind for name, field in users.items()})
+        self.item_fields = nnx.static({name: field.kind for name, field in items.items()})
 
-        def tower(names: Sequence[str]) -> nnx.List:
-            sizes = [width * len(names), *hidden, width]
-            return nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(sizes)] if names else [])
+        def tower(inputs: Mapping[str, Field]) -> nnx.List:
+            sizes = [width * slots(inputs), *hidden, width]
+            return nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(sizes)] if inputs else [])
 
-        self.user, self.item = tower(self.user_fields), tower(self.item_fields)
+        self.user, self.item = tower(users), tower(items)
         self.head = nnx.Linear(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def embed(self, features: ByField) -> jax.Array:
@@ -44,8 +56,8 @@ class TwoTower(nnx.Module):
             score += (item * self._run(self.user, self.user_fields, features)).sum(-1)
         return score + sum_of_biases(self.embedding_bias, features, self.fields)[..., 0]
 
-    def _run(self, tower: nnx.List, names: Sequence[str], features: ByField) -> jax.Array:
-        x = jnp.concatenate([look_up(self.embedding[f], features[f], self.fields[f]) for f in names], -1)
+    def _run(self, tower: nnx.List, kinds: Mapping[str, str], features: ByField) -> jax.Array:
+        x = jnp.concatenate([*vectors(self.embedding, features, kinds).values()], -1)
         for layer in tower[:-1]:
             x = nnx.relu(layer(x))
         return tower[-1](x)

@@ -8,8 +8,10 @@ from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fetch import load
 from metarec_jax.data.fields import Field
 from metarec_jax.data.negatives import with_negatives
+from metarec_jax.data.normalise import centre_users, rescale
 from metarec_jax.data.open_bandit import LoggedFeedback, open_bandit
 from metarec_jax.data.protocols import Scenario, TimeSplit
+from metarec_jax.data.recency import with_recency
 from metarec_jax.data.splits import ColdUsers, Histories, Split
 from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.stream import Prepared, prepare
@@ -20,6 +22,7 @@ from metarec_jax.data.vocabulary import Vocabulary
 
 __all__ = [
     "Batch", "ColdUsers", "Dataset", "Field", "Histories", "ItemStatistics", "LoggedFeedback", "Prepared", "Scenario",
-    "Split", "Target", "TimeSplit", "Vocabulary", "batches", "bucket_sizes", "by_item", "by_key", "cleaning",
-    "features", "from_tables", "load", "open_bandit", "prepare", "read_table", "synthetic", "with_negatives",
+    "Split", "Target", "TimeSplit", "Vocabulary", "batches", "bucket_sizes", "by_item", "by_key", "centre_users",
+    "cleaning", "features", "from_tables", "load", "open_bandit", "prepare", "read_table", "rescale", "synthetic",
+    "with_negatives", "with_recency",
 ]  # fmt: skip

@@ -14,6 +14,8 @@ import optax
 
 from metarec_jax import saving
 from metarec_jax.data.batches import batches
+from metarec_jax.data.candidates import Among, judged_on
+from metarec_jax.data.candidates import candidates as draw
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.histories import History, encode_attributes, encode_history, is_one_user
 from metarec_jax.data.protocols import PROTOCOLS, Protocol
@@ -118,40 +120,51 @@ class Recommender:
         return found[0] if single else found
 
     def evaluate(
-        self, data: Dataset | None = None, *, support: int | None = None, baselines: bool = True
+        self,
+        data: Dataset | None = None,
+        *,
+        support: int | None = None,
+        candidates: Among = "query",
+        baselines: bool = True,
     ) -> dict[str, dict[str, float]]:
         """Metrics on the test users, who were never seen in training, beside the plain baselines on the same tasks.
 
         Args:
           data: the dataset of the training; may be left out unless the model was loaded.
           support: largest support size (default: all that a user has besides the query).
+          candidates: among what the query is ranked: "query", its own items; a number, so many sampled items besides
+            that the user has no interaction with; "all", all such items. They count as not clicked.
           baselines: compute two means, ALS fold-in and item-kNN too.
 
         Returns:
           `{learner: {metric: value}}`.
         """
-        scores = self.scores(data, support=support, baselines=baselines)
+        scores = self.scores(data, support=support, candidates=candidates, baselines=baselines)
         return {learner: summarise(found, self.target.kind) for learner, found in scores.items()}
 
     def scores(
-        self, data: Dataset | None = None, *, support: int | None = None, baselines: bool = True
+        self,
+        data: Dataset | None = None,
+        *,
+        support: int | None = None,
+        candidates: Among = "query",
+        baselines: bool = True,
     ) -> dict[str, Scores]:
         """What `evaluate` summarises: every test user's scores by learner; arguments as there."""
-        split = self._split(data, "evaluate(data)")
-        longest = int(np.maximum(split.test.lengths - self.protocol.query, 1).max())
+        split, query = self._split(data, "evaluate(data)"), self.protocol.query
+        test, longest = split.test, int(np.maximum(split.test.lengths - query, 1).max())
         width = -(-longest // 32) * 32  # splits and support sizes share their shapes, hence what is compiled
-        tasks = batches(
-            split.test,
-            self.target,
-            query=self.protocol.query,
-            support=support,
-            batch_size=len(split.test),
-            buckets=(width,),
+        judged = draw(test, self.target, candidates, query=query)
+        size = min(len(test), max(1, CELLS // judged.item.shape[1]))
+        tasks = (
+            judged_on(batch, test, judged)
+            for batch in batches(test, self.target, query=query, support=support, batch_size=size, buckets=(width,))
         )
         name = self.recipe["strategy"]["name"] or "strategy"
         results = {name: score_tasks(self.strategy, self.params, tasks, self.target)}
         if baselines:
-            results |= score_baselines(split.train, split.test, self.target, query=self.protocol.query, support=support)
+            options: dict[str, Any] = {"query": query, "support": support, "among": candidates}
+            results |= score_baselines(split.train, test, self.target, **options)
         return results
 
     def adaptation_cost(self, data: Dataset | None = None, *, users: int = 256, repeats: int = 5) -> tuple[float, int]:

@@ -22,7 +22,8 @@ class Examples(NamedTuple):
     Attributes:
       features: pytree of arrays `[users, examples, ...]`, whatever the model reads.
       target: `[users, examples]` what the model should predict: a rating, or 1 for a click and 0 for none.
-      mask: `[users, examples]` 1 for a real interaction, 0 for padding.
+      mask: `[users, examples]` 1 for a real interaction, 0 for padding. A positive number is the weight of the example:
+        one of weight 2 counts as two.
     """
 
     features: Features
@@ -58,9 +59,11 @@ class History(NamedTuple):
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `values` where `mask` is 1; 0 where nothing is."""
+    """Mean of `values`, each as often as `mask` says; 0 where nothing is."""
     kept = mask > 0
-    return jnp.where(kept, values, 0.0).sum() / jnp.maximum(kept.sum(), 1)
+    weight = jnp.where(kept, mask, 0).astype(jnp.result_type(values, jnp.float32))
+    total = weight.sum()
+    return (weight * jnp.where(kept, values, 0.0)).sum() / jnp.where(total > 0, total, 1.0)
 
 
 def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples) -> jax.Array:

@@ -65,6 +65,7 @@ def fit(
     average: float = 0.9,
     unknown: float = 0.1,
     short: float | None = None,
+    noise: float = 0.0,
     statistics: ItemStatistics | None = None,
     seed: int = 0,
     params: Params | None = None,
@@ -94,6 +95,8 @@ def fit(
       short: share of users whose support set is cut to a random length in training; where there are any, validation
         means over 3 and all support examples. Default: 0.8 for ratings, where it is much better for new users with few
         of them and no worse with many; 0 for clicks, where it helps only strategies with inner gradient steps (0.5).
+      noise: share of the support ratings that are replaced by random ones in training, so that adaptation learns how
+        far to trust them; queries stay as they are.
       statistics: takes a training user's own interactions out of the item field that it made, when the data has it.
       seed: of the initial parameters and of the sampling.
       params: initial parameters (default: those of `strategy.init`).
@@ -116,6 +119,7 @@ def fit(
         "batch_size": batch_size,
         "unknown": unknown,
         "short": short,
+        "noise": noise,
         "statistics": statistics,
     }
     judged = (3, None) if short else (None,)

@@ -87,6 +87,7 @@ def batches(
     rng: np.random.Generator | None = None,
     unknown: float = 0.0,
     short: float = 0.0,
+    noise: float = 0.0,
     statistics: ItemStatistics | None = None,
 ) -> Iterator[Batch]:
     """All users once, as task batches of `batch_size` users; each support width is one of `buckets`.
@@ -106,6 +107,7 @@ def batches(
       unknown: share of users, of items, and of interactions whose identity or context is hidden, so that the rows for
         unknown values are trained too.
       short: share of users whose support set is cut to a random length, log-uniform from 1 to all.
+      noise: share of support ratings that are replaced by random ones, any rating of the data as likely; needs `rng`.
       statistics: takes each user's own interactions out of the field `training statistics`; for training users only.
     """
     order, skip = np.arange(len(histories)), np.zeros(len(histories), int)
@@ -129,6 +131,7 @@ def batches(
     ]
     if rng is not None:
         pieces = [pieces[i] for i in rng.permutation(len(pieces))]
+    levels = target.grade(np.unique(histories.data.rating)) if noise else None
     for piece in pieces:
         width = buckets[int(np.searchsorted(buckets, supports[piece].max()))]
         begin = histories.starts[piece] + skip[piece]
@@ -137,10 +140,19 @@ def batches(
             user = np.where(rng.random(len(user)) < unknown, UNKNOWN, user)
         shared = (rng, unknown, statistics)
         chunk = Task(
-            _examples(histories, target, user, begin + queries[piece], supports[piece], width, *shared),
+            _examples(histories, target, user, begin + queries[piece], supports[piece], width, *shared, support=True),
             _examples(histories, target, user, begin, queries[piece], query, *shared),
         )
+        if rng is not None and noise:
+            chunk = chunk._replace(support=_replaced(chunk.support, noise, levels, rng))
         yield Batch(pad_users(chunk, batch_size), piece)
+
+
+def _replaced(examples: Examples, share: float, levels: np.ndarray, rng: np.random.Generator) -> Examples:
+    """A `share` of the targets replaced by random ones of `levels`."""
+    target, mask = np.asarray(examples.target), np.asarray(examples.mask)
+    hit = (rng.random(target.shape) < share) & (mask > 0)
+    return examples._replace(target=np.where(hit, rng.choice(levels, target.shape), target).astype(target.dtype))
 
 
 def pad_users(task: Task, size: int) -> Task:
@@ -162,6 +174,7 @@ def _examples(
     rng: np.random.Generator | None,
     unknown: float,
     statistics: ItemStatistics | None,
+    support: bool = False,
 ) -> Examples:
     """Examples `[users, width]` of the interactions `begin[i] : begin[i] + count[i]` of each user."""
     data, column = histories.data, np.arange(width)
@@ -175,8 +188,9 @@ def _examples(
     found["order"] = np.where(mask, data.order[index], 0)
     if rng is not None and unknown:
         found["item_id"] = np.where(rng.random(item.shape) < unknown, UNKNOWN, found["item_id"])
-    values: Any = np.where(mask, target.encode(data.rating[index]), 0).astype(np.float32)
+    rating = data.rating[index]
+    values: Any = np.where(mask, target.grade(rating) if support else target.encode(rating), 0).astype(np.float32)
     kept: Any = mask.astype(np.float32)  # numpy here, on the device from the jitted step on
     if statistics is not None:
-        found[f"item/{STATISTICS}"] = statistics.without(data.user[index], item, values)
+        found[f"item/{STATISTICS}"] = statistics.without(data.user[index], item, rating)
     return Examples(found, values, kept)

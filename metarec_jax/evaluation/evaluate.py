@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metarec_jax.data.batches import Batch, batches
+from metarec_jax.data.batches import Batch
+from metarec_jax.data.candidates import Among, candidates
 from metarec_jax.data.splits import Histories
 from metarec_jax.data.target import Target
 from metarec_jax.evaluation import metrics
@@ -52,30 +53,34 @@ def score_tasks(strategy: Strategy, params: Params, tasks: Iterator[Batch], targ
 
 
 def score_baselines(
-    train: Histories, test: Histories, target: Target, *, query: int = 10, support: int | None = None
+    train: Histories,
+    test: Histories,
+    target: Target,
+    *,
+    query: int = 10,
+    support: int | None = None,
+    among: Among = "query",
 ) -> dict[str, Scores]:
-    """The plain baselines on the same tasks: same training users, same support sets, same queries."""
+    """The plain baselines on the same tasks: same training users, same support sets, same candidates."""
     data = train.data
 
     def values(index: np.ndarray) -> np.ndarray:
         return target.encode(data.rating[index]).astype(float)
 
     known = Interactions(data.user[train.index], data.item[train.index], values(train.index), len(data.items))
-    (batch,) = batches(test, target, query=query, batch_size=len(test), buckets=(int(test.lengths.max()),))
-    order = np.argsort(batch.positions)
-    truth, mask = (np.asarray(x)[order] for x in (batch.task.query.target, batch.task.query.mask))
+    judged = candidates(test, target, among, query=query)
+    queries, real = (judged.index >= 0).sum(1), judged.mask > 0
     results = {}
     for name, make in BASELINES.items():
         predict = make(known)
-        scores = np.zeros_like(truth)
+        scores = np.zeros_like(judged.target)
         for u in range(len(test)):
-            history = test.index[test.starts[u] : test.starts[u + 1]]
-            judged, seen = history[: int(mask[u].sum())], history[int(mask[u].sum()) :][:support]
-            scores[u, : len(judged)] = predict(data.item[seen], values(seen), data.item[judged])
+            seen = test.index[test.starts[u] : test.starts[u + 1]][queries[u] :][:support]
+            scores[u, real[u]] = predict(data.item[seen], values(seen), judged.item[u, real[u]])
         if target.kind == "click":  # least squares on 0 / 1 estimates the probability, but may leave [0, 1]
-            results[name] = Scores(np.clip(scores, 0, 1), truth, mask)
+            results[name] = Scores(np.clip(scores, 0, 1), judged.target, judged.mask)
         else:
-            results[name] = Scores(target.decode(scores), target.decode(truth), mask)
+            results[name] = Scores(target.decode(scores), target.decode(judged.target), judged.mask)
     return results
 
 

@@ -96,7 +96,7 @@ def alpaca(
         keep, prior = support.mask > 0, cholesky(params)
         z = jnp.where(keep[..., None], inputs(params, support.features), 0.0) @ prior  # d_u = L a, a ~ N(0, I)
         shared = jnp.where(keep, model.apply(params["model"], support.features), 0.0)
-        target = jnp.where(keep, support.target, 0.0)
+        target, weight = jnp.where(keep, support.target, 0.0), jnp.where(keep, support.mask, 0.0)
 
         def derivatives(at: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Gradient of the negative log posterior, and the inverse of its Hessian's Cholesky factor."""
@@ -107,8 +107,8 @@ def alpaca(
             else:
                 slope = jax.nn.sigmoid(scores) - target
                 curvature = jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores)
-            hessian = jnp.einsum("unf,un,ung->ufg", z, curvature, z) + jnp.eye(width + 1)
-            return jnp.einsum("unf,un->uf", z, slope) + at, inverse_cholesky(hessian)
+            hessian = jnp.einsum("unf,un,ung->ufg", z, weight * curvature, z) + jnp.eye(width + 1)
+            return jnp.einsum("unf,un->uf", z, weight * slope) + at, inverse_cholesky(hessian)
 
         def shorten(at: jax.Array, step: jax.Array, gradient: jax.Array) -> jax.Array:
             """`[users]` the first of 1, 1/2, 1/4 ... at which the negative log posterior falls enough (Armijo): a full
@@ -117,19 +117,22 @@ def alpaca(
             def value(length: jax.Array) -> jax.Array:
                 new = at + length * step
                 scores = shared + jnp.einsum("unf,uf->un", z, new)
-                return jnp.where(keep, loss(scores, target), 0.0).sum(-1) + 0.5 * jnp.square(new).sum(-1)
+                return (weight * loss(scores, target)).sum(-1) + 0.5 * jnp.square(new).sum(-1)
 
             lengths, before = 0.5 ** jnp.arange(8), value(jnp.zeros(()))
             fall = 0.1 * lengths[:, None] * (gradient * step).sum(-1) + 1e-5 * (1 + before)  # the last for rounding
             enough = jax.vmap(value)(lengths) <= before + fall
             return jax.lax.stop_gradient(lengths[jnp.argmax(enough, axis=0)])
 
-        at = jnp.zeros((z.shape[0], width + 1), z.dtype)
-        for _ in range(steps if kind == "bernoulli" else 1):
-            at = jax.lax.stop_gradient(at)
+        def newton(at: jax.Array) -> jax.Array:
             gradient, root = derivatives(at)
             step = -jnp.einsum("ugf,ugh,uh->uf", root, root, gradient)
-            at += step if kind == "gaussian" else shorten(at, step, gradient)[:, None] * step
+            return at + (step if kind == "gaussian" else shorten(at, step, gradient)[:, None] * step)
+
+        at = jnp.zeros((z.shape[0], width + 1), z.dtype)
+        if kind == "bernoulli":  # no gradient passes through these, which may hence be a loop
+            at = jax.lax.fori_loop(0, steps - 1, lambda _, at: jax.lax.stop_gradient(newton(at)), at)
+        at = newton(jax.lax.stop_gradient(at))
         _, root = derivatives(at)
         return Posterior(at @ prior.T, jnp.einsum("fg,uhg->ufh", prior, root))
 
@@ -176,9 +179,7 @@ def inverse_cholesky(matrix: jax.Array) -> jax.Array:
     n = matrix.shape[-1]
     one = jnp.eye(n, dtype=matrix.dtype)
     root = one / jnp.diagonal(factor, axis1=-2, axis2=-1)[..., None, :]
-    for _ in range((n - 1).bit_length()):
-        root = root @ (2 * one - factor @ root)
-    return root
+    return jax.lax.fori_loop(0, (n - 1).bit_length(), lambda _, root: root @ (2 * one - factor @ root), root)
 
 
 @inverse_cholesky.defjvp

@@ -163,7 +163,7 @@ def from_classes(
         phi = jnp.where(keep[..., None], embed(params["model"], support.features), 0.0)
         target = jnp.where(keep, support.target, 0.0)
         liked = target if clicks else jax.nn.sigmoid(target)
-        member = jnp.where(keep[:, None], jnp.stack([1 - liked, liked], 1), 0.0)
+        member = jnp.where(keep, support.mask, 0.0)[:, None] * jnp.stack([1 - liked, liked], 1)
         total = prior + member.sum(-1)
         mean = (prior * params["centre"] + jnp.einsum("ucn,unf->ucf", member, phi)) / total[..., None]
         return Classes(mean, jnp.log(total[:, 1] / total[:, 0]))

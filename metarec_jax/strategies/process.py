@@ -1,6 +1,6 @@
 """Neural processes: a network reads the support set and answers in one pass, without an inner loop (CNP, ANP, TaNP)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import jax
@@ -10,6 +10,7 @@ import optax
 from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.decoder import decoder, need_embed
+from metarec_jax.strategies.networks import dense, run
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task, masked_mean, normal_per_user
 
@@ -242,22 +243,6 @@ def pairs(model: Model, params: Params, examples: Examples) -> jax.Array:
     return jnp.where(examples.mask[..., None] > 0, both, 0.0)
 
 
-def dense(key: jax.Array, *widths: int) -> list[Params]:
-    """Layers of a network with relu between them."""
-    keys = jax.random.split(key, len(widths) - 1)
-    return [
-        {"weight": jax.random.normal(k, (i, o)) / i**0.5, "bias": jnp.zeros(o)}
-        for k, (i, o) in zip(keys, pairwise(widths), strict=True)
-    ]
-
-
-def run(layers: Sequence[Params], x: jax.Array) -> jax.Array:
-    """The network of `dense` on `[..., width]`."""
-    for layer in layers[:-1]:
-        x = jax.nn.relu(x @ layer["weight"] + layer["bias"])
-    return x @ layers[-1]["weight"] + layers[-1]["bias"]
-
-
 def mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean `[users, width]` of each user's real examples; 0 without any."""
     return jax.vmap(jax.vmap(masked_mean, (1, None)))(values, mask)
@@ -280,8 +265,9 @@ def attend(
         return (x @ params[name]).reshape(*x.shape[:2], heads, -1)
 
     kept = mask[:, None, None] > 0
+    weight = jnp.log(jnp.where(kept, mask[:, None, None], 1.0))
     read = jax.nn.dot_product_attention(
-        project("query", query), project("key", key), project("value", value), mask=kept
+        project("query", query), project("key", key), project("value", value), weight, kept
     ).reshape(query.shape)
     return jnp.where(jnp.any(kept, -1), read, 0.0) @ params["out"]
 

@@ -83,7 +83,7 @@ def newton_step(
       head: where to start.
       phi: `[users, examples, width]` features.
       shared: `[users, examples]` scores of the shared model.
-      support: targets and mask `[users, examples]`.
+      support: targets and mask (or weights) `[users, examples]`.
       loss: elementwise, convex.
       penalty: `delta` and `bias`, positive scalars.
 
@@ -97,10 +97,11 @@ def newton_step(
     scores = correct(head, phi, shared)
     gradient, curvature = jax.jvp(slope, (scores,), (jnp.ones_like(scores),))  # elementwise: the Hessian is diagonal
     keep = support.mask > 0
+    gradient, curvature = (jnp.where(keep, support.mask * d, 0.0) for d in (gradient, curvature))
     x = jnp.where(keep[..., None], jnp.concatenate([phi, jnp.ones_like(phi[..., :1])], -1), 0.0)
     at = jnp.concatenate([head["delta"], head["bias"][:, None]], -1)
     prior = jnp.concatenate([jnp.broadcast_to(penalty["delta"], phi.shape[-1:]), penalty["bias"][None]])
-    hessian = jnp.einsum("unf,un,ung->ufg", x, jnp.where(keep, curvature, 0.0), x) + jnp.diag(prior)
-    downhill = jnp.einsum("unf,un->uf", x, jnp.where(keep, gradient, 0.0)) + prior * at
+    hessian = jnp.einsum("unf,un,ung->ufg", x, curvature, x) + jnp.diag(prior)
+    downhill = jnp.einsum("unf,un->uf", x, gradient) + prior * at
     new = at - jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(hessian), downhill[..., None])[..., 0]
     return {"delta": new[:, :-1], "bias": new[:, -1]}

@@ -1,0 +1,25 @@
+"""Networks: the small dense ones that strategies have beside the model."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax.tasks import Params
+
+
+def dense(key: jax.Array, *widths: int) -> list[Params]:
+    """Layers of a network with relu between them."""
+    keys = jax.random.split(key, len(widths) - 1)
+    return [
+        {"weight": jax.random.normal(k, (i, o)) / i**0.5, "bias": jnp.zeros(o)}
+        for k, (i, o) in zip(keys, pairwise(widths), strict=True)
+    ]
+
+
+def run(layers: Sequence[Params], x: jax.Array) -> jax.Array:
+    """The network of `dense` on `[..., width]`."""
+    for layer in layers[:-1]:
+        x = jax.nn.relu(x @ layer["weight"] + layer["bias"])
+    return x @ layers[-1]["weight"] + layers[-1]["bias"]

@@ -159,9 +159,7 @@ def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, 
 )
 @click.option("--epochs", default=60, show_default=True, help="At most so many.")
 @click.option("--column", multiple=True, metavar="NAME=YOURS", help="Your column names, e.g. --column rating=stars.")
-@click.option(
-    "--out", default="comparison", show_default=True, help="Folder; what is there already is not run again."
-)
+@click.option("--out", default="comparison", show_default=True, help="Folder; what is there already is not run again.")
 def compare(
     data: str, strategies: tuple[str, ...], splits: int, target: Any, epochs: int, column: tuple[str, ...], out: str
 ) -> None:

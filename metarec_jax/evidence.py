@@ -53,7 +53,7 @@ def evidence(
         index = np.resize(drawn[i : i + BATCH], BATCH)  # repeats fill the last batch: one shape, compiled once
         found = features(data, data.user[index], data.item[index][:, None])
         found["order"] = np.zeros((BATCH, 1), data.order.dtype)
-        values: Any = target.encode(data.rating[index])[:, None]
+        values: Any = target.grade(data.rating[index])[:, None]
         known: Any = np.ones_like(values)
         norms.append(np.asarray(change(strategy, params, Examples(found, values, known)))[: len(drawn) - i])
     total = np.bincount(item, np.concatenate(norms), minlength=len(data.items))

@@ -27,7 +27,7 @@ from metarec_jax.evaluation.evaluate import Scores, score_baselines, score_tasks
 from metarec_jax.evidence import evidence
 from metarec_jax.models import MODELS, Model, fields_of
 from metarec_jax.progress import epochs_bar
-from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, with_history
+from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, with_history, with_labels
 from metarec_jax.tasks import Examples, Params
 from metarec_jax.training import EPOCHS, fit
 from metarec_jax.transfer import carry_over
@@ -259,7 +259,7 @@ class Recommender:
         items = np.zeros((users, width), np.int32)
         target, mask = np.zeros((2, users, width), np.float32)
         for i, (rows, ratings) in enumerate(encoded):
-            items[i, : len(rows)], target[i, : len(rows)] = rows, self.target.encode(ratings)
+            items[i, : len(rows)], target[i, : len(rows)] = rows, self.target.grade(ratings)
             mask[i, : len(rows)] = 1
         known = {
             f.name: np.stack([a[f.name] for a in attributes] + [f.unknown()] * (users - len(attributes)))
@@ -320,6 +320,7 @@ def train(
     *,
     seed: int = 0,
     protocol: Protocol | None = None,
+    graded: bool = True,
     strategy_options: Mapping[str, Any] | None = None,
     model_options: Mapping[str, Any] | None = None,
     start: Recommender | None = None,
@@ -336,6 +337,8 @@ def train(
         `metarec_jax.strategies.DEFAULT_MODEL` says, else "mlp".
       seed: of the split, the parameters and the sampling; same seed, same machine: same model.
       protocol: which users train, validate and test, and what is predicted (default: clicks of cold users).
+      graded: where clicks are made from ratings, learn what each rating of a support set tells of the user, and show
+        the mean rating of an item beside its share of clicks; else a rating counts as a click or none.
       strategy_options, model_options: keyword arguments of the two.
       start: a recommender trained on other data, to start from its parameters instead of random ones. Rows of tables
         are carried over where both know the raw value (an item id, a genre), layers where their shapes are the same.
@@ -355,7 +358,7 @@ def train(
     if model is None:
         model = DEFAULT_MODEL.get(strategy, "mlp") if isinstance(strategy, str) else "mlp"
     split = protocol.split(data, seed)
-    target = Target.fit(protocol, split.train)
+    target = Target.fit(protocol, split.train, graded)
     statistics = ItemStatistics.fit(split.train, target)
     data = statistics.extend(data)
     split = Split(*(replace(part, data=data) for part in split))
@@ -416,7 +419,8 @@ def load(
       ModelFileError: no model, a damaged one, one of another version, or one that needs `strategy` or `model`.
     """
     config, catalogue, arrays = saving.read(path)
-    recipe, target = config["recipe"], Target(**config["target"])
+    levels = config["target"].get("levels")
+    recipe, target = config["recipe"], Target(**config["target"] | {"levels": levels and tuple(levels)})
     makers: dict[str, Callable[..., Any]] = {}
     choices: list[Any] = [("strategy", strategy, STRATEGIES), ("model", model, MODELS)]
     for what, given, known in choices:
@@ -447,7 +451,12 @@ def _build(strategy: Callable[..., Strategy], model: Callable[..., Model], data:
     """The strategy on its model; one that reads histories is given them."""
     network = model(fields_of(data))
     built = strategy(network, loss=LOSSES[target.kind])
-    return with_history(built) if network.history else built
+    if network.history:
+        built = with_history(built)
+    if target.levels is None:
+        return built
+    levels = np.array(target.levels)
+    return with_labels(built, target.grade(levels).tolist(), target.encode(levels).tolist())
 
 
 def _named(known: Mapping[str, Callable[..., Any]], choice: Any, what: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from metarec_jax.data.normalise import centre_users, rescale
 from metarec_jax.data.open_bandit import LoggedFeedback, open_bandit
 from metarec_jax.data.protocols import Scenario, TimeSplit
 from metarec_jax.data.recency import with_recency
+from metarec_jax.data.sampler import sampler
 from metarec_jax.data.splits import ColdUsers, Histories, Split
 from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.stream import Prepared, prepare
@@ -23,6 +24,6 @@ from metarec_jax.data.vocabulary import Vocabulary
 __all__ = [
     "Batch", "ColdUsers", "Dataset", "Field", "Histories", "ItemStatistics", "LoggedFeedback", "Prepared", "Scenario",
     "Split", "Target", "TimeSplit", "Vocabulary", "batches", "bucket_sizes", "by_item", "by_key", "centre_users",
-    "cleaning", "features", "from_tables", "load", "open_bandit", "prepare", "read_table", "rescale", "synthetic",
-    "with_negatives", "with_recency",
+    "cleaning", "features", "from_tables", "load", "open_bandit", "prepare", "read_table", "rescale", "sampler",
+    "synthetic", "with_negatives", "with_recency",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from metarec_jax.data.hashing import hashed
 from metarec_jax.data.tables import COLUMNS, ids, numbers, seconds
 from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary, as_ids
 from metarec_jax.errors import DataError
+from metarec_jax.files import write_whole
 from metarec_jax.progress import counter
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def prepare(
             shutil.rmtree(work, ignore_errors=True)
             return Prepared.open(out)
         work.mkdir(parents=True, exist_ok=True)
-        _write(out / SETTING, json.dumps(setting).encode())
+        write_whole(out / SETTING, json.dumps(setting).encode())
         with counter(progress, "reading rows") as told:
             pieces = [p for f, file in enumerate(files) for p in _partition(file, f, names, shards, piece, work, told)]
         _merge_items(pieces, out)
@@ -152,7 +153,7 @@ def prepare(
         counts = [json.loads((out / _shard_name(n) / "counts.json").read_text()) for n in range(shards)]
         report = {key: sum(c[key] for c in counts) for key in counts[0]} | {"items": len(items) - 1}
         manifest = {"version": VERSION, "shards": shards, "report": report}
-        _write(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_whole(out / MANIFEST, json.dumps(manifest, indent=1).encode())
         shutil.rmtree(work)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -239,7 +240,7 @@ def _merge_items(pieces: list[Path], out: Path) -> None:
         if fresh.dtype.kind != merged.dtype.kind:
             raise DataError("item ids are integers in one file and strings in another; make them one type")
         merged = np.union1d(merged, fresh)
-    _write(out / ITEMS, _bytes(merged))
+    write_whole(out / ITEMS, _bytes(merged))
 
 
 def _gather(number: int, pieces: list[Path], items: Vocabulary, out: Path, max_history: int | None) -> None:
@@ -302,17 +303,7 @@ def _write_folder(folder: Path, arrays: Mapping[str, np.ndarray], others: Mappin
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     for name, array in arrays.items():
-        _write(fresh / f"{name}.npy", _bytes(array))
+        write_whole(fresh / f"{name}.npy", _bytes(array))
     for name, content in (others or {}).items():
-        _write(fresh / name, content)
+        write_whole(fresh / name, content)
     os.replace(fresh, folder)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing, and wait until it is on the disk."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

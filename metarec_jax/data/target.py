@@ -7,6 +7,8 @@ import numpy as np
 from metarec_jax.data.protocols import Protocol
 from metarec_jax.data.splits import Histories
 
+MOST_LEVELS = 9
+
 
 @dataclass(frozen=True)
 class Target:
@@ -16,24 +18,26 @@ class Target:
       kind: "click" or "rating".
       threshold: lowest rating that is a click.
       mean, scale: a rating is standardised by these.
-      levels: of clicks, the lowest and the highest rating: support sets then say how much an item was liked, from 0
-        to 1. None: whether it was clicked.
+      levels: of clicks, ratings in ascending order, all there are or some between the lowest and the highest: support
+        sets then say how much an item was liked (`grade`). None: whether it was clicked.
     """
 
     kind: str
     threshold: float = 4.0
     mean: float = 0.0
     scale: float = 1.0
-    levels: tuple[float, float] | None = None
+    levels: tuple[float, ...] | None = None
 
     @classmethod
-    def fit(cls, protocol: Protocol, train: Histories, graded: bool = False) -> "Target":
-        """Mean, scale and levels from the training users' ratings alone."""
+    def fit(cls, protocol: Protocol, train: Histories, graded: bool = True) -> "Target":
+        """Mean, scale and levels from the training users' ratings alone; without `graded` clicks have no levels."""
         rating = train.data.rating[train.index]
-        if protocol.target == "click":
-            lowest, highest = float(rating.min()), float(rating.max())
-            return cls("click", protocol.threshold, levels=(lowest, highest) if graded and lowest < highest else None)
-        return cls("rating", protocol.threshold, float(rating.mean()), float(rating.std()) or 1.0)
+        if protocol.target == "rating":
+            return cls("rating", protocol.threshold, float(rating.mean()), float(rating.std()) or 1.0)
+        found = np.unique(rating)
+        if len(found) > MOST_LEVELS:
+            found = np.unique(np.quantile(found, np.linspace(0, 1, MOST_LEVELS)))
+        return cls("click", protocol.threshold, levels=tuple(found.tolist()) if graded and len(found) > 2 else None)
 
     def encode(self, rating: np.ndarray) -> np.ndarray:
         """float32 targets of ratings."""
@@ -42,11 +46,11 @@ class Target:
         return ((rating - self.mean) / self.scale).astype(np.float32)
 
     def grade(self, rating: np.ndarray) -> np.ndarray:
-        """float32 targets of the ratings of a support set: those of `encode`, or how much of the way from the lowest
-        to the highest rating."""
+        """float32 targets of the ratings of a support set: those of `encode`; or, with levels, how much of the way from
+        the lowest to the highest rating, in [0, 1]."""
         if self.levels is None:
             return self.encode(rating)
-        lowest, highest = self.levels
+        lowest, highest = self.levels[0], self.levels[-1]
         return np.clip((rating - lowest) / (highest - lowest), 0, 1).astype(np.float32)
 
     def values(self, rating: np.ndarray) -> np.ndarray:

@@ -110,3 +110,5 @@ def _least_squares(group: np.ndarray, x: np.ndarray, y: np.ndarray, groups: int,
 
 
 BASELINES |= {"two means": two_means, "ALS fold-in": als_fold_in, "item-kNN": item_knn}
+OF_RATINGS = " of ratings"  # ends the names of those that regress how much an item was liked, where clicks are judged
+BASELINES |= {name + OF_RATINGS: make for name, make in BASELINES.items()}

@@ -1,8 +1,7 @@
 """Compare: strategies and plain baselines on the same tasks of several splits. Every score is kept, on disk too."""
 
+import io
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from metarec_jax.data.candidates import Among
+from metarec_jax.data.candidates import candidates as draw
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.protocols import Protocol
 from metarec_jax.data.splits import ColdUsers
@@ -19,9 +20,10 @@ from metarec_jax.errors import DataError
 from metarec_jax.evaluation.baselines import BASELINES
 from metarec_jax.evaluation.evaluate import Scores
 from metarec_jax.evaluation.protocol import describe, in_words
+from metarec_jax.files import write_whole
 
 SUPPORT = (1, 3, 5, 10, None)
-SETTING = "comparison.json"
+SETTING, FAILED = "comparison.json", "failed.json"
 
 
 class Run(NamedTuple):
@@ -31,7 +33,7 @@ class Run(NamedTuple):
       scores: `[sizes, users, query]` click probabilities or ratings, one layer for each support size.
       target, mask: `[users, query]`.
       users: `[users]` user rows of the dataset.
-      items: `[users, query]` item rows.
+      items: `[users, query]` item rows, the candidates.
       lengths: `[users]` support examples that each user has.
       cost: of a strategy `train_s`, `epochs`, `adapt_ms` (a user) and `bytes` (a user's adapted values); of a baseline
         nothing.
@@ -93,6 +95,7 @@ def compare(
     splits: int | Sequence[int] = 10,
     protocol: Protocol | None = None,
     support: Sequence[int | None] = SUPPORT,
+    candidates: Among = "query",
     folder: str | Path | None = None,
     progress: bool = True,
     report: Callable[[str], Any] = print,
@@ -107,6 +110,7 @@ def compare(
       splits: how many (seeds 0 and up), or the seeds.
       protocol: which users train, validate and test (default `ColdUsers()`).
       support: largest support sizes; None is all that a user has.
+      candidates: among what the queries are ranked, see `metarec_jax.Recommender.evaluate`.
       folder: each run is written there when it is done, and what is there is not run again, also after a crash.
       progress: say when a run is done.
       report: what says so.
@@ -123,7 +127,7 @@ def compare(
     if taken := [n for n in named if n in BASELINES]:
         raise ValueError(f"{taken[0]!r} is the name of a baseline; call the strategy otherwise")
     protocol = ColdUsers() if protocol is None else protocol
-    setting = describe(data, protocol, seeds=seeds, support=support)
+    setting = describe(data, protocol, seeds=seeds, support=support, candidates=candidates)
     where = None if folder is None else _open(Path(folder), setting, protocol.target, _segments(data))
     runs: dict[tuple[str, int], Run] = {}
     failed: dict[tuple[str, int], str] = {}
@@ -133,9 +137,11 @@ def compare(
                 runs[name, seed] = found
             else:
                 try:
-                    fresh = _run(data, name, {**train_options, **options}, protocol, seed, support)
+                    fresh = _run(data, name, {**train_options, **options}, protocol, seed, support, candidates)
                 except FloatingPointError as error:
                     failed[name, seed] = str(error)
+                    if where:
+                        write_whole(where / FAILED, json.dumps([[*key, why] for key, why in failed.items()]).encode())
                     continue
                 for learner, run in fresh.items():
                     runs.setdefault((learner, seed), run)
@@ -168,11 +174,19 @@ def load(folder: str | Path) -> Comparison:
         learner, seed, run = _read_file(path)
         if seed in head["setting"]["seeds"]:
             runs[learner, seed] = run
-    return Comparison(head["setting"], head["kind"], runs, {}, segments)
+    failed = json.loads((folder / FAILED).read_text()) if (folder / FAILED).exists() else []
+    failed = {(name, seed): why for name, seed, why in failed if (name, seed) not in runs}
+    return Comparison(head["setting"], head["kind"], runs, failed, segments)
 
 
 def _run(
-    data: Dataset, name: str, options: Mapping[str, Any], protocol: Protocol, seed: int, support: Sequence[int | None]
+    data: Dataset,
+    name: str,
+    options: Mapping[str, Any],
+    protocol: Protocol,
+    seed: int,
+    support: Sequence[int | None],
+    candidates: Among,
 ) -> dict[str, Run]:
     """The runs of a strategy and of the baselines."""
     from metarec_jax.recommender import train  # the layer above: a comparison is of whole recommenders
@@ -181,21 +195,19 @@ def _run(
     recommender = train(data, seed=seed, protocol=protocol, **{"progress": False, **options})
     seconds = time.perf_counter() - start
     test = protocol.split(data, seed).test
-    found = [recommender.scores(support=size) for size in support]
+    found = [recommender.scores(support=size, candidates=candidates) for size in support]
     own = next(learner for learner in found[0] if learner not in BASELINES)
-    query = found[0][own].mask.shape[1]
-    column = np.minimum(np.arange(query), np.maximum(test.lengths - 1, 0)[:, None])
-    items = np.where(found[0][own].mask > 0, data.item[test.index[test.starts[:-1, None] + column]], 0)
+    judged = draw(test, recommender.target, candidates, query=protocol.query)
     milliseconds, size = recommender.adaptation_cost()
     cost = {"train_s": seconds, "epochs": len(recommender.history), "adapt_ms": milliseconds, "bytes": size}
-    lengths = test.lengths - (found[0][own].mask > 0).sum(1)
+    lengths = test.lengths - (judged.index >= 0).sum(1)
     return {
         (name if learner == own else learner): Run(
             np.stack([scores[learner].scores for scores in found]),
             found[0][learner].target,
             found[0][learner].mask,
             test.users,
-            items,
+            judged.item,
             lengths,
             cost if learner == own else {},
             recommender.history if learner == own else [],
@@ -237,10 +249,15 @@ def _open(folder: Path, setting: dict[str, Any], kind: str, segments: dict[str, 
         before = json.loads((folder / SETTING).read_text())["setting"]
         if {k: v for k, v in before.items() if k not in ("seeds", "hash")} != same:
             raise DataError(f"{folder} holds a comparison of another kind, {in_words(before)}; give another folder")
-    _replace(folder / "segments.npz", lambda file: np.savez(file, **segments))  # type: ignore[arg-type]
-    head = json.dumps({"setting": setting, "kind": kind}, indent=1).encode()
-    _replace(folder / SETTING, lambda file: file.write(head))
+    write_whole(folder / "segments.npz", _packed(**segments))
+    write_whole(folder / SETTING, json.dumps({"setting": setting, "kind": kind}, indent=1).encode())
     return folder
+
+
+def _packed(**arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
 
 
 def _path(folder: Path, learner: str, seed: int) -> Path:
@@ -251,7 +268,7 @@ def _path(folder: Path, learner: str, seed: int) -> Path:
 def _write(folder: Path, learner: str, seed: int, run: Run) -> None:
     head = json.dumps({"learner": learner, "seed": seed, "cost": run.cost, "history": run.history})
     arrays = {k: getattr(run, k) for k in ("scores", "target", "mask", "users", "items", "lengths")}
-    _replace(_path(folder, learner, seed), lambda file: np.savez_compressed(file, head=np.array(head), **arrays))
+    write_whole(_path(folder, learner, seed), _packed(head=np.array(head), **arrays))
 
 
 def _read(folder: Path, learner: str, seed: int) -> Run | None:
@@ -267,12 +284,3 @@ def _read_file(path: Path) -> tuple[str, int, Run]:
         raise DataError(f"{path}: damaged ({error}); delete it, and compare again") from error
     head = json.loads(str(arrays.pop("head")))
     return head["learner"], head["seed"], Run(**arrays, cost=head["cost"], history=head["history"])
-
-
-def _replace(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a whole file or nothing."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)

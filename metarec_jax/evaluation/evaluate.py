@@ -12,7 +12,7 @@ from metarec_jax.data.candidates import Among, candidates
 from metarec_jax.data.splits import Histories
 from metarec_jax.data.target import Target
 from metarec_jax.evaluation import metrics
-from metarec_jax.evaluation.baselines import BASELINES, Interactions
+from metarec_jax.evaluation.baselines import BASELINES, OF_RATINGS, Interactions
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Params, Task
 
@@ -64,19 +64,24 @@ def score_baselines(
     """The plain baselines on the same tasks: same training users, same support sets, same candidates."""
     data = train.data
 
-    def values(index: np.ndarray) -> np.ndarray:
-        return target.encode(data.rating[index]).astype(float)
-
-    known = Interactions(data.user[train.index], data.item[train.index], values(train.index), len(data.items))
+    known, graded = data.rating[train.index], target.levels is not None
     judged = candidates(test, target, among, query=query)
     queries, real = (judged.index >= 0).sum(1), judged.mask > 0
     results = {}
     for name, make in BASELINES.items():
-        predict = make(known)
+        of_ratings = name.endswith(OF_RATINGS)
+        if of_ratings and not graded:
+            continue
+        encode = (lambda rating: rating) if of_ratings else target.encode
+        values = encode(known).astype(float)
+        predict = make(Interactions(data.user[train.index], data.item[train.index], values, len(data.items)))
+        # the clicks that a liking stands for, by least squares
+        line = np.polyfit(values, target.encode(known), 1) if of_ratings else (1.0, 0.0)
         scores = np.zeros_like(judged.target)
         for u in range(len(test)):
             seen = test.index[test.starts[u] : test.starts[u + 1]][queries[u] :][:support]
-            scores[u, real[u]] = predict(data.item[seen], values(seen), judged.item[u, real[u]])
+            found = predict(data.item[seen], encode(test.data.rating[seen]).astype(float), judged.item[u, real[u]])
+            scores[u, real[u]] = np.polyval(line, found)
         if target.kind == "click":  # least squares on 0 / 1 estimates the probability, but may leave [0, 1]
             results[name] = Scores(np.clip(scores, 0, 1), judged.target, judged.mask)
         else:

@@ -5,13 +5,17 @@ counts a tie as one half; a NaN score ranks below every other. A metric that is 
 the whole, is NaN; `mean_defined` leaves such users out.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metarec_jax.core.outer import pieces
+
 NARROW = 512  # candidates up to which comparing each with each is quicker than sorting
+BLOCK = 128  # users compared at a time, so that they stay in a CPU's cache
 
 
 def mean_defined(per_user: jax.Array) -> jax.Array:
@@ -61,7 +65,7 @@ def f1(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
 def auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
     """Area under the ROC curve over all interactions of all users together.
 
-    Outside `jit` on a CPU it is numpy that sorts, ten times as fast as XLA there.
+    Outside `jit` on a CPU it is numpy that sorts, much faster than XLA there.
     """
     if jax.default_backend() == "cpu" and not any(isinstance(x, jax.core.Tracer) for x in (scores, target, mask)):
         return jnp.float32(_host_auc(*(np.asarray(x).ravel() for x in (scores, target, mask))))
@@ -228,27 +232,49 @@ def _auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _host_auc(scores: np.ndarray, target: np.ndarray, mask: np.ndarray) -> float:
-    """`_auc` in numpy."""
-    kept, positive = mask > 0, target > 0.5
-    key = np.where(np.isnan(scores), -np.inf, scores)
-    up, down = np.sort(key[kept & positive]), np.sort(key[kept & ~positive])
-    if not len(up) or not len(down):
-        return float("nan")
-    wins = np.searchsorted(down, up, "left").sum(dtype=float) + np.searchsorted(down, up, "right").sum(dtype=float)
-    return wins / 2 / len(up) / len(down)
+    """`_auc` in numpy, which lets other threads run while it sorts and searches."""
+    with ThreadPoolExecutor() as threads:
+
+        def classes(part: slice) -> tuple[np.ndarray, np.ndarray]:
+            key, kept, positive = scores[part], mask[part] > 0, target[part] > 0.5
+            if len(key) and np.isnan(key.min()):
+                key = np.where(np.isnan(key), -np.inf, key)
+            return key[kept & positive], key[kept & ~positive]
+
+        def wins(part: slice) -> float:
+            """Of a stretch of sorted positives: negatives below it, and those between, twice; ties once."""
+            few = up[part]
+            low, high = np.searchsorted(down, few[0], "left"), np.searchsorted(down, few[-1], "right")
+            near = down[low:high]
+            below, upto = (np.searchsorted(near, few, side).sum(dtype=float) for side in ("left", "right"))
+            return 2.0 * low * len(few) + below + upto
+
+        def stretches(length: int, size: int) -> list[slice]:
+            return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+        sides = zip(*threads.map(classes, stretches(len(scores), 1 << 22)), strict=True)
+        up, down = threads.map(lambda parts: np.sort(np.concatenate(parts)), sides)
+        if not len(up) or not len(down):
+            return float("nan")
+        return sum(threads.map(wins, stretches(len(up), 1 << 14))) / 2 / len(up) / len(down)
 
 
 def _row_auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
     """`_auc` of each row of a narrow table, by comparing with one candidate after another: no sorting."""
-    scores, kept = _no_nan(jnp.asarray(scores)), jnp.asarray(mask) > 0
-    positive = kept & (jnp.asarray(target) > 0.5)
-    negative = kept & ~positive
 
-    def compare(j: int, wins: jax.Array) -> jax.Array:
-        other, counts = (jax.lax.dynamic_slice_in_dim(x, j, 1, 1) for x in (scores, negative))
-        return wins + jnp.where(counts, (scores > other) + 0.5 * (scores == other), 0.0)
+    def block(rows: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        scores, target, mask = (x.T for x in rows)  # [candidates, users]
+        positive = (mask > 0) & (target > 0.5)
+        negative = (mask > 0) & ~positive
 
-    wins = jax.lax.fori_loop(0, scores.shape[1], compare, jnp.zeros(scores.shape))
-    p, n = positive.sum(1), negative.sum(1)
-    value = jnp.where(positive, wins, 0.0).sum(1) / jnp.maximum(p * n, 1)
-    return jnp.where((p > 0) & (n > 0), value, jnp.nan)
+        def compare(j: int, wins: jax.Array) -> jax.Array:
+            return wins + jnp.where(negative[j], (scores > scores[j]) + 0.5 * (scores == scores[j]), 0.0)
+
+        wins = jax.lax.fori_loop(0, scores.shape[0], compare, jnp.zeros(scores.shape))
+        p, n = positive.sum(0), negative.sum(0)
+        value = jnp.where(positive, wins, 0.0).sum(0) / jnp.maximum(p * n, 1)
+        return jnp.where((p > 0) & (n > 0), value, jnp.nan)
+
+    rows = (_no_nan(jnp.asarray(scores)), jnp.asarray(target), jnp.asarray(mask))
+    size = min(len(rows[0]), BLOCK if jax.default_backend() == "cpu" else 1 << 16)
+    return jax.lax.map(block, pieces(rows, size)).reshape(-1)[: len(rows[0])] if size else jnp.zeros(0)

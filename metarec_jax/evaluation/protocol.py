@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from metarec_jax.data.candidates import Among
 from metarec_jax.data.dataset import Dataset
 
 VERSION = 1  # of the metrics' definitions and of the way tasks are drawn; a change of either is a new number
@@ -30,7 +31,12 @@ def fingerprint(data: Dataset) -> str:
 
 
 def describe(
-    data: Dataset, protocol: Any, *, seeds: Sequence[int], support: Sequence[int | None] = (None,)
+    data: Dataset,
+    protocol: Any,
+    *,
+    seeds: Sequence[int],
+    support: Sequence[int | None] = (None,),
+    candidates: Among = "query",
 ) -> dict[str, Any]:
     """Everything that a result depends on besides the learner, as plain values with a `hash` of them all.
 
@@ -39,6 +45,7 @@ def describe(
       protocol: a frozen dataclass with `split`, such as `ColdUsers`.
       seeds: of the splits.
       support: largest support sizes; None is all that a user has.
+      candidates: among what the queries are ranked.
     """
     found = {
         "data": data.name,
@@ -47,6 +54,7 @@ def describe(
         "settings": json.loads(json.dumps(asdict(protocol))),  # tuples become lists, as they are once read back
         "seeds": [int(seed) for seed in seeds],
         "support": [None if size is None else int(size) for size in support],
+        "candidates": candidates,
         "version": VERSION,
     }
     content = {key: value for key, value in found.items() if key != "data"}
@@ -59,4 +67,8 @@ def in_words(described: dict[str, Any]) -> str:
     seeds = described["seeds"]
     consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     shown = f"{seeds[0]} to {seeds[-1]}" if consecutive and len(seeds) > 1 else ", ".join(map(str, seeds))
-    return f"[{described['hash']}] {described['data']}, {described['protocol']}({settings}), splits {shown}"
+    among = (
+        described["candidates"] if isinstance(described["candidates"], str) else f"{described['candidates']} sampled"
+    )
+    what = f"{described['protocol']}({settings}), candidates {among}"
+    return f"[{described['hash']}] {described['data']}, {what}, splits {shown}"

@@ -14,6 +14,7 @@ from metarec_jax.strategies.gradient import anil, fomaml, maml, melu
 from metarec_jax.strategies.history import with_history
 from metarec_jax.strategies.imaml import imaml
 from metarec_jax.strategies.in_context import in_context
+from metarec_jax.strategies.labels import with_labels
 from metarec_jax.strategies.limaml import limaml
 from metarec_jax.strategies.mamlpp import mamlpp
 from metarec_jax.strategies.mamo import mamo
@@ -22,6 +23,7 @@ from metarec_jax.strategies.metric import lwa, nlba, prototypes
 from metarec_jax.strategies.mwuf import mwuf
 from metarec_jax.strategies.process import anp, cnp, tanp
 from metarec_jax.strategies.reptile import reptile
+from metarec_jax.strategies.reweight import reweighted, robust
 from metarec_jax.strategies.ridge import ridge
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.structure import gated, meta_reg, sparse_maml
@@ -54,6 +56,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "sparse_maml": sparse_maml,
     "meta_reg": meta_reg,
     "gated": gated,
+    "robust": robust,
     "ensemble": mixture,
     "pretrain": pretrain,
     "finetune": finetune,
@@ -67,6 +70,7 @@ DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
     "anp": "linear",
     "tanp": "linear",
     "alpaca": "linear",
+    "robust": "linear",
     "lwa": "linear",
     "nlba": "linear",
     "in_context": "transformer",
@@ -107,8 +111,11 @@ __all__ = [
     "pretrain",
     "prototypes",
     "reptile",
+    "reweighted",
     "ridge",
+    "robust",
     "sparse_maml",
     "tanp",
     "with_history",
+    "with_labels",
 ]

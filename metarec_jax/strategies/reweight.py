@@ -1,10 +1,9 @@
-"""Reweighting: how far to trust each support example, and what its label is worth, learned by the meta-gradient."""
+"""Reweighting: how far to trust each support example, learned by the meta-gradient."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from metarec_jax.models.model import Model
@@ -13,17 +12,15 @@ from metarec_jax.strategies.networks import dense, run
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
-BINS = np.linspace(-2.0, 2.0, 17)  # knots of the label's transform; 0, 1 and the quarters between are among them
 
+def reweighted(strategy: Strategy, *, loss: PointwiseLoss, hidden: int = 16) -> Strategy:
+    """`strategy` on a support set whose examples are weighed.
 
-def reweighted(strategy: Strategy, *, loss: PointwiseLoss, hidden: int = 16, weights: bool = True) -> Strategy:
-    """`strategy` on a support set whose labels are transformed and whose examples are weighed.
+        w_i = 2 sigmoid(g(y_i, s_i, l(s_i, y_i), log n_u))
 
-        y_i' = y_i + t(y_i),   w_i = 2 sigmoid(g(y_i, s_i, l(s_i, y_i), log n_u))
-
-    t is piecewise linear (soft binning), g a network with one hidden layer; s_i is the score of the example before
-    adaptation: an example is judged by how much it surprises the shared model. Both start as no change (t = 0, w = 1),
-    and are trained with all else by the gradient of the query loss through the adaptation; it does not pass through s.
+    g is a network with one hidden layer; s_i is the score of the example before adaptation: an example is judged by how
+    much it surprises the shared model. All weights are 1 at first, and g is trained with all else by the gradient of
+    the query loss through the adaptation; it does not pass through s.
 
     Trained on clean queries with support sets that hold errors (`noise` of `metarec_jax.training.fit`), it learns what
     an error looks like.
@@ -43,21 +40,18 @@ def reweighted(strategy: Strategy, *, loss: PointwiseLoss, hidden: int = 16, wei
         first, second = jax.random.split(key)
         weight = dense(second, 4, hidden, 1)
         weight[-1]["weight"] = jnp.zeros_like(weight[-1]["weight"])
-        return {"strategy": strategy.init(first), "weight": weight, "label": jnp.zeros(len(BINS))}
+        return {"strategy": strategy.init(first), "weight": weight}
 
     def clean(params: Params, support: Examples, key: jax.Array) -> Examples:
         keep = support.mask > 0
         target = jnp.where(keep, support.target, 0.0)
-        label = target + jnp.interp(target, BINS, params["label"])
-        if not weights:
-            return support._replace(target=label)
         start, empty = jax.lax.stop_gradient(params["strategy"]), support._replace(mask=jnp.zeros_like(support.mask))
         scores = strategy.predict(start, strategy.adapt(start, empty, key), support.features)
         scores = jax.lax.stop_gradient(jnp.where(keep, scores, 0.0))
         count = jnp.broadcast_to(jnp.log1p(keep.sum(1, keepdims=True).astype(target.dtype)), target.shape)
         inputs = jnp.stack([target, scores, loss(scores, target), count], -1)
         weight = 2 * jax.nn.sigmoid(run(params["weight"], inputs)[..., 0])
-        return support._replace(target=label, mask=jnp.where(keep, support.mask * weight, 0.0))
+        return support._replace(mask=jnp.where(keep, support.mask * weight, 0.0))
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
         return strategy.adapt(params["strategy"], clean(params, support, key), key)
@@ -75,7 +69,7 @@ def reweighted(strategy: Strategy, *, loss: PointwiseLoss, hidden: int = 16, wei
     return Strategy(init, adapt, predict, meta_loss, deviation if strategy.deviation else None)
 
 
-def robust(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, weights: bool = True, **options: Any) -> Strategy:
+def robust(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, **options: Any) -> Strategy:
     """`reweighted` `alpaca`.
 
     Args:
@@ -83,4 +77,4 @@ def robust(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, we
       loss: squared error or logistic loss.
       **options: of `alpaca`.
     """
-    return reweighted(alpaca(model, loss=loss, **options), loss=loss, weights=weights)
+    return reweighted(alpaca(model, loss=loss, **options), loss=loss)

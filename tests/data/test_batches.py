@@ -75,7 +75,31 @@ def test_a_constant_rating_does_not_divide_by_zero():
 
 def test_a_click_is_a_rating_of_at_least_the_threshold():
     assert Target("click", 3.5).encode(np.array([1, 3.49, 3.5, 5], np.float32)).tolist() == [0, 0, 1, 1]
-    assert Target.fit(ColdUsers(threshold=3.0), Histories.of(synthetic(users=5), np.array([1]))) == Target("click", 3.0)
+    users = Histories.of(synthetic(users=5), np.array([1, 2, 3]))
+    assert Target.fit(ColdUsers(threshold=3.0), users, graded=False) == Target("click", 3.0)
+
+
+def test_a_graded_support_set_tells_how_much_an_item_was_liked():
+    stars = {"user_id": [1] * 8, "item_id": np.arange(8), "rating": [1, 2, 3, 4, 5, 5, 3, 1]}
+    users = Histories.of(from_tables(stars), np.array([1]))
+    target = Target.fit(ColdUsers(), users)
+    levels = np.unique(users.data.rating[users.index])
+    assert target.levels == tuple(levels.tolist())
+    grades = target.grade(np.array([levels[0], levels[1], levels[-1], levels[-1] + 1, -3]))
+    expected = [0, (levels[1] - levels[0]) / (levels[-1] - levels[0]), 1, 1, 0]
+    np.testing.assert_allclose(grades, expected, rtol=1e-6)
+    (batch,) = batches(users, target, query=3, batch_size=1, buckets=(8,))
+    rating = users.data.rating[users.index[users.starts[0] : users.starts[1]]]
+    np.testing.assert_array_equal(batch.task.query.target[0], target.encode(rating[:3]))
+    np.testing.assert_allclose(batch.task.support.target[0][: len(rating) - 3], target.grade(rating[3:]), rtol=1e-6)
+
+
+def test_many_levels_are_thinned_and_two_are_plain_clicks(data):
+    many = Target.fit(ColdUsers(threshold=1000.0), Histories.of(data, np.arange(1, 24)))  # a rating each
+    assert len(many.levels) == 9
+    assert (many.levels[0], many.levels[-1]) == (data.rating.min(), data.rating.max())
+    clicks = from_tables({"user_id": [1, 1, 2], "item_id": [1, 2, 1], "rating": [0, 5, 5]})
+    assert Target.fit(ColdUsers(), Histories.of(clicks, np.array([1, 2]))).levels is None
 
 
 def test_click_scores_are_logits():
@@ -324,3 +348,18 @@ def test_a_user_with_a_million_interactions_is_one_task_of_the_usual_shape():
     row = longest.positions.tolist().index(0)
     drawn = np.concatenate([part.features["item_id"][row][part.mask[row] > 0] for part in longest.task])
     assert len(set(drawn.tolist())) == 69
+
+
+def test_noise_replaces_a_share_of_the_support_and_nothing_of_the_query(histories):
+    target, options = Target("rating"), {"query": 3, "batch_size": 50, "buckets": (64,)}
+    clean, noisy = (
+        next(iter(batches(histories, target, rng=np.random.default_rng(0), noise=share, **options))).task
+        for share in (0.0, 0.5)
+    )
+    levels = np.unique(histories.data.rating)
+    real = noisy.support.mask > 0
+    assert set(noisy.support.target[real]) <= set(levels.astype(np.float32))
+    changed = (noisy.support.target != clean.support.target)[real].mean()
+    assert 0.5 * (1 - 1 / len(levels)) - 0.15 < changed < 0.5 * (1 - 1 / len(levels)) + 0.15
+    assert not noisy.support.target[~real].any()
+    np.testing.assert_array_equal(noisy.query.target, clean.query.target)

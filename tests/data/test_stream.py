@@ -137,7 +137,7 @@ def test_killed_at_any_moment_it_goes_on_without_loss_or_duplication(tmp_path):
 def test_a_full_disk_is_told_and_the_next_call_goes_on(tmp_path, monkeypatch):
     files = [write(table(i), tmp_path / f"{i}.parquet") for i in range(2)]
     expected = content(mr.data.prepare(files, tmp_path / "expected", **SMALL).path)
-    real, room = stream._write, [9]
+    real, room = stream.write_whole, [9]
 
     def full(path, data):
         room[0] -= 1
@@ -147,10 +147,10 @@ def test_a_full_disk_is_told_and_the_next_call_goes_on(tmp_path, monkeypatch):
 
     for space in (9, 30, 12):
         room[0] = space
-        monkeypatch.setattr(stream, "_write", full)
+        monkeypatch.setattr(stream, "write_whole", full)
         with pytest.raises(DataError, match=r"no space left.*bytes.*call prepare"):
             mr.data.prepare(files, tmp_path / "out", **SMALL)
-    monkeypatch.setattr(stream, "_write", real)
+    monkeypatch.setattr(stream, "write_whole", real)
     assert content(mr.data.prepare(files, tmp_path / "out", **SMALL).path) == expected
 
 

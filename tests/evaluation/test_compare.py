@@ -66,7 +66,7 @@ def test_what_is_on_disk_is_not_run_again_and_a_missing_run_is(data, folder, mon
     names = {"ridge": {"strategy": "ridge"}}
     again = mr.evaluation.compare(data, names, **options)
     assert trained == []
-    assert again.learners == ["ridge", "two means", "ALS fold-in", "item-kNN"]
+    assert again.learners == ["ridge", *mr.evaluation.BASELINES]
     before = intervals.values(again, "ridge", "auc")
     (copy / "run-ridge-1.npz").unlink()
     once_more = mr.evaluation.compare(data, names, **options)
@@ -88,10 +88,12 @@ def test_bad_arguments_and_failures_are_told(data, tmp_path):
     with pytest.raises(DataError, match="no comparison"):
         mr.evaluation.load_comparison(tmp_path)
     hopeless = {"ridge": {"strategy": "ridge"}, "nan": {"strategy": "ridge", "optimizer": optax.scale(np.nan)}}
-    found = mr.evaluation.compare(data, hopeless, splits=1, support=(None,), epochs=1, progress=False)
+    options = {"splits": 1, "support": (None,), "epochs": 1, "progress": False, "folder": tmp_path / "failing"}
+    found = mr.evaluation.compare(data, hopeless, **options)
     assert list(found.failed) == [("nan", 0)]
     assert "learning rate" in found.failed["nan", 0]
-    assert found.learners == ["ridge", "two means", "ALS fold-in", "item-kNN"]
+    assert found.learners == ["ridge", *mr.evaluation.BASELINES]
+    assert mr.evaluation.load_comparison(tmp_path / "failing").failed == found.failed
 
 
 def made(rng: np.random.Generator, users: int, gain: float, splits: int = 2) -> Comparison:

@@ -8,6 +8,7 @@ from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation import metrics
 from metarec_jax.models import Model
 from metarec_jax.recommender import Recommendation, Recommender, load, train
+from metarec_jax.robust import reweight
 from metarec_jax.strategies import *  # noqa: F403
 from metarec_jax.tasks import Examples, History, Task
 
@@ -16,6 +17,6 @@ __version__ = "0.1.0"
 __all__ = [
     "ColdUsers", "DataError", "Examples", "History", "Model", "ModelFileError", "Recommendation", "Recommender",
     "Scenario", "Task", "TimeSplit", "core", "data", "evaluation", "load", "meta_step", "metrics", "models",
-    "strategies", "train",
+    "reweight", "strategies", "train",
 ]  # fmt: skip
 __all__ += strategies.__all__

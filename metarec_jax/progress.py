@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 Report = Callable[[int, dict[str, float]], None]
@@ -38,6 +39,34 @@ def epochs_bar(show: bool, epochs: int, kind: str) -> Iterator[Report | None]:
                 completed=epoch + 1,
                 note=f"loss {entry['loss']:.4f}  validation {metric} {entry[metric]:.4f}",
             )
+
+        yield report
+
+
+@contextmanager
+def tensorboard(folder: str | Path | None) -> Iterator[Report | None]:
+    """Writes each epoch's loss and validation metrics where TensorBoard reads them; yields what `fit` reports to.
+
+    Args:
+      folder: of the event files; None: nowhere, and None is yielded.
+
+    Raises:
+      ModuleNotFoundError: tensorboardX is not installed.
+    """
+    if folder is None:
+        yield None
+        return
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "writing for TensorBoard needs tensorboardX: pip install 'metarec-jax[tensorboard]'"
+        ) from error
+    with SummaryWriter(str(folder)) as writer:
+
+        def report(epoch: int, entry: dict[str, float]) -> None:
+            for name, value in entry.items():
+                writer.add_scalar("loss/train" if name == "loss" else f"validation/{name}", value, epoch)
 
         yield report
 

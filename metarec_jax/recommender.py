@@ -27,7 +27,8 @@ from metarec_jax.evaluation.evaluate import Scores, score_baselines, score_tasks
 from metarec_jax.evidence import evidence
 from metarec_jax.models import MODELS, Model, fields_of
 from metarec_jax.progress import epochs_bar
-from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, with_history, with_labels
+from metarec_jax.progress import tensorboard as event_files
+from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, reweighted, with_history, with_labels
 from metarec_jax.tasks import Examples, Params
 from metarec_jax.training import EPOCHS, fit
 from metarec_jax.transfer import carry_over
@@ -151,7 +152,7 @@ class Recommender:
         baselines: bool = True,
     ) -> dict[str, Scores]:
         """What `evaluate` summarises: every test user's scores by learner; arguments as there."""
-        split, query = self._split(data, "evaluate(data)"), self.protocol.query
+        split, query = self.split(data, "evaluate(data)"), self.protocol.query
         test, longest = split.test, int(np.maximum(split.test.lengths - query, 1).max())
         width = -(-longest // 32) * 32  # splits and support sizes share their shapes, hence what is compiled
         judged = draw(test, self.target, candidates, query=query)
@@ -173,7 +174,7 @@ class Recommender:
         The time is the median of `repeats` runs of the compiled `adapt` on a batch of `users` support sets, which are
         those of the test users.
         """
-        test = self._split(data, "adaptation_cost(data)").test
+        test = self.split(data, "adaptation_cost(data)").test
         width = -(-int(np.maximum(test.lengths - self.protocol.query, 1).max()) // 32) * 32
         options: dict[str, Any] = {"query": self.protocol.query, "batch_size": len(test), "buckets": (width,)}
         (batch,) = batches(test, self.target, **options)
@@ -203,7 +204,7 @@ class Recommender:
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise DataError(f"k must be a positive integer, got {k!r}")
-        value = evidence(self.strategy, self.params, self._split(data, "ask(k, data)").train, self.target)
+        value = evidence(self.strategy, self.params, self.split(data, "ask(k, data)").train, self.target)
         rows = np.argsort(-value, kind="stable")[: min(k, np.count_nonzero(value))]
         return self._readable(rows, value[rows])
 
@@ -219,7 +220,7 @@ class Recommender:
         }
         saving.write(path, config, self.catalogue, self.params)
 
-    def _split(self, data: Dataset | None, call: str) -> Split:
+    def split(self, data: Dataset | None = None, call: str = "split(data)") -> Split:
         """The split of the training; `call` is what to write where a loaded model needs the dataset."""
         if data is None and not len(self.catalogue.rating):
             raise DataError(f"a loaded model holds no interactions: {call} with the dataset it was trained on")
@@ -326,6 +327,7 @@ def train(
     start: Recommender | None = None,
     shared: Collection[str] | None = None,
     progress: bool = True,
+    tensorboard: str | Path | None = None,
     **fit_options: Any,
 ) -> Recommender:
     """Meta-train a recommender on a dataset.
@@ -346,7 +348,8 @@ def train(
         `metarec_jax.models.fields_of` (default: all that both have). Leave out "item_id" where the same number is
         another item.
       progress: show a progress bar.
-      **fit_options: keyword arguments of `metarec_jax.training.fit`, for instance `epochs` or `optimizer`.
+      tensorboard: a folder for event files with each epoch's loss and validation metrics.
+      **fit_options: keyword arguments of `metarec_jax.training.fit`, for instance `epochs` or `checkpoint`.
 
     Raises:
       DataError: the dataset has too few users for the protocol.
@@ -378,7 +381,17 @@ def train(
             raise ValueError(f"start predicts a {start.target.kind}, this training a {target.kind}; use one target")
         fresh = jax.jit(built.init)(jax.random.key(seed))
         fit_options["params"] = carry_over(start.params, fresh, fields_of(start.catalogue), fields_of(data), shared)
-    with epochs_bar(progress, fit_options.get("epochs", EPOCHS), target.kind) as report:
+    told = [fit_options.pop("report", None)]
+    with (
+        epochs_bar(progress, fit_options.get("epochs", EPOCHS), target.kind) as bar,
+        event_files(tensorboard) as events,
+    ):
+        told += [bar, events]
+
+        def report(epoch: int, entry: dict[str, float]) -> None:
+            for tell in filter(None, told):
+                tell(epoch, entry)
+
         fitted = fit(
             built,
             split,
@@ -431,6 +444,7 @@ def load(
             )
         makers[what] = partial(known[name], **recipe[what]["options"]) if given is None else given
     built = _build(makers["strategy"], makers["model"], catalogue, target)
+    built = reweighted(built) if recipe.get("reweighted") else built
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
     protocol = PROTOCOLS[settings.pop("name", "ColdUsers")](**settings)

@@ -1,7 +1,10 @@
 """Training: meta-train a strategy on the training users, keep the parameters that the validation users like best."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache, partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metarec_jax.checkpoint import read, write
 from metarec_jax.core import meta_step
 from metarec_jax.data.batches import batches, bucket_sizes
 from metarec_jax.data.splits import Split
@@ -69,6 +73,7 @@ def fit(
     statistics: ItemStatistics | None = None,
     seed: int = 0,
     params: Params | None = None,
+    checkpoint: str | Path | None = None,
     report: Callable[[int, dict[str, float]], Any] | None = None,
 ) -> Fitted:
     """Meta-train with early stopping. Support and query sets are drawn anew in each epoch.
@@ -100,10 +105,13 @@ def fit(
       statistics: takes a training user's own interactions out of the item field that it made, when the data has it.
       seed: of the initial parameters and of the sampling.
       params: initial parameters (default: those of `strategy.init`).
+      checkpoint: a file that holds the training after each epoch; the same call goes on from it, with the same result
+        as one that was never stopped.
       report: called after each epoch with its number and its entry in `history`.
 
     Raises:
       FloatingPointError: the loss is no longer finite.
+      ModelFileError: `checkpoint` is damaged or of another training.
     """
     optimizer = default_optimizer() if optimizer is None else optimizer
     short = SHORT[target.kind] if short is None else short
@@ -124,8 +132,20 @@ def fit(
     }
     judged = (3, None) if short else (None,)
     first = min(epochs // 3 if min_epochs is None else min_epochs, epochs - 1)
-    best, history = Fitted(params, -1, []), []
-    for epoch in range(epochs):
+    best, history = Fitted(averaged, -1, []), []
+    setting = {k: v for k, v in sampling.items() if k != "statistics"} | {"seed": seed, "average": average}
+    setting |= {"widths": [*map(int, widths)], "target": asdict(target)}
+    setting |= {"users": sha256(split.train.users.tobytes()).hexdigest()}
+    if checkpoint is not None:
+        arrays = {"params": params, "state": state, "averaged": averaged, "best": averaged}
+        if found := read(checkpoint, arrays, setting):
+            arrays, past = found
+            params, state = jax.tree.map(jnp.array, (arrays["params"], arrays["state"]))
+            averaged, history, best = arrays["averaged"], past["history"], Fitted(arrays["best"], past["best"], [])
+            rng.bit_generator.state, key = past["rng"], jax.random.wrap_key_data(jnp.array(past["key"], jnp.uint32))
+    for epoch in range(len(history), epochs):
+        if epoch - 1 > first and epoch - 1 - best.epoch >= patience:
+            break
         losses = []
         for batch in batches(split.train, target, buckets=widths, rng=rng, **sampling):
             key, step_key = jax.random.split(key)
@@ -152,8 +172,10 @@ def fit(
             report(epoch, entry)
         if epoch <= first or entry[SELECT[target.kind]] < history[best.epoch][SELECT[target.kind]]:
             best = Fitted(jax.device_get(averaged), epoch, [])
-        elif epoch - best.epoch >= patience:
-            break
+        if checkpoint is not None:
+            arrays = {"params": params, "state": state, "averaged": averaged, "best": best.params}
+            past = {"history": history, "best": best.epoch, "rng": rng.bit_generator.state}
+            write(checkpoint, arrays, past | {"key": jax.random.key_data(key).tolist()}, setting)
     return best._replace(history=history)
 
 

@@ -47,7 +47,7 @@ def test_a_loaded_model_needs_the_data_to_ask(recommender, divided, tmp_path):
 
 
 def test_the_value_is_popularity_times_the_mean_norm(recommender, divided):
-    train = recommender._split(None, "").train
+    train = recommender.split().train
     value = evidence(recommender.strategy, recommender.params, train, recommender.target, users=1000)
     rare = replace(train, index=train.index[(divided.item[train.index] != 2) | (np.arange(len(train.index)) % 2 == 0)])
     less = evidence(recommender.strategy, recommender.params, rare, recommender.target, users=1000)

@@ -29,7 +29,7 @@ def test_recommendations_are_the_best_scores_of_adapt_and_predict(recommender):
     history = {3: 5.0, 7: 1.0, 11: 4.5}
     data = recommender.catalogue
     rows = data.items.encode(list(history))[None]
-    target = recommender.target.encode(np.array([list(history.values())], np.float32))
+    target = recommender.target.grade(np.array([list(history.values())], np.float32))
     support = mr.Examples(mr.data.features(data, np.zeros(1, int), rows), target, np.ones_like(target))
     adapted = recommender.strategy.adapt(recommender.params, support, jax.random.key(0))
     everything = mr.data.features(data, np.zeros(1, int), np.arange(1, len(data.items))[None])

@@ -62,3 +62,60 @@ def test_parameters_to_start_from_are_not_written_over(train):
     before = jax.tree.map(np.array, start)
     train(epochs=1, params=start)
     assert same(start, before)
+
+
+def test_a_killed_training_goes_on_as_if_nothing_had_been(train, tmp_path):
+    options = {"epochs": 6, "min_epochs": 0, "patience": 100, "unknown": 0.2}
+    whole, file = train(**options), tmp_path / "training.safetensors"
+
+    class Killed(Exception):
+        pass
+
+    def killed(epoch: int, entry: dict[str, float]) -> None:
+        if epoch == 3:
+            raise Killed  # before that epoch is on the disk: it runs again
+
+    with pytest.raises(Killed):
+        train(checkpoint=file, report=killed, **options)
+    seen: list[int] = []
+    resumed = train(checkpoint=file, report=lambda epoch, _: seen.append(epoch), **options)
+    assert seen == [3, 4, 5]
+    assert resumed.history == whole.history
+    assert resumed.epoch == whole.epoch
+    assert same(resumed.params, whole.params)
+    again = train(checkpoint=file, **options)  # nothing is left to do
+    assert same(again.params, whole.params)
+    longer = train(checkpoint=file, **options | {"epochs": 8})
+    assert longer.history[:6] == whole.history
+    assert len(longer.history) == 8
+
+
+def test_a_checkpoint_of_another_training_is_refused(train, tmp_path):
+    file = tmp_path / "training.safetensors"
+    train(epochs=1, checkpoint=file)
+    with pytest.raises(mr.ModelFileError, match="another seed"):
+        train(epochs=2, checkpoint=file, seed=1)
+    with pytest.raises(mr.ModelFileError, match="another strategy, model or optimiser"):
+        train(epochs=2, checkpoint=file, optimizer=optax.sgd(0.1))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(mr.ModelFileError, match="damaged"):
+        train(epochs=2, checkpoint=file)
+
+
+def test_epochs_are_written_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    recommender = mr.train(
+        synthetic(users=60, items=40, seed=0), "prototypes", epochs=2, progress=False, tensorboard=tmp_path / "runs"
+    )
+    (file,) = (tmp_path / "runs").iterdir()
+    content, found, at = file.read_bytes(), {}, 0
+    while at < len(content):  # a record: its length in 8 bytes, 4 of checksum, the event, 4 of checksum
+        length = int.from_bytes(content[at : at + 8], "little")
+        event = Event.FromString(content[at + 12 : at + 12 + length])
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        at += length + 16
+    for epoch, entry in enumerate(recommender.history):
+        np.testing.assert_allclose(found["loss/train", epoch], entry["loss"], rtol=1e-6)
+        np.testing.assert_allclose(found["validation/auc", epoch], entry["auc"], rtol=1e-6)

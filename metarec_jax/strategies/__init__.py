@@ -23,7 +23,7 @@ from metarec_jax.strategies.metric import lwa, nlba, prototypes
 from metarec_jax.strategies.mwuf import mwuf
 from metarec_jax.strategies.process import anp, cnp, tanp
 from metarec_jax.strategies.reptile import reptile
-from metarec_jax.strategies.reweight import reweighted, robust
+from metarec_jax.strategies.reweight import reweighted
 from metarec_jax.strategies.ridge import ridge
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.structure import gated, meta_reg, sparse_maml
@@ -56,7 +56,6 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "sparse_maml": sparse_maml,
     "meta_reg": meta_reg,
     "gated": gated,
-    "robust": robust,
     "ensemble": mixture,
     "pretrain": pretrain,
     "finetune": finetune,
@@ -70,7 +69,6 @@ DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
     "anp": "linear",
     "tanp": "linear",
     "alpaca": "linear",
-    "robust": "linear",
     "lwa": "linear",
     "nlba": "linear",
     "in_context": "transformer",
@@ -113,7 +111,6 @@ __all__ = [
     "reptile",
     "reweighted",
     "ridge",
-    "robust",
     "sparse_maml",
     "tanp",
     "with_history",

@@ -1,33 +1,27 @@
 """Reweighting: how far to trust each support example, learned by the meta-gradient."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import optax
 
-from metarec_jax.models.model import Model
-from metarec_jax.strategies.alpaca import alpaca
 from metarec_jax.strategies.networks import dense, run
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.tasks import Examples, Features, Params, Task
 
 
-def reweighted(strategy: Strategy, *, loss: PointwiseLoss, hidden: int = 16) -> Strategy:
+def reweighted(strategy: Strategy, *, hidden: int = 16) -> Strategy:
     """`strategy` on a support set whose examples are weighed.
 
-        w_i = 2 sigmoid(g(y_i, s_i, l(s_i, y_i), log n_u))
+        w_i = 2 sigmoid(g(y_i, s_i, y_i s_i, mean y of the user, log n_u))
 
     g is a network with one hidden layer; s_i is the score of the example before adaptation: an example is judged by how
     much it surprises the shared model. All weights are 1 at first, and g is trained with all else by the gradient of
     the query loss through the adaptation; it does not pass through s.
 
     Trained on clean queries with support sets that hold errors (`noise` of `metarec_jax.training.fit`), it learns what
-    an error looks like.
+    an error looks like: see `metarec_jax.reweight`.
 
     Args:
       strategy: one that reads `mask` as weights, see `Examples`.
-      loss: elementwise loss of scores and targets.
       hidden: units of the hidden layer.
 
     References:
@@ -38,7 +32,7 @@ def reweighted(strategy: Strategy, *, loss: PointwiseLoss, hidden: int = 16) -> 
 
     def init(key: jax.Array) -> Params:
         first, second = jax.random.split(key)
-        weight = dense(second, 4, hidden, 1)
+        weight = dense(second, 5, hidden, 1)
         weight[-1]["weight"] = jnp.zeros_like(weight[-1]["weight"])
         return {"strategy": strategy.init(first), "weight": weight}
 
@@ -48,8 +42,9 @@ def reweighted(strategy: Strategy, *, loss: PointwiseLoss, hidden: int = 16) -> 
         start, empty = jax.lax.stop_gradient(params["strategy"]), support._replace(mask=jnp.zeros_like(support.mask))
         scores = strategy.predict(start, strategy.adapt(start, empty, key), support.features)
         scores = jax.lax.stop_gradient(jnp.where(keep, scores, 0.0))
-        count = jnp.broadcast_to(jnp.log1p(keep.sum(1, keepdims=True).astype(target.dtype)), target.shape)
-        inputs = jnp.stack([target, scores, loss(scores, target), count], -1)
+        count = keep.sum(1, keepdims=True).astype(target.dtype)
+        mean = target.sum(1, keepdims=True) / jnp.maximum(count, 1)
+        inputs = jnp.stack(jnp.broadcast_arrays(target, scores, target * scores, mean, jnp.log1p(count)), -1)
         weight = 2 * jax.nn.sigmoid(run(params["weight"], inputs)[..., 0])
         return support._replace(mask=jnp.where(keep, support.mask * weight, 0.0))
 
@@ -67,14 +62,3 @@ def reweighted(strategy: Strategy, *, loss: PointwiseLoss, hidden: int = 16) -> 
         return strategy.deviation(params["strategy"], adapted, features)
 
     return Strategy(init, adapt, predict, meta_loss, deviation if strategy.deviation else None)
-
-
-def robust(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, **options: Any) -> Strategy:
-    """`reweighted` `alpaca`.
-
-    Args:
-      model: needs `embed` and `width`.
-      loss: squared error or logistic loss.
-      **options: of `alpaca`.
-    """
-    return reweighted(alpaca(model, loss=loss, **options), loss=loss)

@@ -74,7 +74,7 @@ def linear():
 
 def test_flipped_labels_are_found_and_weigh_less(linear):
     plain = mr.ridge(linear, loss=LOGISTIC, steps=3)
-    robust = reweighted(plain, loss=LOGISTIC)
+    robust = reweighted(plain)
     (_, before), (params, after) = trained(plain), trained(robust)
     assert after < before - 0.005
     task, flipped = noisy_tasks(10_000)
@@ -84,13 +84,13 @@ def test_flipped_labels_are_found_and_weigh_less(linear):
         seen["mask"] = np.asarray(support.mask)
         return plain.adapt(inner, support, key)
 
-    reweighted(plain._replace(adapt=spy), loss=LOGISTIC).adapt(params, task.support, jax.random.key(0))
+    reweighted(plain._replace(adapt=spy)).adapt(params, task.support, jax.random.key(0))
     assert seen["mask"][flipped].mean() < 0.5 * seen["mask"][~flipped].mean()
 
 
 def test_no_change_at_first_and_none_for_padding(linear, task_batch):
     plain = mr.ridge(linear, loss=LOGISTIC)
-    robust = reweighted(plain, loss=LOGISTIC)
+    robust = reweighted(plain)
     task, _ = noisy_tasks(0)
     params = robust.init(jax.random.key(1))
     np.testing.assert_allclose(scores(robust, params, task), scores(plain, params["strategy"], task), rtol=1e-5)

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+CANDIDATES = "Rank the query among these: query (itself alone), a number of sampled items besides, or all."
 EXAMPLE_USER = {50: 5, 172: 5, 174: 4, 313: 2, 294: 1}  # ml-100k: likes adventures, not Titanic nor Liar Liar
 DEFAULT_MODEL = "metarec-model"
 
@@ -81,10 +82,12 @@ def quickstart(out: str, seed: int) -> None:
     metavar="NAME=YOURS",
     help="Your column names, e.g. --column rating=stars. Repeatable.",
 )
+@click.option("--tensorboard", type=click.Path(), default=None, help="Folder for TensorBoard's event files.")
+@click.option("--checkpoint", type=click.Path(), default=None, help="File from which a killed training goes on.")
 @click.option("--out", default=DEFAULT_MODEL, show_default=True, help="Folder to save the model in.")
 def train(
     data: str, strategy: str, model: str | None, target: Any, threshold: float, users: tuple[int, int], query: int,
-    epochs: int, seed: int, column: tuple[str, ...], out: str,
+    epochs: int, seed: int, column: tuple[str, ...], tensorboard: str | None, checkpoint: str | None, out: str,
 ) -> None:  # fmt: skip
     """Meta-train a model on DATA and save it.
 
@@ -96,7 +99,8 @@ def train(
     import metarec_jax as mr
 
     protocol = mr.ColdUsers(minimum=users[0], maximum=users[1], query=query, target=target, threshold=threshold)
-    recommender = mr.train(_read(data, column), strategy, model, seed=seed, protocol=protocol, epochs=epochs)
+    kept = {"tensorboard": tensorboard, "checkpoint": checkpoint}
+    recommender = mr.train(_read(data, column), strategy, model, seed=seed, protocol=protocol, epochs=epochs, **kept)
     recommender.save(out)
     click.echo(
         f"The model is in {out}/. Next:\n  metarec evaluate {out} {data}\n  metarec recommend {out} ITEM=RATING ..."
@@ -107,15 +111,16 @@ def train(
 @click.argument("model", type=click.Path(exists=True, file_okay=False))
 @click.argument("data")
 @click.option("--support", type=int, default=None, help="Adapt to at most so many ratings of a user (default: all).")
+@click.option("--candidates", default="query", show_default=True, help=CANDIDATES)
 @click.option("--column", multiple=True, metavar="NAME=YOURS", help="Your column names, e.g. --column rating=stars.")
-def evaluate(model: str, data: str, support: int | None, column: tuple[str, ...]) -> None:
+def evaluate(model: str, data: str, support: int | None, candidates: str, column: tuple[str, ...]) -> None:
     """Metrics of MODEL on DATA's test users, beside the plain baselines on the same tasks.
 
     DATA is what the model was trained on; the test users are those that training never saw.
     """
     import metarec_jax as mr
 
-    _print_evaluation(mr.load(model), _read(data, column), support)
+    _print_evaluation(mr.load(model), _read(data, column), support, _among(candidates))
 
 
 @cli.command()
@@ -158,11 +163,13 @@ def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, 
     "--target", type=click.Choice(["click", "rating"]), default="click", show_default=True, help="What to predict."
 )
 @click.option("--epochs", default=60, show_default=True, help="At most so many.")
+@click.option("--candidates", default="query", show_default=True, help=CANDIDATES)
 @click.option("--column", multiple=True, metavar="NAME=YOURS", help="Your column names, e.g. --column rating=stars.")
 @click.option("--out", default="comparison", show_default=True, help="Folder; what is there already is not run again.")
 def compare(
-    data: str, strategies: tuple[str, ...], splits: int, target: Any, epochs: int, column: tuple[str, ...], out: str
-) -> None:
+    data: str, strategies: tuple[str, ...], splits: int, target: Any, epochs: int, candidates: str,
+    column: tuple[str, ...], out: str,
+) -> None:  # fmt: skip
     """Train strategies on several splits of DATA and compare them with the plain baselines.
 
     May be stopped and started again. Example: metarec compare ml-100k -s alpaca -s maml --splits 10
@@ -175,6 +182,7 @@ def compare(
         splits=splits,
         protocol=mr.ColdUsers(target=target),
         folder=out,
+        candidates=_among(candidates),
         epochs=epochs,
         report=click.echo,
     )
@@ -230,12 +238,16 @@ def _rows(recommender: Any, history: list[tuple[Any, float]]) -> tuple[list[Any]
     return items, recommender.catalogue.items.encode(items) if items else []
 
 
-def _print_evaluation(recommender: Any, data: Any, support: int | None) -> None:
+def _among(candidates: str) -> Any:
+    return int(candidates) if candidates.isdigit() else candidates
+
+
+def _print_evaluation(recommender: Any, data: Any, support: int | None, candidates: Any = "query") -> None:
     from rich.console import Console
 
     from metarec_jax.progress import results_table
 
-    results = recommender.evaluate(data, support=support)
+    results = recommender.evaluate(data, support=support, candidates=candidates)
     if recommender.target.kind == "click":
         shown = ("auc", "within_user_auc", "precision@5", "ndcg@5", "mrr@5", "log_loss")
         results = {learner: {m: values[m] for m in shown} for learner, values in results.items()}

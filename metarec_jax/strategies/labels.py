@@ -9,6 +9,8 @@ import numpy as np
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, Task
 
+LABELS = "labels"  # their place among the parameters
+
 
 def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float]) -> Strategy:
     """`strategy`, whose support targets pass through a piecewise linear function first (soft binning).
@@ -19,7 +21,7 @@ def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float])
     worth more than a click, and three less than none. Query targets stay as they are.
 
     Args:
-      strategy: any; one whose meta-gradient does not reach the support targets keeps `start`.
+      strategy: any whose parameters are a dict; one whose meta-gradient does not reach the support targets keeps `start`.
       at: the knots, ascending.
       start: initial values there.
     """
@@ -28,23 +30,29 @@ def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float])
         raise ValueError(f"need two or more ascending knots and a value for each, got {at} and {start}")
 
     def init(key: jax.Array) -> Params:
-        return {"strategy": strategy.init(key), "labels": jnp.asarray(start, jnp.float32)}
+        params = strategy.init(key)
+        if not isinstance(params, dict) or LABELS in params:
+            raise TypeError(f"the parameters must be a dict without {LABELS!r}; other strategies: train(graded=False)")
+        return {**params, LABELS: jnp.asarray(start, jnp.float32)}
+
+    def own(params: Params) -> Params:
+        return {name: value for name, value in params.items() if name != LABELS}
 
     def labelled(params: Params, support: Examples) -> Examples:
         target = jnp.where(support.mask > 0, support.target, knots[0])
-        return support._replace(target=jnp.interp(target, knots, params["labels"]).astype(target.dtype))
+        return support._replace(target=jnp.interp(target, knots, params[LABELS]).astype(target.dtype))
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
-        return strategy.adapt(params["strategy"], labelled(params, support), key)
+        return strategy.adapt(own(params), labelled(params, support), key)
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
-        return strategy.predict(params["strategy"], adapted, features)
+        return strategy.predict(own(params), adapted, features)
 
     def loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return strategy.loss(params["strategy"], task._replace(support=labelled(params, task.support)), key)
+        return strategy.loss(own(params), task._replace(support=labelled(params, task.support)), key)
 
     def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         assert strategy.deviation is not None
-        return strategy.deviation(params["strategy"], adapted, features)
+        return strategy.deviation(own(params), adapted, features)
 
     return Strategy(init, adapt, predict, loss, deviation if strategy.deviation else None)

@@ -1,0 +1,41 @@
+"""`reweight`: nothing but the weights is learned, they are saved, and errors cost less."""
+
+import jax
+import numpy as np
+import pytest
+
+import metarec_jax as mr
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return mr.train(mr.data.synthetic(users=80, items=40, seed=0), "ridge", epochs=4, progress=False)
+
+
+def test_the_recommender_itself_is_not_trained_and_its_weights_are_saved(plain, tmp_path):
+    robust = mr.reweight(plain, epochs=2, progress=False)
+    jax.tree.map(np.testing.assert_array_equal, robust.params["strategy"], plain.params)
+    assert np.abs(robust.params["weight"][-1]["weight"]).max() > 0
+    assert robust.recommend({1: 5.0, 2: 1.0}) != plain.recommend({1: 5.0, 2: 1.0})
+    robust.save(tmp_path / "model")
+    again = mr.load(tmp_path / "model")
+    assert again.recommend({1: 5.0, 2: 1.0}) == robust.recommend({1: 5.0, 2: 1.0})
+    with pytest.raises(ValueError, match="weighs its ratings already"):
+        mr.reweight(again)
+
+
+def test_the_loss_on_clean_queries_falls(plain):
+    """The same draws of users and errors, with and without learning."""
+    without, learned = (
+        mr.reweight(plain, noise=0.4, epochs=12, learning_rate=rate, progress=False).history[-6:] for rate in (0.0, 0.02)
+    )
+    assert np.mean([e["loss"] for e in learned]) < np.mean([e["loss"] for e in without])
+
+
+def test_what_cannot_be_is_refused(plain, tmp_path):
+    for noise in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="noise is a share"):
+            mr.reweight(plain, noise=noise)
+    plain.save(tmp_path / "model")
+    with pytest.raises(mr.DataError, match=r"reweight\(recommender, data\)"):
+        mr.reweight(mr.load(tmp_path / "model"))

@@ -135,8 +135,12 @@ def test_string_ids_and_ids_beyond_32_bits_come_back_as_they_went_in():
         assert all(r.title is None for r in got)
 
 
-@pytest.mark.parametrize("strategy", list(mr.STRATEGIES))
-@pytest.mark.parametrize("target", ["click", "rating"])
+ON_RATINGS = ("ridge", "alpaca", "maml", "nlba", "tanp", "mwuf", "in_context", "ensemble", "gated", "lora")  # families
+
+
+@pytest.mark.parametrize(
+    ("strategy", "target"), [(s, "click") for s in mr.STRATEGIES] + [(s, "rating") for s in ON_RATINGS]
+)
 def test_every_strategy_trains_evaluates_saves_and_loads(strategy, target, synthetic, tmp_path):
     recommender = mr.train(synthetic, strategy, protocol=mr.ColdUsers(target=target), **QUICK, buckets=1)
     results = recommender.evaluate()

@@ -26,9 +26,8 @@ def test_the_recommender_itself_is_not_trained_and_its_weights_are_saved(plain, 
 
 def test_the_loss_on_clean_queries_falls(plain):
     """The same draws of users and errors, with and without learning."""
-    without, learned = (
-        mr.reweight(plain, noise=0.4, epochs=12, learning_rate=rate, progress=False).history[-6:] for rate in (0.0, 0.02)
-    )
+    options = {"noise": 0.4, "epochs": 12, "progress": False}
+    without, learned = (mr.reweight(plain, learning_rate=rate, **options).history[-6:] for rate in (0.0, 0.02))
     assert np.mean([e["loss"] for e in learned]) < np.mean([e["loss"] for e in without])
 
 

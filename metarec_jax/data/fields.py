@@ -23,7 +23,7 @@ class Field:
     Attributes:
       name: column name; also the key in a batch's features.
       kind: "categorical" (one int32 code a row), "multi" (int32 codes `[width]`, 0 = no more values), "dense"
-        (float32 `[width]`, standardised; a missing value becomes the mean), or "multimodal" (float32 `[width]`: a
+        (float32 `[width]`, standardised, or soft bins; a missing value becomes the mean, or no bin), or "multimodal" (float32 `[width]`: a
         vector, standardised and divided by the root of its length, then a 1; all zeros where it is missing).
       size: number of codes, the unknown code 0 included (1 for fields of numbers).
       width: values a row has (1 for categorical).
@@ -66,7 +66,8 @@ class Field:
             which some rows lack: models weigh those that are there by a learned gate. "text" hashes the words of a
             text and their parts to a multi-valued field.
           buckets: hash the values to so many codes instead of giving each its own (texts: 8192 by default).
-          transform: "log", "clip" or "quantile", for numbers with heavy tails.
+          transform: "log", "clip" or "quantile", for numbers with heavy tails; "bins" for those whose transform is to be
+            learned (`metarec_jax.data.normalise.transformed`).
           gram: letters in the parts of words of a text; 0 for whole words only.
 
         Raises:
@@ -94,8 +95,13 @@ class Field:
         dense = _dense(values, name, None)
         if kind == "multimodal" and np.isnan(dense).all():
             raise DataError(f"column {name!r}: no row has a vector, so its length is unknown; leave the column out")
+        if kind == "multimodal" and transform == "bins":
+            raise ValueError(f"{name}: bins are for plain numbers, not for a multimodal vector")
         fitted = knots(dense, transform)
         dense = transformed(dense, transform, fitted)
+        if transform == "bins":  # shares, which need no standardising
+            zero = np.zeros(dense.shape[1])
+            return cls(name, kind, 1, dense.shape[1], None, zero, zero + 1, transform, fitted)
         count = np.maximum(np.isfinite(dense).sum(0), 1)
         mean = np.nansum(dense, 0) / count
         scale = np.sqrt(np.nansum((dense - mean) ** 2, 0) / count)
@@ -113,7 +119,8 @@ class Field:
         if self.kind in NUMBERS:
             assert self.mean is not None
             assert self.scale is not None
-            dense = _dense(values, self.name, len(self.mean))
+            raw = len(self.mean) if self.transform != "bins" or self.knots is None else self.knots.shape[1]
+            dense = _dense(values, self.name, raw)
             present = ~np.isnan(dense).all(1, keepdims=True)
             dense = np.nan_to_num((transformed(dense, self.transform, self.knots) - self.mean) / self.scale, nan=0.0)
             if self.kind == "multimodal":

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 SCALES = {"stars": (1.0, 5.0), "ten": (0.0, 10.0), "percent": (0.0, 100.0), "unit": (0.0, 1.0), "thumbs": (-1.0, 1.0)}
-TRANSFORMS = ("log", "clip", "quantile")
+TRANSFORMS = ("log", "clip", "quantile", "bins")
+BINS = 8
 Scale = str | tuple[float, float]
 
 
@@ -80,16 +81,22 @@ def knots(values: np.ndarray, transform: str | None) -> np.ndarray | None:
         raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}, got {transform!r}")
     if transform in (None, "log"):
         return None
-    at = [0.01, 0.99] if transform == "clip" else np.linspace(0, 1, 101)
+    at = {"clip": np.array([0.01, 0.99]), "quantile": np.linspace(0, 1, 101), "bins": np.linspace(0, 1, BINS + 1)}
     known = [column[~np.isnan(column)] for column in values.T]
-    return np.stack([np.quantile(k, at) if len(k) else np.zeros(len(at)) for k in known], -1)
+    return np.stack([np.quantile(k, at[transform]) if len(k) else np.zeros(len(at[transform])) for k in known], -1)
 
 
 def transformed(values: np.ndarray, transform: str | None, fitted: np.ndarray | None) -> np.ndarray:
-    """Values `[n, width]` with lighter tails; NaN stays NaN.
+    """Values `[n, width]` with lighter tails, of "bins" `[n, width * knots]`; NaN stays NaN.
 
     "log": sign(x) log(1 + |x|). "clip": to the 1st and 99th percentile. "quantile": the share of the fitted values that
-    lie below, by linear interpolation between percentiles (of equal ones the middle).
+    lie below, by linear interpolation between percentiles (of equal ones the middle). "bins": soft binning, how far a
+    value belongs to each of nine quantiles, of which the two next to it share it: a linear layer on top is any piecewise
+    linear function of the number, clipped at both ends, and is learned by the meta-gradient with all else.
+
+    References:
+      Gorishniy et al., On Embeddings for Numerical Features in Tabular Deep Learning, NeurIPS 2022 (their piecewise
+      linear encoding adds up the hat functions used here).
     """
     if transform == "log":
         return np.sign(values) * np.log1p(np.abs(values))
@@ -97,7 +104,19 @@ def transformed(values: np.ndarray, transform: str | None, fitted: np.ndarray | 
         return values
     if transform == "clip":
         return np.clip(values, fitted[0], fitted[1])
-    return np.stack([_rank(column, at) for column, at in zip(values.T, fitted.T, strict=True)], -1)
+    columns = zip(values.T, fitted.T, strict=True)
+    if transform == "bins":
+        return np.concatenate([_hats(column, at) for column, at in columns], -1)
+    return np.stack([_rank(column, at) for column, at in columns], -1)
+
+
+def _hats(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """`[n, knots]` the hat functions of the distinct knots; of equal knots all but the first have none."""
+    distinct, place = np.unique(at, return_index=True)
+    found = np.zeros((len(values), len(at)))
+    for k, one in zip(place, np.eye(len(distinct)), strict=True):
+        found[:, k] = np.interp(values, distinct, one)
+    return np.where(np.isnan(values)[:, None], np.nan, found)
 
 
 def _rank(values: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float])
     worth more than a click, and three less than none. Query targets stay as they are.
 
     Args:
-      strategy: any whose parameters are a dict; one whose meta-gradient does not reach the support targets keeps `start`.
+      strategy: one whose parameters are a dict; if its meta-gradient does not reach the support targets, `start` stays.
       at: the knots, ascending.
       start: initial values there.
     """

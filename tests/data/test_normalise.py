@@ -85,8 +85,52 @@ def test_one_huge_value_no_longer_drowns_the_others(transform):
     assert field.encode([None])[0, 0] == 0
 
 
+def test_bins_span_every_piecewise_linear_function_of_the_number_clipped_at_its_ends():
+    values = np.random.default_rng(0).lognormal(size=2000)
+    field = Field.fit("price", values, transform="bins")
+    at = np.quantile(values, np.linspace(0, 1, 9))
+    probe = np.concatenate([np.geomspace(at[0], at[-1], 50), [0.0, 1e9]])
+    worth = np.random.default_rng(1).normal(size=9)
+    bins = field.encode(probe)
+    np.testing.assert_allclose(bins @ worth, np.interp(probe, at, worth), atol=1e-5)
+    np.testing.assert_allclose(bins.sum(1), 1, atol=1e-6)
+    assert ((bins > 0).sum(1) <= 2).all()
+    assert (field.encode([None]) == 0).all()
+
+
+def test_bins_of_few_distinct_values_and_of_vectors():
+    field = Field.fit("rooms", np.array([1.0, 1, 1, 2, 2, 3]), transform="bins")
+    assert len(np.unique(field.encode(np.array([1.0, 2, 3])), axis=0)) == 3
+    pair = Field.fit("place", np.random.default_rng(0).normal(size=(50, 2)), transform="bins")
+    assert pair.encode(np.zeros((3, 2))).shape == (3, 18) == (3, pair.width)
+    with pytest.raises(DataError, match="row 0 has 3 values where the others have 2"):
+        pair.encode(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="not for a multimodal vector"):
+        Field.fit("poster", np.random.default_rng(0).normal(size=(9, 4)), kind="multimodal", transform="bins")
+
+
+def test_the_transform_of_a_number_is_learned_where_a_line_cannot_follow(tmp_path):
+    """Items are liked when their price is neither low nor high: bins find it, a line cannot; and they are saved."""
+    rng = np.random.default_rng(0)
+    price = rng.lognormal(size=200)
+    liked = (np.abs(np.argsort(np.argsort(price)) - 100) < 50).astype(float)
+    users = np.repeat(np.arange(80), 50)
+    items = np.concatenate([rng.permutation(200)[:50] for _ in range(80)])
+    table = {"user_id": users, "item_id": items, "rating": liked[items]}
+    protocol = mr.Scenario("cold item", new=0.3, query=6, minimum=8, target="click", threshold=1.0)
+    found = {}
+    for transform in (None, "bins"):
+        stock = {"item_id": np.arange(200), "price": price}
+        data = mr.data.from_tables(table, items=stock, fields={"price": {"transform": transform}})
+        trained = mr.train(data, protocol=protocol, epochs=15, progress=False)
+        found[transform] = trained.evaluate(baselines=False)["alpaca"]["auc"]
+    assert found["bins"] > found[None] + 0.15
+    trained.save(tmp_path / "model")
+    assert mr.load(tmp_path / "model").recommend({1: 1.0}, k=3) == trained.recommend({1: 1.0}, k=3)
+
+
 def test_an_unknown_transform_or_one_of_text_is_refused():
-    with pytest.raises(ValueError, match="one of log, clip, quantile, got 'sqrt'"):
+    with pytest.raises(ValueError, match="one of log, clip, quantile, bins, got 'sqrt'"):
         Field.fit("price", np.arange(3.0), transform="sqrt")
     with pytest.raises(ValueError, match="for numbers, this field is categorical"):
         Field.fit("job", np.array(["a"]), transform="log")

@@ -109,9 +109,8 @@ def test_labels_interpolate_between_their_knots(linear):
     expected = np.where(grades < 0.5, 0.4 * grades, 0.2 + 1.6 * (grades - 0.5)).astype(np.float32)
     wanted = task._replace(support=task.support._replace(target=expected))
     params = labelled.init(jax.random.key(0))
-    np.testing.assert_allclose(
-        scores(labelled, params, graded), scores(plain, {name: params[name] for name in params if name != "labels"}, wanted), rtol=1e-4, atol=1e-6
-    )
+    own = {name: value for name, value in params.items() if name != "labels"}
+    np.testing.assert_allclose(scores(labelled, params, graded), scores(plain, own, wanted), rtol=1e-4, atol=1e-6)
 
 
 def test_labels_learn_which_grade_tells_nothing(linear):

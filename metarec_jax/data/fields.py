@@ -23,8 +23,8 @@ class Field:
     Attributes:
       name: column name; also the key in a batch's features.
       kind: "categorical" (one int32 code a row), "multi" (int32 codes `[width]`, 0 = no more values), "dense"
-        (float32 `[width]`, standardised, or soft bins; a missing value becomes the mean, or no bin), or "multimodal" (float32 `[width]`: a
-        vector, standardised and divided by the root of its length, then a 1; all zeros where it is missing).
+        (float32 `[width]`, standardised, or soft bins; a missing value becomes the mean, or no bin), or "multimodal"
+        (float32 `[width]`: a vector, standardised and divided by the root of its length, then a 1; all zeros where it is missing).
       size: number of codes, the unknown code 0 included (1 for fields of numbers).
       width: values a row has (1 for categorical).
       vocabulary: the raw values behind the codes (None for fields of numbers).
@@ -66,7 +66,7 @@ class Field:
             which some rows lack: models weigh those that are there by a learned gate. "text" hashes the words of a
             text and their parts to a multi-valued field.
           buckets: hash the values to so many codes instead of giving each its own (texts: 8192 by default).
-          transform: "log", "clip" or "quantile", for numbers with heavy tails; "bins" for those whose transform is to be
+          transform: "log", "clip" or "quantile", for numbers with heavy tails; "bins" where the transform is to be
             learned (`metarec_jax.data.normalise.transformed`).
           gram: letters in the parts of words of a text; 0 for whole words only.
 

@@ -91,8 +91,8 @@ def transformed(values: np.ndarray, transform: str | None, fitted: np.ndarray | 
 
     "log": sign(x) log(1 + |x|). "clip": to the 1st and 99th percentile. "quantile": the share of the fitted values that
     lie below, by linear interpolation between percentiles (of equal ones the middle). "bins": soft binning, how far a
-    value belongs to each of nine quantiles, of which the two next to it share it: a linear layer on top is any piecewise
-    linear function of the number, clipped at both ends, and is learned by the meta-gradient with all else.
+    value belongs to each of nine quantiles, of which the two next to it share it: a linear layer on top is any
+    piecewise linear function of the number, clipped at both ends, and is learned by the meta-gradient with all else.
 
     References:
       Gorishniy et al., On Embeddings for Numerical Features in Tabular Deep Learning, NeurIPS 2022 (their piecewise

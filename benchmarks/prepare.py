@@ -90,7 +90,7 @@ def first_step() -> None:
     rng = np.random.default_rng(0)
     batch = next(mr.data.batches(extended, target, buckets=(40, 90), rng=rng, statistics=statistics))
     read = time.perf_counter()
-    params, optimizer = strategy.init(jax.random.key(0)), default_optimizer()
+    params, optimizer = jax.jit(strategy.init)(jax.random.key(0)), default_optimizer()
     step = jax.jit(mr.meta_step(strategy.loss, optimizer))
     jax.block_until_ready(step(params, optimizer.init(params), batch.task, jax.random.key(0)))
     done = time.perf_counter()

@@ -24,7 +24,8 @@ class Field:
       name: column name; also the key in a batch's features.
       kind: "categorical" (one int32 code a row), "multi" (int32 codes `[width]`, 0 = no more values), "dense"
         (float32 `[width]`, standardised, or soft bins; a missing value becomes the mean, or no bin), or "multimodal"
-        (float32 `[width]`: a vector, standardised and divided by the root of its length, then a 1; all zeros where it is missing).
+        (float32 `[width]`: a vector, standardised and divided by the root of its length, then a 1; all zeros where it
+        is missing).
       size: number of codes, the unknown code 0 included (1 for fields of numbers).
       width: values a row has (1 for categorical).
       vocabulary: the raw values behind the codes (None for fields of numbers).

@@ -1,4 +1,4 @@
-"""The two errors of this package that callers may want to tell apart from others."""
+"""The errors of this package that callers may want to tell apart from others."""
 
 
 class DataError(ValueError):
@@ -7,3 +7,7 @@ class DataError(ValueError):
 
 class ModelFileError(ValueError):
     """A saved model that cannot be loaded: damaged, foreign, or written by another version."""
+
+
+class StoreError(Exception):
+    """A store of users cannot be opened, read or written; the message says what to do."""

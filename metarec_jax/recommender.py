@@ -1,9 +1,9 @@
 """Recommender: the thin wrapper that people touch. `train` makes one; it recommends, evaluates, saves and loads."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +25,20 @@ from metarec_jax.data.target import Target
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation.evaluate import Scores, score_baselines, score_tasks, summarise
 from metarec_jax.evidence import evidence
+from metarec_jax.feedback import LONGEST, checked, checked_id, taste
 from metarec_jax.models import MODELS, Model, fields_of
 from metarec_jax.progress import epochs_bar
 from metarec_jax.progress import tensorboard as event_files
+from metarec_jax.ranking import USERS, Explore, Known, Ranker, diversify
+from metarec_jax.stock import Stock
+from metarec_jax.store import Event, SqliteStore, Store, UserId, open_store
 from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, reweighted, with_history, with_labels
-from metarec_jax.tasks import Examples, Params
+from metarec_jax.tasks import Params
 from metarec_jax.training import EPOCHS, fit
 from metarec_jax.transfer import carry_over
 
 LOSSES = {"click": optax.losses.sigmoid_binary_cross_entropy, "rating": optax.losses.squared_error}
-CHUNK = 256  # users adapted at once
+Where = Mapping[str, Any]
 CELLS = 1 << 20  # users x items scored at once
 
 
@@ -44,6 +48,15 @@ class Recommendation(NamedTuple):
     item: Any
     score: float
     title: str | None
+
+
+class UncertainRecommendation(NamedTuple):
+    """A `Recommendation` with the standard deviation of a rating (its noise included) or of a click's logit."""
+
+    item: Any
+    score: float
+    title: str | None
+    deviation: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +73,10 @@ class Recommender:
       recipe: names and options of strategy and model, for `save`.
       limits: lowest and highest rating seen in training.
       history: training log, one dict an epoch.
+      stock: the items that can be recommended, later ones included (default: those of the catalogue).
+      users: what users did since, see `update` (default: kept in memory).
+      half_life: seconds in which an event of `update` loses half its weight, counted back from its user's latest one;
+        None: all weigh the same.
     """
 
     strategy: Strategy
@@ -71,54 +88,166 @@ class Recommender:
     recipe: dict[str, Any]
     limits: tuple[float, float]
     history: list[dict[str, float]] = field(default_factory=list)
+    stock: Stock = None  # type: ignore[assignment]
+    users: Store = field(default_factory=SqliteStore)
+    half_life: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.stock is None:
+            object.__setattr__(self, "stock", Stock.of(self.catalogue))
 
     def recommend(
         self,
         history: History | Sequence[History],
         k: int = 10,
         *,
-        exclude_seen: bool = True,
         user: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         context: Mapping[str, Any] | None = None,
+        exclude_seen: bool = True,
+        where: Where | Sequence[Where] | None = None,
+        only: Sequence[Any] | None = None,
+        block: Sequence[Any] = (),
+        diversity: float = 0.0,
+        explore: Explore | None = None,
+        strength: float = 1.0,
+        seed: int = 0,
+        deviation: bool = False,
+        approximate: bool = False,
     ) -> Any:
-        """The `k` best items for a new user, or for each of a batch of new users.
+        """The `k` best items of the whole stock for a new user, or for each of a batch of new users.
 
         Args:
           history: what a user has rated, `{item: rating}` or `[(item, rating), ...]` with raw item ids; or a list of
             such. An empty history gets the ranking of a user about whom nothing is known. An item rated twice counts
-            with its later rating; unknown items count as ratings of an unknown item.
+            with its later rating; unknown items count as ratings of an unknown item. Of more than 512 the last 512
+            count.
           k: how many; fewer come back when fewer items are left.
-          exclude_seen: leave out what is in the history.
           user: attributes of the user (or a list of them), `{"age": 30}`; what is left out is unknown.
           context: what is around the call, for all its users, `{"device": "phone"}`; what is left out is unknown, as
             are the contexts of the history.
+          exclude_seen: leave out what is in the history.
+          where: what an item must be, by its fields: `{"genres": ["Comedy", "Romance"], "price": (None, 20.0)}`, any of
+            the categories, between the bounds; or a list of such, one a user.
+          only, block: ids of the items that are available (default: all), and of those that are not.
+          diversity: from 0 (the best scores) to 1 (items unlike each other): how much of an item's worth its likeness
+            to those above it takes away (MMR), among the 100 or 10 k best.
+          explore: "ucb" ranks by score + strength * deviation, "thompson" by a draw from N(score, (strength
+            deviation)^2), each item by itself; for strategies that know the deviation, as `alpaca`.
+          strength, seed: of the exploration.
+          deviation: give `UncertainRecommendation`s.
+          approximate: find the best by `jax.lax.approx_max_k`: faster on a TPU, and may miss one in twenty.
 
         Returns:
           A list of `Recommendation`, best first; for a batch a list of such lists.
 
         Raises:
           DataError: item ids of another type than in training; a rating that is no finite number or off the scale; an
-            unknown attribute or context.
+            unknown attribute, context, field or category.
+          ValueError: the deviation is asked of a strategy that does not know it; `diversity` outside 0 to 1.
+
+        References:
+          Carbonell and Goldstein, The Use of MMR, SIGIR 1998, section 2; the likeness of items is the cosine of what
+          the network computes of each alone (`Ranker.vectors`).
         """
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise DataError(f"k must be a positive integer, got {k!r}")
         single = is_one_user(history)
         histories: list[Any] = [history] if single else list(history)
-        users: Sequence[Any] = [user] if single else [None] * len(histories) if user is None else user  # type: ignore
-        if isinstance(users, Mapping) or len(users) != len(histories):
-            raise DataError(f"user: got attributes of {len(users)} users for {len(histories)} histories")
-        encoded = [
-            encode_history(h, self.catalogue.items, self.limits, "history" if single else f"history {i}")
-            for i, h in enumerate(histories)
-        ]
-        attributes = [encode_attributes(u, self.catalogue.user_fields) for u in users]
-        around = encode_attributes(context, self.catalogue.context_fields, "context")
-        size = min(CHUNK, max(1, CELLS // len(self.catalogue.items)))
-        found: list[list[Recommendation]] = []
-        for i in range(0, len(encoded), size):
-            chunk = encoded[i : i + size], attributes[i : i + size]
-            found += self._recommend_chunk(*chunk, around, int(k), exclude_seen)
+        attributes: Sequence[Any] = [user] if single else [None] * len(histories) if user is None else user  # type: ignore
+        if isinstance(attributes, Mapping) or len(attributes) != len(histories):
+            raise DataError(f"user: got attributes of {len(attributes)} users for {len(histories)} histories")
+        people = []
+        for i, (given, own) in enumerate(zip(histories, attributes, strict=True)):
+            who = "history" if single else f"history {i}"
+            rows, ratings = encode_history(given, self.stock, self.limits, who)
+            people.append(_Person(rows, ratings, np.ones(len(rows), np.float32), self._attributes(own)))
+        options = (exclude_seen, where, only, block, diversity, explore, strength, seed, deviation, approximate)
+        found = self._best(people, k, context, *options)
         return found[0] if single else found
+
+    def recommend_to(
+        self, users: UserId | Sequence[UserId], k: int = 10, *, context: Mapping[str, Any] | None = None, **choice: Any
+    ) -> Any:
+        """The `k` best items for a user of `update`, or for each of a list of users.
+
+        Args:
+          users: raw id or a list of ids; one never seen gets the ranking of a user about whom nothing is known.
+          k, context: see `recommend`.
+          **choice: `exclude_seen` to `approximate` of `recommend`.
+        """
+        single = isinstance(users, int | str | np.integer)
+        ids = [checked_id(u, None, "user") for u in ([users] if single else users)]  # type: ignore[union-attr, list-item]
+        settings = {"exclude_seen": True, "where": None, "only": None, "block": (), "diversity": 0.0, "explore": None}
+        settings |= {"strength": 1.0, "seed": 0, "deviation": False, "approximate": False}
+        if unknown := choice.keys() - settings:
+            raise TypeError(f"recommend_to has no argument {sorted(unknown)[0]!r}; it has {', '.join(settings)}")
+        found = self._best(self._known(ids), k, context, *(settings | choice).values())
+        return found[0] if single else found
+
+    def update(self, events: Iterable[Event | Mapping[str, Any]]) -> int:
+        """Keeps what users did; the next recommendation reflects it.
+
+        Users and items may be new: a new item counts as an unknown one until `add_items` says what it is. Of several
+        events of a user with the same item the latest counts.
+
+        Args:
+          events: `Event`s or mappings with the same names, in any order, of any number of users. A click counts as the
+            lowest rating that is one, a purchase as the highest rating, a dismissal as the lowest.
+
+        Returns:
+          How many were new: an event of a user with an id that was there is not. When it returns they are kept for good
+          (as far as `users` keeps them).
+
+        Raises:
+          DataError: an event that cannot be one; none of the call's events is kept then.
+          StoreError: the store cannot be written.
+        """
+        kind = str if self.stock.trained.ids.dtype.kind == "U" else int
+        return self.users.append(checked(events, kind, self.limits))
+
+    def describe_user(self, user: UserId, attributes: Mapping[str, Any]) -> None:
+        """Keeps a user's attributes, `{"age": 30}`, in place of those before.
+
+        Raises:
+          DataError: an attribute that the model does not know, or a value that it does not take.
+        """
+        self._attributes(attributes)
+        self.users.describe(checked_id(user, None, "user"), attributes)
+
+    def forget(self, user: UserId) -> int:
+        """Removes every trace of a user from `users`; returns how many events there were."""
+        return self.users.forget(checked_id(user, None, "user"))
+
+    def with_users(self, users: str | Path | Store, half_life: float | None = None) -> "Recommender":
+        """The recommender with another store of what users did.
+
+        Args:
+          users: the path of a file (SQLite; made when there is none), `redis://host:port/database`, or a `Store`.
+          half_life: seconds in which an event loses half its weight; None: all weigh the same.
+
+        Raises:
+          StoreError: the store cannot be opened.
+        """
+        if half_life is not None and not half_life > 0:
+            raise ValueError(f"half_life must be seconds above 0, or None, got {half_life}")
+        return replace(self, users=open_store(users), half_life=half_life)
+
+    def add_items(self, items: Mapping[str, Sequence[Any]]) -> "Recommender":
+        """The recommender with more items, which their attributes tell; nothing of the others is computed again.
+
+        Args:
+          items: columns, `{"item_id": [...], "title": [...], "genres": [[...], ...]}`; a field left out is unknown.
+
+        Raises:
+          DataError: see `Stock.add`.
+        """
+        other = replace(self, stock=self.stock.add(items))
+        if "ranker" in self.__dict__:
+            other.__dict__["ranker"] = self.ranker.extended(other.stock)
+        return other
+
+    @cached_property
+    def ranker(self) -> Ranker:
+        """What ranks the stock; it keeps what the network computes of the items alone."""
+        return Ranker(self.strategy, self.params, self.stock, self.catalogue.user_fields, self.catalogue.context_fields)
 
     def evaluate(
         self,
@@ -218,7 +347,7 @@ class Recommender:
             "limits": self.limits,
             "history": self.history,
         }
-        saving.write(path, config, self.catalogue, self.params)
+        saving.write(path, config, self.catalogue, self.params, self.stock)
 
     def split(self, data: Dataset | None = None, call: str = "split(data)") -> Split:
         """The split of the training; `call` is what to write where a loaded model needs the dataset."""
@@ -228,8 +357,8 @@ class Recommender:
 
     def _readable(self, rows: np.ndarray, scores: np.ndarray) -> list[Recommendation]:
         """Item rows `[k]` with their scores as people read them."""
-        titles = [None] * len(rows) if self.catalogue.titles is None else self.catalogue.titles[rows]
-        raw = self.catalogue.items.decode(rows).tolist()
+        titles = [None] * len(rows) if self.stock.titles is None else self.stock.titles[rows]
+        raw = self.stock.decode(rows).tolist()
         return [Recommendation(*r) for r in zip(raw, scores.tolist(), titles, strict=True)]
 
     def _as_trained(self, data: Dataset) -> Dataset:
@@ -247,71 +376,110 @@ class Recommender:
             )
         return replace(data, item_fields=self.catalogue.item_fields, item_features=self.catalogue.item_features)
 
-    def _recommend_chunk(
-        self,
-        encoded: list[tuple[np.ndarray, np.ndarray]],
-        attributes: list[dict[str, np.ndarray]],
-        around: dict[str, np.ndarray],
-        k: int,
-        exclude: bool,
-    ) -> list[list[Recommendation]]:
-        data = self.catalogue
-        users, width = _bucket(len(encoded), 1), _bucket(max(len(rows) for rows, _ in encoded), 8)
-        items = np.zeros((users, width), np.int32)
-        target, mask = np.zeros((2, users, width), np.float32)
-        for i, (rows, ratings) in enumerate(encoded):
-            items[i, : len(rows)], target[i, : len(rows)] = rows, self.target.grade(ratings)
-            mask[i, : len(rows)] = 1
-        known = {
-            f.name: np.stack([a[f.name] for a in attributes] + [f.unknown()] * (users - len(attributes)))
-            for f in data.user_fields
-        }
-        scores, best = _rank(
-            self.strategy, min(_bucket(k, 8), len(data.items)), exclude, self.params, items, target, mask, known,
-            around, data.item_features | {"": np.arange(len(data.items), dtype=np.int32)},
-        )  # fmt: skip
-        probability = self.target.decode(np.asarray(scores))
+    def _attributes(self, given: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+        return encode_attributes(given, self.catalogue.user_fields)
+
+    def _known(self, users: Sequence[UserId]) -> list["_Person"]:
+        """What the store knows of users, encoded."""
         found = []
-        for row, finite, value in zip(np.asarray(best), np.isfinite(scores), probability, strict=True):
-            kept = np.flatnonzero(finite)[:k]
-            found.append(self._readable(row[kept], value[kept]))
-        return found[: len(encoded)]
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _rank(
-    strategy: Strategy,
-    k: int,
-    exclude: bool,
-    params: Params,
-    items: jax.Array,
-    target: jax.Array,
-    mask: jax.Array,
-    user: dict[str, jax.Array],
-    context: dict[str, jax.Array],
-    catalogue: dict[str, jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """The top `k` scores `[users, k]` and item rows `[users, k]`; what must not be recommended has score -inf."""
-
-    # as metarec_jax.data.batches.features
-    def features(rows: jax.Array, context: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        found = {"item_id" if name == "" else f"item/{name}": table[rows] for name, table in catalogue.items()}
-        for name, value in user.items():
-            found[f"user/{name}"] = jnp.broadcast_to(value[:, None], rows.shape + value.shape[1:])
-        for name, value in context.items():
-            found[f"context/{name}"] = jnp.broadcast_to(value, rows.shape + value.shape)
+        for user, person in zip(users, self.users.read(users, LONGEST), strict=True):
+            items, ratings, weights = taste(person.events, self.limits, self.target.threshold, self.half_life)
+            try:
+                found.append(_Person(self.stock.encode(items), ratings, weights, self._attributes(person.attributes)))
+            except DataError as error:
+                raise DataError(f"user {user!r}, as kept by the store: {error}") from error
         return found
 
-    before = jnp.broadcast_to(jnp.arange(items.shape[1], dtype=jnp.int32), items.shape)
-    support = Examples(features(items, jax.tree.map(jnp.zeros_like, context)) | {"order": before}, target, mask)
-    adapted = strategy.adapt(params, support, jax.random.key(0))
-    everything = jnp.broadcast_to(catalogue[""], (len(items), len(catalogue[""])))
-    last = jnp.broadcast_to(mask.sum(1, keepdims=True).astype(jnp.int32), everything.shape)
-    scores = strategy.predict(params, adapted, features(everything, context) | {"order": last})
-    scores = scores.at[:, 0].set(-jnp.inf)  # the unknown item is none
-    if exclude:
-        scores = scores.at[jnp.arange(len(items))[:, None], items].set(-jnp.inf)
-    return jax.lax.top_k(scores, k)
+    def _batch(self, people: Sequence["_Person"], context: Mapping[str, Any] | None) -> Known:
+        """The people as arrays of a few fixed shapes."""
+        data, around = self.catalogue, encode_attributes(context, self.catalogue.context_fields, "context")
+        width = _bucket(min(max(len(p.rows) for p in people), LONGEST), 8)
+        known = Known.blank(_bucket(len(people), 1), width, data.user_fields, data.context_fields)
+        for i, person in enumerate(people):
+            rows, ratings, weights = (x[-LONGEST:] for x in person[:3])
+            known.items[i, : len(rows)], known.target[i, : len(rows)] = rows, self.target.grade(ratings)
+            known.weight[i, : len(rows)] = weights
+            for name, value in person.attributes.items():
+                known.user[name][i] = value
+        for name, value in around.items():
+            known.context[name][:] = value
+        return known
+
+    def _best(
+        self,
+        people: Sequence["_Person"],
+        k: int,
+        context: Mapping[str, Any] | None,
+        exclude_seen: bool,
+        where: Where | Sequence[Where] | None,
+        only: Sequence[Any] | None,
+        block: Sequence[Any],
+        diversity: float,
+        explore: Explore | None,
+        strength: float,
+        seed: int,
+        deviation: bool,
+        approximate: bool,
+    ) -> list[list[Any]]:
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise DataError(f"k must be a positive integer, got {k!r}")
+        if not 0 <= diversity <= 1:
+            raise ValueError(f"diversity is a share from 0 to 1, got {diversity}")
+        if explore not in (None, "ucb", "thompson"):
+            raise ValueError(f"explore must be 'ucb' or 'thompson', got {explore!r}")
+        wheres: list[Any] = [where] if where is None or isinstance(where, Mapping) else list(where)
+        if len(wheres) not in (1, len(people)):
+            raise DataError(f"where: got {len(wheres)} conditions for {len(people)} users")
+        masks = [self.stock.allowed(w, only) for w in wheres]
+        allowed = None
+        if any(m is not None for m in masks):
+            allowed = np.stack([np.ones(len(self.stock), bool) if m is None else m for m in masks])
+        blocked = self.stock.encode(list(block)) if len(block) else np.zeros(0, np.int32)
+        wanted = k if not diversity else max(10 * k, 100)
+        found: list[list[Any]] = []
+        for start in range(0, len(people), USERS):
+            chunk = people[start : start + USERS]
+            known = self._batch(chunk, context)
+            longest = _bucket(max(len(p.rows) for p in chunk) + len(blocked), 8)
+            seen = np.full((len(known.items), longest), -1, np.int32)
+            seen[:, : len(blocked)] = blocked
+            if exclude_seen:
+                for i, person in enumerate(chunk):
+                    seen[i, len(blocked) : len(blocked) + len(person.rows)] = person.rows
+            group = np.zeros(len(known.items), np.int32)
+            if len(wheres) > 1:
+                group[: len(chunk)] = np.arange(start, start + len(chunk))
+            ranked = self.ranker.top(
+                known, _bucket(wanted, 16), seen=seen, allowed=allowed, group=group, deviation=deviation,
+                explore=explore, strength=strength, key=jax.random.fold_in(jax.random.key(seed), start),
+                approximate=approximate,
+            )  # fmt: skip
+            shown = self.target.decode(ranked.scores)
+            for i in range(len(chunk)):
+                kept = np.flatnonzero(np.isfinite(ranked.scores[i]))[:wanted]
+                if diversity:
+                    kept = kept[diversify(ranked.rows[i, kept], shown[i, kept], self._likeness, k, diversity)]
+                picked = self._readable(ranked.rows[i, kept], shown[i, kept])
+                if deviation and ranked.deviations is not None:
+                    spread = ranked.deviations[i, kept] * (self.target.scale if self.target.kind == "rating" else 1.0)
+                    picked = [UncertainRecommendation(*p, d) for p, d in zip(picked, spread.tolist(), strict=True)]
+                found.append(picked)
+        return found
+
+    @cached_property
+    def _likeness(self) -> np.ndarray:
+        """`[rows, width]` vectors of length 1, whose products say how alike items are."""
+        vectors = self.ranker.vectors()
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+class _Person(NamedTuple):
+    """One user, encoded: item rows, ratings and weights `[n]`, and attributes."""
+
+    rows: np.ndarray
+    ratings: np.ndarray
+    weights: np.ndarray
+    attributes: dict[str, np.ndarray]
 
 
 def train(
@@ -421,17 +589,20 @@ def load(
     *,
     strategy: Callable[..., Strategy] | None = None,
     model: Callable[..., Model] | None = None,
+    users: str | Path | Store | None = None,
+    half_life: float | None = None,
 ) -> Recommender:
     """A recommender from a folder that `Recommender.save` wrote.
 
     Args:
       path: the folder.
+      users, half_life: see `Recommender.with_users` (default: an empty store in memory).
       strategy, model: the functions given to `train`, when they were given as functions and not by name.
 
     Raises:
       ModelFileError: no model, a damaged one, one of another version, or one that needs `strategy` or `model`.
     """
-    config, catalogue, arrays = saving.read(path)
+    config, catalogue, stock, arrays = saving.read(path)
     levels = config["target"].get("levels")
     recipe, target = config["recipe"], Target(**config["target"] | {"levels": levels and tuple(levels)})
     makers: dict[str, Callable[..., Any]] = {}
@@ -448,7 +619,7 @@ def load(
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
     protocol = PROTOCOLS[settings.pop("name", "ColdUsers")](**settings)
-    return Recommender(
+    found = Recommender(
         built,
         params,
         catalogue,
@@ -458,7 +629,9 @@ def load(
         recipe,
         tuple(config["limits"]),
         config["history"],
+        stock,
     )
+    return found if users is None else found.with_users(users, half_life)
 
 
 def _build(strategy: Callable[..., Strategy], model: Callable[..., Model], data: Dataset, target: Target) -> Strategy:
@@ -482,5 +655,9 @@ def _named(known: Mapping[str, Callable[..., Any]], choice: Any, what: str) -> C
 
 
 def _bucket(n: int, smallest: int) -> int:
-    """The smallest power of two that is at least `n` and `smallest`: few shapes, few compilations."""
-    return max(smallest, 1 << max(n - 1, 0).bit_length())
+    """The smallest of `smallest`, 4 `smallest`, 16 `smallest`, ... that is at least `n`: few shapes, few
+    compilations."""
+    size = smallest
+    while size < n:
+        size *= 4
+    return size

@@ -19,6 +19,7 @@ from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
 from metarec_jax.data.vocabulary import Vocabulary
 from metarec_jax.errors import ModelFileError
+from metarec_jax.stock import Stock
 from metarec_jax.tasks import Params
 
 FORMAT = "metarec_jax model"
@@ -27,7 +28,7 @@ CONFIG, CATALOGUE, ARRAYS = "model.json", "catalogue.json", "arrays.safetensors"
 ARRAYS_OF_FIELD = ("mean", "scale", "knots")
 
 
-def write(path: str | Path, config: Mapping[str, Any], catalogue: Dataset, params: Params) -> None:
+def write(path: str | Path, config: Mapping[str, Any], catalogue: Dataset, params: Params, stock: Stock) -> None:
     """Write a model folder. What stands at `path` is replaced only when it is a model, and only by a complete one.
 
     Raises:
@@ -38,8 +39,11 @@ def write(path: str | Path, config: Mapping[str, Any], catalogue: Dataset, param
         raise ModelFileError(f"{path} exists and is no model folder; choose another path or remove it")
     arrays = {f"params{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(params)}
     arrays |= {f"item/{name}": table for name, table in catalogue.item_features.items()}
+    known = len(catalogue.items)
+    arrays |= {f"added/{name}": table[known:] for name, table in stock.features.items()}
+    added = {"ids": stock.added.tolist(), "titles": None if stock.titles is None else stock.titles[known:].tolist()}
     contents = {
-        CATALOGUE: json.dumps(_describe(catalogue)).encode(),
+        CATALOGUE: json.dumps(_describe(catalogue) | {"added": added}).encode(),
         ARRAYS: save({name: np.array(x, order="C") for name, x in arrays.items()}),
     }
     checks = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
@@ -64,8 +68,8 @@ def write(path: str | Path, config: Mapping[str, Any], catalogue: Dataset, param
         os.replace(fresh, path)
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], Dataset, dict[str, np.ndarray]]:
-    """The config, the catalogue (without interactions) and the arrays of a model folder.
+def read(path: str | Path) -> tuple[dict[str, Any], Dataset, Stock, dict[str, np.ndarray]]:
+    """The config, the catalogue (without interactions), the stock and the arrays of a model folder.
 
     Raises:
       ModelFileError: no model, a damaged or incomplete one, or one of another format version.
@@ -90,7 +94,14 @@ def read(path: str | Path) -> tuple[dict[str, Any], Dataset, dict[str, np.ndarra
         arrays = load(contents[ARRAYS])
     except SafetensorError as error:
         raise ModelFileError(f"{path / ARRAYS}: cannot be read ({error})") from error
-    return config, _restore(json.loads(contents[CATALOGUE]), arrays), arrays
+    described = json.loads(contents[CATALOGUE])
+    catalogue = _restore(described, arrays)
+    added = described.get("added", {"ids": []})
+    stock = Stock.of(catalogue)
+    if added["ids"]:
+        features = {name: arrays[f"added/{name}"] for name in stock.features}
+        stock = stock.with_rows(np.array(added["ids"], catalogue.items.ids.dtype.type), features, added["titles"])
+    return config, catalogue, stock, arrays
 
 
 def restore_params(arrays: Mapping[str, np.ndarray], like: Params, path: str | Path) -> Params:

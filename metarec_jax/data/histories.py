@@ -1,15 +1,22 @@
 """New users at the boundary: what callers pass as a history, checked and encoded to task arrays."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from metarec_jax.data.fields import Field, as_objects
-from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary
+from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError
 
 History = Mapping[Any, float] | Sequence[tuple[Any, float]]
+
+
+class Rows(Protocol):
+    """What gives raw item ids rows: a `Vocabulary` or a `Stock`."""
+
+    def encode(self, values: Any) -> np.ndarray:
+        """Rows `[n]` of raw ids, 0 where unknown."""
 
 
 def is_one_user(history: Any) -> bool:
@@ -26,13 +33,12 @@ def is_one_user(history: Any) -> bool:
 
 
 def encode_history(
-    history: History, items: Vocabulary, limits: tuple[float, float], who: str
+    history: History, items: Rows, limits: tuple[float, float], who: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Item rows `[n]` and ratings `[n]` of one user.
 
     An item rated twice counts once, with the later rating. An unknown item becomes the unknown row: it still
-    tells how high the user rates. Ratings must be finite and, to catch another scale, no further outside the
-    training range `limits` than half its width.
+    tells how high the user rates.
     """
     if not isinstance(history, Mapping | Sequence) or isinstance(history, str | bytes):
         raise DataError(f"{who}: expected {{item: rating}} or [(item, rating), ...], got {history!r}")
@@ -42,20 +48,27 @@ def encode_history(
     if not pairs:
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
     rows = items.encode(as_objects([item for item, _ in pairs]))
-    slack = (limits[1] - limits[0]) / 2
     ratings = np.zeros(len(pairs), np.float32)
     for i, (item, rating) in enumerate(pairs):
-        if not isinstance(rating, int | float | np.integer | np.floating) or not np.isfinite(rating):
-            raise DataError(f"{who}: the rating of item {item!r} is {rating!r}; it must be a finite number")
-        if not limits[0] - slack <= rating <= limits[1] + slack:
-            raise DataError(
-                f"{who}: the rating {rating!r} of item {item!r} is off the scale that the model was trained "
-                f"on ({limits[0]:g} to {limits[1]:g}); convert it to that scale"
-            )
-        ratings[i] = rating
+        ratings[i] = checked_rating(rating, limits, f"{who}: the rating of item {item!r}")
     latest = {row if row != UNKNOWN else (UNKNOWN, i): i for i, row in enumerate(rows.tolist())}
     keep = np.array(sorted(latest.values()))
     return rows[keep], ratings[keep]
+
+
+def checked_rating(rating: Any, limits: tuple[float, float], what: str) -> float:
+    """A finite number that is, to catch another scale, no further outside the training range `limits` than half its
+    width; `what` begins the message of the `DataError`."""
+    slack = (limits[1] - limits[0]) / 2
+    number = isinstance(rating, int | float | np.integer | np.floating) and not isinstance(rating, bool)
+    if not number or not np.isfinite(rating):
+        raise DataError(f"{what} is {rating!r}; it must be a finite number")
+    if not limits[0] - slack <= rating <= limits[1] + slack:
+        raise DataError(
+            f"{what} is {rating!r}, off the scale that the model was trained on ({limits[0]:g} to {limits[1]:g}); "
+            "convert it to that scale"
+        )
+    return float(rating)
 
 
 def encode_attributes(

@@ -99,7 +99,8 @@ def alpaca(
         target, weight = jnp.where(keep, support.target, 0.0), jnp.where(keep, support.mask, 0.0)
 
         def derivatives(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Gradient of the negative log posterior, and the inverse of its Hessian's Cholesky factor."""
+            """Gradient `[users, width + 1]` and example curvatures `[users, examples]` of the negative log posterior,
+            whose Hessian is z' diag(curvatures) z + I."""
             scores = shared + jnp.einsum("unf,uf->un", z, at)
             if kind == "gaussian":
                 curvature = jnp.full_like(scores, jnp.exp(-2 * params["log_noise"]))
@@ -107,8 +108,21 @@ def alpaca(
             else:
                 slope = jax.nn.sigmoid(scores) - target
                 curvature = jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores)
-            hessian = jnp.einsum("unf,un,ung->ufg", z, weight * curvature, z) + jnp.eye(width + 1)
-            return jnp.einsum("unf,un->uf", z, weight * slope) + at, inverse_cholesky(hessian)
+            return jnp.einsum("unf,un->uf", z, weight * slope) + at, weight * curvature
+
+        def solve(curvature: jax.Array, right: jax.Array) -> jax.Array:
+            """The inverse Hessian times `right`; with few examples by Woodbury's identity, in their space."""
+            if z.shape[1] > width:
+                root = inverse_cholesky(hessian(curvature))
+                return jnp.einsum("ugf,ugh,uh->uf", root, root, right)
+            there = curvature > 0
+            half = jnp.where(there, jnp.sqrt(jnp.where(there, curvature, 1.0)), 0.0)[..., None] * z
+            root = inverse_cholesky(half @ jnp.swapaxes(half, 1, 2) + jnp.eye(z.shape[1]))
+            inside = jnp.einsum("unm,umf,uf->un", root, half, right)
+            return right - jnp.einsum("umf,unm,un->uf", half, root, inside)
+
+        def hessian(curvature: jax.Array) -> jax.Array:
+            return jnp.einsum("unf,un,ung->ufg", z, curvature, z) + jnp.eye(width + 1)
 
         def shorten(at: jax.Array, step: jax.Array, gradient: jax.Array) -> jax.Array:
             """`[users]` the first of 1, 1/2, 1/4 ... at which the negative log posterior falls enough (Armijo): a full
@@ -125,15 +139,15 @@ def alpaca(
             return jax.lax.stop_gradient(lengths[jnp.argmax(enough, axis=0)])
 
         def newton(at: jax.Array) -> jax.Array:
-            gradient, root = derivatives(at)
-            step = -jnp.einsum("ugf,ugh,uh->uf", root, root, gradient)
+            gradient, curvature = derivatives(at)
+            step = -solve(curvature, gradient)
             return at + (step if kind == "gaussian" else shorten(at, step, gradient)[:, None] * step)
 
         at = jnp.zeros((z.shape[0], width + 1), z.dtype)
         if kind == "bernoulli":  # no gradient passes through these, which may hence be a loop
             at = jax.lax.fori_loop(0, steps - 1, lambda _, at: jax.lax.stop_gradient(newton(at)), at)
         at = newton(jax.lax.stop_gradient(at))
-        _, root = derivatives(at)
+        root = inverse_cholesky(hessian(derivatives(at)[1]))
         return Posterior(at @ prior.T, jnp.einsum("fg,uhg->ufh", prior, root))
 
     def moments(params: Params, posterior: Posterior, features: Features) -> tuple[jax.Array, jax.Array]:

@@ -73,7 +73,7 @@ class Ranker:
         self.strategy, self.params, self.stock, self.fields = strategy, params, stock, (tuple(user), tuple(context))
         tables = {"item_id": stock.code} | {f"item/{name}": table for name, table in stock.features.items()}
         self.tables: dict[str, jax.Array] = jax.device_put(tables)
-        self._adapt, self._score = jax.jit(partial(_adapt, strategy)), jax.jit(partial(_score, strategy))
+        self._adapt, self._score = jax.jit(partial(adapt, strategy)), jax.jit(partial(score, strategy))
         self._sides: dict[Any, _ItemSide] = {}
 
     def adapt(self, known: Known) -> Any:
@@ -256,7 +256,7 @@ def _in_tiles(table: jax.Array, length: int) -> jax.Array:
     return filled.reshape(count, length, *table.shape[1:])
 
 
-def _features(
+def features(
     items: dict[str, jax.Array], user: dict[str, jax.Array], context: dict[str, jax.Array], order: jax.Array
 ) -> dict[str, jax.Array]:
     """As `metarec_jax.data.features`, of item features `[users, n, ...]` and what each user has once."""
@@ -267,20 +267,22 @@ def _features(
     return found | {"order": jnp.broadcast_to(order, shape)}
 
 
-def _adapt(strategy: Strategy, params: Params, tables: dict[str, jax.Array], known: Known) -> Any:
+def adapt(strategy: Strategy, params: Params, tables: dict[str, jax.Array], known: Known) -> Any:
+    """Each user's adapted values."""
     items = {name: table[known.items] for name, table in tables.items()}
     nowhere = jax.tree.map(jnp.zeros_like, known.context)  # the contexts of what users did are not known
     place = jnp.arange(known.items.shape[1], dtype=jnp.int32)
-    support = Examples(_features(items, known.user, nowhere, place), known.target, known.weight)
+    support = Examples(features(items, known.user, nowhere, place), known.target, known.weight)
     return strategy.adapt(params, support, jax.random.key(0))
 
 
-def _score(
+def score(
     strategy: Strategy, params: Params, tables: dict[str, jax.Array], adapted: Any, known: Known, rows: jax.Array
 ) -> jax.Array:
+    """`[users, n]` scores of the items in `rows` `[users, n]`."""
     items = {name: table[rows] for name, table in tables.items()}
     last = (known.weight > 0).sum(1, keepdims=True).astype(jnp.int32)
-    return strategy.predict(params, adapted, _features(items, known.user, known.context, last))
+    return strategy.predict(params, adapted, features(items, known.user, known.context, last))
 
 
 def _one_user(
@@ -288,12 +290,12 @@ def _one_user(
 ) -> tuple[jax.Array, jax.Array | None]:
     """One user's scores of a tile of items, `[length]`, and their deviations."""
     adapted, own, context, last = jax.tree.map(lambda x: x[None], user)
-    features = _features({name: table[None] for name, table in items.items()}, own, context, last)
-    scores = strategy.predict(params, adapted, features)[0]
+    whole = features({name: table[None] for name, table in items.items()}, own, context, last)
+    scores = strategy.predict(params, adapted, whole)[0]
     if not deviation:
         return scores, None
     assert strategy.deviation is not None
-    return scores, strategy.deviation(params, adapted, features)[0]
+    return scores, strategy.deviation(params, adapted, whole)[0]
 
 
 def _top(

@@ -22,9 +22,11 @@ from metarec_jax.data.protocols import PROTOCOLS, Protocol
 from metarec_jax.data.splits import ColdUsers, Split
 from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.target import Target
+from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation.evaluate import Scores, score_baselines, score_tasks, summarise
 from metarec_jax.evidence import evidence
+from metarec_jax.explain import Cause, Explanation, effects, rank_correlation
 from metarec_jax.feedback import LONGEST, checked, checked_id, taste
 from metarec_jax.models import MODELS, Model, fields_of
 from metarec_jax.progress import epochs_bar
@@ -215,6 +217,49 @@ class Recommender:
     def forget(self, user: UserId) -> int:
         """Removes every trace of a user from `users`; returns how many events there were."""
         return self.users.forget(checked_id(user, None, "user"))
+
+    def explain(
+        self,
+        who: History | UserId,
+        item: Any,
+        *,
+        user: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> Explanation:
+        """Why an item has its score: what each of the user's interactions did to it, and each field.
+
+        Args:
+          who: a history, as of `recommend`, or the id of a user of `update`.
+          item: raw id.
+          user: attributes that go with a history.
+          context: see `recommend`.
+
+        Raises:
+          DataError: an unknown item, a bad history; `user` with the id of a user.
+        """
+        (row,) = self.stock.encode([item])
+        if row == UNKNOWN:
+            raise DataError(f"item {item!r} is unknown; explain one of the stock, or add it with add_items")
+        if isinstance(who, int | str | np.integer):
+            if user is not None:
+                raise DataError("user: the attributes of a user of update are given to describe_user")
+            (person,) = self._known([checked_id(who, None, "user")])
+        else:
+            rows, ratings = encode_history(who, self.stock, self.limits, "history")
+            person = _Person(rows, ratings, np.ones(len(rows), np.float32), self._attributes(user))
+        person = _Person(*(x[-LONGEST:] for x in person[:3]), person.attributes)
+        found = effects(self.ranker, self._batch([person], context), int(row))
+        after, before, *without = self.target.decode(np.array([found.after, found.before, *found.without])).tolist()
+        tilt = np.asarray(self.target.decode(found.after + 1e-3) - self.target.decode(found.after - 1e-3)) / 2e-3
+        causes = []
+        for i, (own, rating) in enumerate(zip(person.rows.tolist(), person.ratings.tolist(), strict=True)):
+            raw, _, title = self._readable(np.array([own]), np.zeros(1))[0] if own != UNKNOWN else (None, 0, None)
+            causes.append(Cause(raw, title, rating, after - without[i], float(found.slopes[i] * tilt)))
+        agreement = rank_correlation(after - np.array(without), found.slopes)
+        causes.sort(key=lambda cause: -abs(cause.effect))
+        fields = dict(sorted(found.fields.items(), key=lambda part: -abs(part[1])))
+        ((raw, _, title),) = self._readable(np.array([row]), np.zeros(1))
+        return Explanation(raw, title, after, before, causes, fields, agreement)
 
     def with_users(self, users: str | Path | Store, half_life: float | None = None) -> "Recommender":
         """The recommender with another store of what users did.

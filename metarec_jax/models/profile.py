@@ -1,7 +1,7 @@
 """Profile: a task's own attributes as one vector, and the look-up of a field that all networks share."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,20 @@ from metarec_jax.data.fields import NUMBERS, Field
 from metarec_jax.models.model import Encoder
 from metarec_jax.tasks import Examples, History, Params
 
-ByField = Mapping[str, jax.Array]  # features as `metarec_jax.data.features` makes them
+ByField = Mapping[str, Any]  # features as `metarec_jax.data.features` makes them
 PREFIX = "user/"  # of the fields that belong to the task, not to one of its examples
+
+
+class Blend(NamedTuple):
+    """A field's values of which models see a share only, between nothing (unknown, 0) and all (1); see `explain`.
+
+    Attributes:
+      value: as without a blend.
+      share: `[...]`, one number an example.
+    """
+
+    value: jax.Array
+    share: jax.Array
 
 
 class Profile(nnx.Module):
@@ -80,8 +92,11 @@ def bias(field: Field, rngs: nnx.Rngs) -> nnx.Module:
     return nnx.Embed(field.size, 1, embedding_init=nnx.initializers.zeros, rngs=rngs)
 
 
-def look_up(layer: Callable[[jax.Array], jax.Array], x: jax.Array, kind: str) -> jax.Array:
+def look_up(layer: Callable[[jax.Array], jax.Array], x: jax.Array | Blend, kind: str) -> jax.Array:
     """`[..., width]` of one field; several values give the mean of their rows, none gives zeros."""
+    if isinstance(x, Blend):
+        nothing, everything = (look_up(layer, value, kind) for value in (jnp.zeros_like(x.value), x.value))
+        return nothing + x.share[..., None] * (everything - nothing)
     if kind != "multi":
         return layer(x)
     present = (x > 0)[..., None]
@@ -107,7 +122,7 @@ def vectors(layers: Mapping[str, Any], features: ByField, kinds: Mapping[str, st
     for slot, names in members.items():
         values = [look_up(layers[name], features[name], kinds[name]) for name in names]
         mix = kinds[names[0]] == "multimodal"
-        found[slot] = _mixed(values, [features[name][..., -1] > 0 for name in names]) if mix else values[0]
+        found[slot] = _mixed(values, [_present(features[name]) for name in names]) if mix else values[0]
     return found
 
 
@@ -118,6 +133,10 @@ def slots(fields: Mapping[str, Field]) -> int:
 
 def _slot(name: str, kind: str) -> str:
     return f"{name.partition('/')[0]}/*" if kind == "multimodal" else name
+
+
+def _present(x: jax.Array | Blend) -> jax.Array:
+    return (x.value if isinstance(x, Blend) else x)[..., -1] > 0
 
 
 def _mixed(projected: list[jax.Array], present: list[jax.Array]) -> jax.Array:

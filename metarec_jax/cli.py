@@ -1,5 +1,6 @@
-"""The command line: `metarec quickstart | train | evaluate | recommend | compare | report`."""
+"""The command line: `metarec quickstart`, `train`, `evaluate`, `recommend`, `explain`, `serve`, ..."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def cli() -> None:
     Your data:    metarec train ratings.csv --out my-model
                   (columns user_id, item_id, rating, and timestamp if there is one)
     A new user:   metarec recommend my-model 50=5 172=4 313=1
+    In use:       metarec serve my-model
     Which is best: metarec compare ml-100k -s alpaca -s maml
     """
 
@@ -201,14 +203,98 @@ def report(comparison: str, out: str) -> None:
     click.echo(f"{mr.evaluation.report(mr.evaluation.load_comparison(comparison), out)} is ready; open it in a browser")
 
 
+@cli.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.argument("item")
+@click.argument("ratings", nargs=-1, metavar="ITEM=RATING ...")
+@click.option("--plot", type=click.Path(dir_okay=False), default=None, help="Write the bars to this PNG, SVG or PDF.")
+def explain(model: str, item: str, ratings: tuple[str, ...], plot: str | None) -> None:
+    """Why ITEM has its score for someone with these ratings.
+
+    Example: metarec explain metarec-model 513 50=5 172=5 313=2
+    """
+    import metarec_jax as mr
+
+    recommender = mr.load(model)
+    kind = int if recommender.stock.trained.ids.dtype.kind == "i" else str
+    history = {_number(left, kind, "item"): _number(right, float, "rating") for left, right in _pairs(ratings)}
+    found = recommender.explain(history, _number(item, kind, "item"))
+    click.echo(str(found))
+    if plot:
+        found.plot(plot)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.option("--users", default="users.db", show_default=True, help="Where users are kept: a file or redis://...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, help="Port to listen on.")
+@click.option("--half-life", type=float, default=None, help="Days in which an event loses half its weight.")
+@click.option("--budget", default=2.0, show_default=True, help="Milliseconds that a request waits for company.")
+@click.option("--waiting", default=512, show_default=True, help="Requests that may wait; more get 503.")
+def serve(
+    model: str, users: str, host: str, port: int, half_life: float | None, budget: float, waiting: int
+) -> None:  # fmt: skip
+    """Serve MODEL over HTTP, with a page to try it at /.
+
+    Requests need the token in the environment variable METAREC_TOKEN (Authorization: Bearer TOKEN), which may be left
+    out on loopback only. POST /v1/model/reload serves what is in the folder MODEL by then.
+    """
+    token = os.environ.get("METAREC_TOKEN") or None
+    if token is None and host not in ("127.0.0.1", "::1", "localhost"):
+        raise click.UsageError(
+            f"{host} can be reached from elsewhere: set METAREC_TOKEN to a secret that requests must carry"
+        )
+    try:
+        import uvicorn
+
+        from metarec_jax.serving import Service, create_app
+    except ImportError as error:
+        raise click.UsageError(f"serving needs more packages: pip install 'metarec-jax[serve]' ({error})") from error
+
+    service = Service(model, users, half_life=half_life and half_life * 86400, report=click.echo)
+    click.echo(f"model {service.current.version}, users in {users}; compiling ...")
+    service.warm()
+    app = create_app(service, token=token, budget=budget / 1000, waiting=waiting)
+    click.echo(f"http://{host}:{port}/  (Ctrl+C ends)")
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.argument("out")
+@click.option("-k", default=10, show_default=True, help="Recommendations a user.")
+@click.option("--longest", default=32, show_default=True, help="Ratings a user.")
+def export(model: str, out: str, k: int, longest: int) -> None:
+    """Write MODEL's adapting and recommending to the folder OUT as a function that JAX alone can run, and the items'
+    vectors as Parquet."""
+    import metarec_jax as mr
+
+    recommender = mr.load(model)
+    recommender.export(out, k=k, longest=longest)
+    recommender.export_vectors(Path(out) / "items.parquet")
+    click.echo(f"{out}/: recommend.jax, recommend.json (how to call it), items.parquet")
+
+
 def main() -> None:
     """Run the command line; errors of the package become one line each."""
-    from metarec_jax.errors import DataError, ModelFileError
+    from metarec_jax.errors import DataError, ModelFileError, StoreError
 
+    _keep_compiled_programs()
     try:
         cli(standalone_mode=True)
-    except (DataError, ModelFileError, ValueError, FloatingPointError, ImportError) as error:
+    except (DataError, ModelFileError, StoreError, ValueError, FloatingPointError, ImportError) as error:
         raise SystemExit(f"metarec: {error}") from error
+
+
+def _keep_compiled_programs() -> None:
+    """What was compiled once is read from the user's cache the next time; variables that are set already win."""
+    import platformdirs
+
+    cache = Path(os.environ.get("METAREC_CACHE") or platformdirs.user_cache_path("metarec_jax"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "compiled"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(1 << 30))
 
 
 def _read(data: str, column: tuple[str, ...]) -> Any:

@@ -42,8 +42,8 @@ class Explanation:
       score: a click probability or a rating, after adapting to the user.
       before: the score for someone of the same attributes who has done nothing.
       causes: the user's interactions, largest effect first.
-      fields: by field, its part in the model's raw score (a logit, or a standardised rating) beyond that of an item and a
-        user of which nothing is known; largest first. They add up to the difference of the two.
+      fields: by field, its part in the model's raw score (a logit, or a standardised rating) beyond that of an item
+        and a user of which nothing is known; largest first. They add up to the difference of the two.
       agreement: rank correlation (Spearman) of the causes' effects and slopes; NaN with fewer than three.
     """
 

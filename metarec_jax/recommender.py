@@ -27,6 +27,7 @@ from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation.evaluate import Scores, score_baselines, score_tasks, summarise
 from metarec_jax.evidence import evidence
 from metarec_jax.explain import Cause, Explanation, effects, rank_correlation
+from metarec_jax.export import export, export_vectors
 from metarec_jax.feedback import LONGEST, checked, checked_id, taste
 from metarec_jax.models import MODELS, Model, fields_of
 from metarec_jax.progress import epochs_bar
@@ -202,8 +203,11 @@ class Recommender:
           DataError: an event that cannot be one; none of the call's events is kept then.
           StoreError: the store cannot be written.
         """
-        kind = str if self.stock.trained.ids.dtype.kind == "U" else int
-        return self.users.append(checked(events, kind, self.limits))
+        return self.users.append(self.checked(events))[0]
+
+    def checked(self, events: Iterable[Event | Mapping[str, Any]]) -> list[Event]:
+        """What `update` would keep, or the `DataError` that it would raise."""
+        return checked(events, str if self.stock.trained.ids.dtype.kind == "U" else int, self.limits)
 
     def describe_user(self, user: UserId, attributes: Mapping[str, Any]) -> None:
         """Keeps a user's attributes, `{"age": 30}`, in place of those before.
@@ -393,6 +397,14 @@ class Recommender:
             "history": self.history,
         }
         saving.write(path, config, self.catalogue, self.params, self.stock)
+
+    def export(self, folder: str | Path, **options: Any) -> None:
+        """Writes adapting and recommending as a function that JAX alone can run; see `metarec_jax.export.export`."""
+        export(self, folder, **options)
+
+    def export_vectors(self, path: str | Path) -> None:
+        """Writes the items' vectors as Parquet or npz; see `metarec_jax.export.export_vectors`."""
+        export_vectors(self, path)
 
     def split(self, data: Dataset | None = None, call: str = "split(data)") -> Split:
         """The split of the training; `call` is what to write where a loaded model needs the dataset."""

@@ -54,8 +54,8 @@ class Person(NamedTuple):
 class Store(Protocol):
     """What `Recommender` needs of a store; every method is atomic and may be called from several threads."""
 
-    def append(self, events: Iterable[Event]) -> int:
-        """Keeps the events for good before it returns; returns how many were new."""
+    def append(self, *groups: Iterable[Event]) -> list[int]:
+        """Keeps all events for good before it returns; returns how many of each group were new."""
 
     def describe(self, user: UserId, attributes: Mapping[str, Any]) -> None:
         """Keeps a user's attributes, in place of those before."""
@@ -126,15 +126,18 @@ class SqliteStore:
                 )
                 db.execute("CREATE INDEX idle ON user (last)")
 
-    def append(self, events: Iterable[Event]) -> int:
-        now, new = time.time(), 0
+    def append(self, *groups: Iterable[Event]) -> list[int]:
+        now, counts = time.time(), []
         with self._transaction() as db:
-            for event in events:
-                at = now if event.time is None else event.time
-                key, number = self._key(db, event.user, at)
-                row = (key, event.id or uuid.uuid4().hex, number, event.item, event.kind, event.value, at)
-                new += db.execute("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, ?, ?, ?)", row).rowcount
-        return new
+            for events in groups:
+                new = 0
+                for event in events:
+                    at = now if event.time is None else event.time
+                    key, number = self._key(db, event.user, at)
+                    row = (key, event.id or uuid.uuid4().hex, number, event.item, event.kind, event.value, at)
+                    new += db.execute("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, ?, ?, ?)", row).rowcount
+                counts.append(new)
+        return counts
 
     def describe(self, user: UserId, attributes: Mapping[str, Any]) -> None:
         with self._transaction() as db:
@@ -279,14 +282,14 @@ class RedisStore:
             raise StoreError(f"{url}: keys of version {version}, this package reads {VERSION}; update the package")
         self._append = self._db.register_script(_APPEND)
 
-    def append(self, events: Iterable[Event]) -> int:
-        rows = [[e.user, e.id or uuid.uuid4().hex, e.item, e.kind, e.value, e.time] for e in events]
-        now = time.time()
-        packed = [
-            json.dumps([self._name(user), name, time_ or now, json.dumps([item, kind, value, time_ or now])])
-            for user, name, item, kind, value, time_ in rows
-        ]
-        return int(self._call(lambda: self._append(keys=[self.prefix], args=packed))) if packed else 0
+    def append(self, *groups: Iterable[Event]) -> list[int]:
+        now, packed = time.time(), []
+        for place, events in enumerate(groups):
+            for e in events:
+                at = now if e.time is None else e.time
+                event = json.dumps([e.item, e.kind, e.value, at])
+                packed.append(json.dumps([self._name(e.user), e.id or uuid.uuid4().hex, f"{at:.6f}", event, place + 1]))
+        return self._call(lambda: self._append(keys=[self.prefix], args=[len(groups), *packed]))
 
     def describe(self, user: UserId, attributes: Mapping[str, Any]) -> None:
         name = self._name(user)
@@ -365,13 +368,14 @@ class RedisStore:
 
 
 _APPEND = """
-local new = 0
-for _, packed in ipairs(ARGV) do
-  local user, id, time, event = unpack(cjson.decode(packed))
+local new = {}
+for group = 1, tonumber(ARGV[1]) do new[group] = 0 end
+for place = 2, #ARGV do
+  local user, id, time, event, group = unpack(cjson.decode(ARGV[place]))
   local key = KEYS[1] .. ':events:' .. user
   local number = redis.call('HLEN', key)
-  new = new + redis.call('HSETNX', key, id, '[' .. event .. ',' .. number .. ']')
-  redis.call('ZADD', KEYS[1] .. ':last', 'GT', string.format('%.6f', time), user)
+  new[group] = new[group] + redis.call('HSETNX', key, id, '[' .. event .. ',' .. number .. ']')
+  redis.call('ZADD', KEYS[1] .. ':last', 'GT', time, user)
 end
 return new
 """

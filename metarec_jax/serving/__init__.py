@@ -1,0 +1,6 @@
+"""Serving: the recommender over HTTP (`metarec serve`), with a page to try it."""
+
+from metarec_jax.serving.app import create_app
+from metarec_jax.serving.service import Service
+
+__all__ = ["Service", "create_app"]

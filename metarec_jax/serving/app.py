@@ -1,0 +1,207 @@
+"""App: the service over HTTP (ASGI), as `metarec serve` runs it."""
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from metarec_jax.errors import DataError, ModelFileError, StoreError
+from metarec_jax.serving.batcher import Batcher, Overloaded
+from metarec_jax.serving.service import Service
+
+LARGEST = 4 << 20  # bytes of a request
+PAGE = Path(__file__).with_name("page")
+SAFE = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class BadRequest(Exception):
+    """A request that cannot be answered; `status` says why for machines, the message for people."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def create_app(
+    service: Service, *, token: str | None = None, budget: float = 0.002, largest: int = 64, waiting: int = 512
+) -> Starlette:
+    """The ASGI application.
+
+    Args:
+      service: what it serves.
+      token: what requests must carry as `Authorization: Bearer TOKEN`; None asks nothing (for loopback only).
+      budget: seconds that a request may wait for others to be answered with it.
+      largest: requests answered together.
+      waiting: requests that may wait; more are refused with 503.
+    """
+    options: dict[str, Any] = {"largest": largest, "budget": budget, "waiting": waiting}
+    recommending = Batcher(service.recommend, **options)
+    updating = Batcher(service.update, **options)
+    others = asyncio.Semaphore(waiting)
+    registry = CollectorRegistry()
+    answered = Counter("metarec_requests", "Requests answered.", ["path", "status"], registry=registry)
+    seconds = Histogram(
+        "metarec_request_seconds", "Time to answer.", ["path"], registry=registry,
+        buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
+    )  # fmt: skip
+    kept = Counter("metarec_events", "Events kept.", registry=registry)
+    Gauge("metarec_waiting", "Requests that wait.", registry=registry).set_function(
+        lambda: len(recommending) + len(updating)
+    )
+    model = Gauge("metarec_model", "The model in use.", ["version"], registry=registry)
+
+    async def recommend(request: Request) -> Any:
+        return await recommending.submit(await _body(request))
+
+    async def update(request: Request) -> Any:
+        events = (await _body(request)).get("events")
+        if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+            raise BadRequest(400, 'expected {"events": [{"user": ..., "item": ..., "kind": ...}, ...]}')
+        found = await updating.submit(events)
+        kept.inc(found["new"])
+        return found
+
+    async def explain(request: Request) -> Any:
+        return await _apart(others, service.explain, await _body(request))
+
+    async def describe(request: Request) -> Any:
+        body = await _body(request)
+        if "user" not in body or not isinstance(body.get("attributes"), dict):
+            raise BadRequest(400, 'expected {"user": ..., "attributes": {...}}')
+        await _apart(others, service.current.recommender.describe_user, body["user"], body["attributes"])
+        return {}
+
+    async def forget(request: Request) -> Any:
+        body = await _body(request)
+        if "user" not in body:
+            raise BadRequest(400, 'expected {"user": ...}')
+        return {"events": await _apart(others, service.current.recommender.forget, body["user"])}
+
+    async def find(request: Request) -> Any:
+        return {"items": await _apart(others, service.find, request.query_params.get("search", "")[:200])}
+
+    async def version(request: Request) -> Any:
+        return {"model": service.current.version, "items": len(service.current.recommender.stock) - 1}
+
+    async def reload(request: Request) -> Any:
+        return {"model": await asyncio.get_running_loop().run_in_executor(None, service.reload)}
+
+    async def health(request: Request) -> Response:
+        state = {"status": "ok" if service.ready else "starting", "model": service.current.version}
+        return JSONResponse(state, 200 if service.ready else 503)
+
+    async def metrics(request: Request) -> Response:
+        model.clear()
+        model.labels(service.current.version).set(1)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    def allowed(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise BadRequest(401, "send the token: Authorization: Bearer TOKEN")
+
+    def endpoint(answer: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
+        async def handled(request: Request) -> Response:
+            begun, status, path = time.perf_counter(), 200, request.url.path
+            try:
+                allowed(request)
+                found = await answer(request)
+                return found if isinstance(found, Response) else JSONResponse(found)
+            except BadRequest as error:
+                status = error.status
+                return _refusal(status, error, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
+            except (DataError, ValueError) as error:
+                status = 409 if isinstance(error, ModelFileError) else 400
+                return _refusal(status, error)
+            except Overloaded:
+                status = 503
+                return _refusal(status, "too many requests are waiting; try again", {"Retry-After": "1"})
+            except StoreError as error:
+                status = 503
+                return _refusal(status, error, {"Retry-After": "1"})
+            except BaseException:
+                status = 500
+                raise
+            finally:
+                answered.labels(path, str(status)).inc()
+                seconds.labels(path).observe(time.perf_counter() - begun)
+
+        return handled
+
+    def file(name: str) -> Callable[[Request], Awaitable[Response]]:
+        async def send(request: Request) -> Response:
+            return FileResponse(PAGE / name, headers=SAFE)
+
+        return send
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await recommending.close()  # what was accepted is answered, what was acknowledged is kept
+        await updating.close()
+
+    return Starlette(
+        lifespan=lifespan,
+        routes=[
+            Route("/", file("index.html")),
+            *(Route(f"/{name}", file(name)) for name in ("page.js", "page.css")),
+            Route("/health", health),
+            Route("/metrics", endpoint(metrics)),
+            Route("/v1/recommend", endpoint(recommend), methods=["POST"]),
+            Route("/v1/update", endpoint(update), methods=["POST"]),
+            Route("/v1/explain", endpoint(explain), methods=["POST"]),
+            Route("/v1/describe", endpoint(describe), methods=["POST"]),
+            Route("/v1/forget", endpoint(forget), methods=["POST"]),
+            Route("/v1/items", endpoint(find)),
+            Route("/v1/model", endpoint(version)),
+            Route("/v1/model/reload", endpoint(reload), methods=["POST"]),
+        ],
+    )
+
+
+async def _apart(limit: asyncio.Semaphore, work: Callable[..., Any], *args: Any) -> Any:
+    """`work` in a thread, so many at once at most."""
+    if limit.locked():
+        raise Overloaded
+    async with limit:
+        return await asyncio.get_running_loop().run_in_executor(None, work, *args)
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The JSON object of a request."""
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        raise BadRequest(415, "send JSON, with Content-Type: application/json")
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > LARGEST:
+            raise BadRequest(413, f"a request has at most {LARGEST} bytes; send several")
+    try:
+        found = json.loads(content, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(400, f"this is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BadRequest(400, f"expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _refusal(status: int, why: Any, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": str(why)}, status, headers)

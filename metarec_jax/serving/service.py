@@ -1,0 +1,237 @@
+"""Service: a recommender in use, whose model can be replaced while it answers; knows no HTTP."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metarec_jax.errors import DataError, ModelFileError
+from metarec_jax.recommender import Recommender, load
+from metarec_jax.saving import CONFIG
+from metarec_jax.store import Store, open_store
+
+SIZES, LENGTHS = (1, 4, 16, 64), (8, 32)  # of batches and histories, compiled before the first request
+MOST = 1000  # recommendations a request
+TRIES = 5  # to read a model that is being replaced
+
+
+class Current(NamedTuple):
+    """The model in use, and the version of its files."""
+
+    recommender: Recommender
+    version: str
+
+
+class Service:
+    """What the endpoints do.
+
+    Args:
+      model: folder of a saved model.
+      users: see `Recommender.with_users`.
+      half_life: see `Recommender.with_users`.
+      report: told what goes on, a line at a time.
+
+    Raises:
+      ModelFileError, StoreError: the model or the store cannot be opened.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        users: str | Path | Store = ":memory:",
+        *,
+        half_life: float | None = None,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.path, self.half_life, self.report = Path(model), half_life, report
+        self.users = open_store(users)
+        self.current = self._load()
+        self.ready, self._reloading = False, threading.Lock()
+
+    def warm(self) -> None:
+        """Compiles what the first requests need."""
+        self._warm(self.current.recommender)
+        self.ready = True
+
+    def reload(self) -> str:
+        """Reads the model folder again and serves what is there now; returns its version. Requests that are being
+        answered, and all until the new model is compiled, get the old one.
+
+        Raises:
+          ModelFileError: there is no whole model; the old one stays in use.
+        """
+        with self._reloading:
+            new = self._load()
+            if new.version != self.current.version:
+                self._warm(new.recommender)
+                self.current = new
+                self.report(f"model {new.version} is in use")
+            return self.current.version
+
+    def recommend(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Of each request its answer, or the exception that it caused; those of the same options in one batch."""
+        current = self.current
+        answers: list[Any] = [None] * len(requests)
+        groups: dict[Any, list[int]] = {}
+        for i, request in enumerate(requests):
+            options = {name: request[name] for name in OPTIONS if name in request}
+            groups.setdefault(("user" in request, repr(sorted(options.items()))), []).append(i)
+        for (known, _), members in groups.items():
+            found: list[Any]
+            try:
+                found = self._recommend(current, [requests[i] for i in members], known)
+            except (DataError, ValueError) as error:
+                found = [error] if len(members) == 1 else []
+            if not found:  # one of them was bad: each alone
+                found = [self.recommend([requests[i]])[0] for i in members]
+            for i, answer in zip(members, found, strict=True):
+                answers[i] = answer
+        return answers
+
+    def _recommend(self, current: Current, requests: Sequence[Mapping[str, Any]], known: bool) -> list[Any]:
+        options = {name: _typed(name, requests[0][name]) for name in OPTIONS if name in requests[0]}
+        sizes = [_count(request.get("k", 10)) for request in requests]
+        wheres: Any = [_where(request.get("where")) for request in requests]
+        options["where"] = wheres if any(wheres) else None
+        if known:
+            lists = current.recommender.recommend_to([request["user"] for request in requests], max(sizes), **options)
+        else:
+            histories = [self._history(request.get("history", [])) for request in requests]
+            attributes = [_attributes(request) for request in requests]
+            lists = current.recommender.recommend(histories, max(sizes), user=attributes, **options)
+        return [
+            {"items": [item._asdict() for item in found[:k]], "model": current.version}
+            for found, k in zip(lists, sizes, strict=True)
+        ]
+
+    def update(self, requests: Sequence[Sequence[Mapping[str, Any]]]) -> list[Any]:
+        """Of each request how many of its events were new, or the exception; all that are good in one transaction."""
+        recommender = self.current.recommender
+        checked: list[Any] = []
+        for events in requests:
+            try:
+                checked.append(recommender.checked(events))
+            except DataError as error:
+                checked.append(error)
+        good = [events for events in checked if not isinstance(events, Exception)]
+        counts = iter(self.users.append(*good) if good else [])
+        return [events if isinstance(events, Exception) else {"new": next(counts)} for events in checked]
+
+    def explain(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Why an item has its score."""
+        current = self.current
+        if "item" not in request:
+            raise DataError("explain: an item is missing")
+        known = "user" in request
+        who = request["user"] if known else self._history(request.get("history", []))
+        if known and not isinstance(who, int | str):
+            raise DataError(f"user: an id is an integer or a string, got {who!r}")
+        options = {
+            "user": None if known else _attributes(request),
+            "context": _typed("context", request.get("context", {})),
+        }
+        return current.recommender.explain(who, request["item"], **options).as_dict() | {"model": current.version}
+
+    def find(self, text: str, most: int = 20) -> list[dict[str, Any]]:
+        """Items whose title, or id, holds the text."""
+        stock = self.current.recommender.stock
+        names = self._names(stock)
+        rows = [row for row, name in enumerate(names) if row and text.casefold() in name][:most]
+        raw = stock.decode(rows).tolist() if rows else []
+        titles = [None] * len(rows) if stock.titles is None else [stock.titles[row] for row in rows]
+        return [{"item": item, "title": title} for item, title in zip(raw, titles, strict=True)]
+
+    def _names(self, stock: Any) -> list[str]:
+        if getattr(self, "_named", (None,))[0] is not stock:
+            ids = ["", *map(str, stock.decode(range(1, len(stock))).tolist())]
+            titles = [None] * len(stock) if stock.titles is None else stock.titles
+            self._named = (stock, [f"{t or ''} {i}".casefold() for t, i in zip(titles, ids, strict=True)])
+        return self._named[1]
+
+    def _history(self, given: Any) -> Any:
+        """A history of JSON, whose mappings have strings as keys even where ids are integers."""
+        if isinstance(given, Mapping):
+            if self.current.recommender.stock.trained.ids.dtype.kind == "i":
+                try:
+                    return {int(item): rating for item, rating in given.items()}
+                except ValueError as error:
+                    raise DataError(f"history: ids of this model are integers ({error})") from error
+            return given
+        if not isinstance(given, list):
+            raise DataError(f"history: expected a list of [item, rating], got {given!r}")
+        return [tuple(pair) if isinstance(pair, list) else pair for pair in given]
+
+    def _load(self) -> Current:
+        for attempt in range(TRIES):
+            try:
+                version = _version(self.path)
+                recommender = load(self.path).with_users(self.users, self.half_life)
+                if _version(self.path) == version:
+                    return Current(recommender, version)
+            except ModelFileError:
+                if attempt == TRIES - 1:
+                    raise
+            time.sleep(0.2)  # it is being replaced
+        raise ModelFileError(f"{self.path}: changes all the time; save a model there once")
+
+    def _warm(self, recommender: Recommender) -> None:
+        item, low = recommender.stock.decode([1]).tolist()[0], recommender.limits[0]
+        unknown = "\0" if isinstance(item, str) else -1
+        for length in LENGTHS:
+            for size in SIZES:
+                recommender.recommend([[(unknown, low)] * length] * size, 10)
+        recommender.explain([(item, low)], item)
+
+
+OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {  # of `Recommender.recommend`, shared by a batch
+    "context": ((dict,), "an object"),
+    "exclude_seen": ((bool,), "true or false"),
+    "only": ((list,), "a list of items"),
+    "block": ((list,), "a list of items"),
+    "diversity": ((int, float), "a number from 0 to 1"),
+    "explore": ((str,), '"ucb" or "thompson"'),
+    "strength": ((int, float), "a number"),
+    "seed": ((int,), "an integer"),
+    "deviation": ((bool,), "true or false"),
+}
+
+
+def _typed(name: str, value: Any) -> Any:
+    types, expected = OPTIONS[name]
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise DataError(f"{name}: expected {expected}, got {value!r}")
+    return value
+
+
+def _count(k: Any) -> int:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MOST:
+        raise DataError(f"k must be an integer from 1 to {MOST}, got {k!r}")
+    return k
+
+
+def _attributes(request: Mapping[str, Any]) -> Any:
+    given = request.get("attributes")
+    if given is not None and not isinstance(given, Mapping):
+        raise DataError(f"attributes: expected an object, got {given!r}")
+    return given
+
+
+def _where(given: Any) -> Any:
+    """Conditions of JSON, in which bounds are written {"from": 10, "to": 20}."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise DataError(f"where: expected an object by field, got {given!r}")
+    return {
+        name: (wanted.get("from"), wanted.get("to")) if isinstance(wanted, Mapping) else wanted
+        for name, wanted in given.items()
+    }
+
+
+def _version(path: Path) -> str:
+    try:
+        return hashlib.sha256((path / CONFIG).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise ModelFileError(f"{path}: no model there ({error.strerror}); save one with Recommender.save") from error

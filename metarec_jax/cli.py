@@ -346,3 +346,7 @@ def _print_recommendations(recommendations: Any) -> None:
     click.echo("\nRecommended:")
     for rank, (item, score, title) in enumerate(recommendations, 1):
         click.echo(f"{rank:4}. {score:6.3f}  {title or item}" + (f"  [{item}]" if title else ""))
+
+
+if __name__ == "__main__":
+    main()

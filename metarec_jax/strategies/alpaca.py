@@ -15,15 +15,19 @@ from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
 
 class Posterior(NamedTuple):
-    """What is known of each user's correction of the shared head, the last entry that of its bias: N(mean, C C').
+    """What is known of each user's correction of the shared head, the last entry that of its bias: N(mean, V).
+
+    V = C C' after more examples than there are features, else what the examples have taken from the prior's, L L' - R' R.
 
     Attributes:
       mean: `[users, width + 1]`.
-      factor: `[users, width + 1, width + 1]`, C.
+      factor: `[users, width + 1, width + 1]`, C, or None.
+      taken: `[users, examples, width + 1]`, R, or None.
     """
 
     mean: jax.Array
-    factor: jax.Array
+    factor: jax.Array | None
+    taken: jax.Array | None
 
 
 def alpaca(
@@ -97,10 +101,11 @@ def alpaca(
         z = jnp.where(keep[..., None], inputs(params, support.features), 0.0) @ prior  # d_u = L a, a ~ N(0, I)
         shared = jnp.where(keep, model.apply(params["model"], support.features), 0.0)
         target, weight = jnp.where(keep, support.target, 0.0), jnp.where(keep, support.mask, 0.0)
+        few = z.shape[1] <= width
 
         def derivatives(at: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Gradient `[users, width + 1]` and example curvatures `[users, examples]` of the negative log posterior,
-            whose Hessian is z' diag(curvatures) z + I."""
+            whose Hessian is H = z' diag(curvatures) z + I."""
             scores = shared + jnp.einsum("unf,uf->un", z, at)
             if kind == "gaussian":
                 curvature = jnp.full_like(scores, jnp.exp(-2 * params["log_noise"]))
@@ -110,19 +115,21 @@ def alpaca(
                 curvature = jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores)
             return jnp.einsum("unf,un->uf", z, weight * slope) + at, weight * curvature
 
-        def solve(curvature: jax.Array, right: jax.Array) -> jax.Array:
-            """The inverse Hessian times `right`; with few examples by Woodbury's identity, in their space."""
-            if z.shape[1] > width:
-                root = inverse_cholesky(hessian(curvature))
-                return jnp.einsum("ugf,ugh,uh->uf", root, root, right)
+        def whitened(curvature: jax.Array) -> jax.Array:
+            """B with H^-1 = I - B' B, by Woodbury's identity in the space of the examples."""
             there = curvature > 0
             half = jnp.where(there, jnp.sqrt(jnp.where(there, curvature, 1.0)), 0.0)[..., None] * z
-            root = inverse_cholesky(half @ jnp.swapaxes(half, 1, 2) + jnp.eye(z.shape[1]))
-            inside = jnp.einsum("unm,umf,uf->un", root, half, right)
-            return right - jnp.einsum("umf,unm,un->uf", half, root, inside)
+            return inverse_cholesky(half @ jnp.swapaxes(half, 1, 2) + jnp.eye(z.shape[1])) @ half
 
-        def hessian(curvature: jax.Array) -> jax.Array:
-            return jnp.einsum("unf,un,ung->ufg", z, curvature, z) + jnp.eye(width + 1)
+        def root(curvature: jax.Array) -> jax.Array:
+            """C with H^-1 = C' C."""
+            return inverse_cholesky(jnp.einsum("unf,un,ung->ufg", z, curvature, z) + jnp.eye(width + 1))
+
+        def solve(curvature: jax.Array, right: jax.Array) -> jax.Array:
+            """H^-1 times `right`."""
+            half = whitened(curvature) if few else root(curvature)
+            product = jnp.einsum("ugf,ugh,uh->uf", half, half, right)
+            return right - product if few else product
 
         def shorten(at: jax.Array, step: jax.Array, gradient: jax.Array) -> jax.Array:
             """`[users]` the first of 1, 1/2, 1/4 ... at which the negative log posterior falls enough (Armijo): a full
@@ -147,14 +154,19 @@ def alpaca(
         if kind == "bernoulli":  # no gradient passes through these, which may hence be a loop
             at = jax.lax.fori_loop(0, steps - 1, lambda _, at: jax.lax.stop_gradient(newton(at)), at)
         at = newton(jax.lax.stop_gradient(at))
-        root = inverse_cholesky(hessian(derivatives(at)[1]))
-        return Posterior(at @ prior.T, jnp.einsum("fg,uhg->ufh", prior, root))
+        _, curvature = derivatives(at)
+        if few:
+            return Posterior(at @ prior.T, None, whitened(curvature) @ prior.T)
+        return Posterior(at @ prior.T, jnp.einsum("fg,uhg->ufh", prior, root(curvature)), None)
 
     def moments(params: Params, posterior: Posterior, features: Features) -> tuple[jax.Array, jax.Array]:
         """Mean and variance of the score, without noise, `[users, examples]`."""
         x = inputs(params, features)
         mean = model.apply(params["model"], features) + jnp.einsum("unf,uf->un", x, posterior.mean)
-        return mean, jnp.square(jnp.einsum("unf,ufg->ung", x, posterior.factor)).sum(-1)
+        if posterior.factor is not None:
+            return mean, jnp.square(jnp.einsum("unf,ufg->ung", x, posterior.factor)).sum(-1)
+        taken = jnp.square(jnp.einsum("unf,umf->unm", x, posterior.taken)).sum(-1)
+        return mean, jnp.maximum(jnp.square(x @ cholesky(params)).sum(-1) - taken, 0.0)
 
     def predict(params: Params, posterior: Posterior, features: Features) -> jax.Array:
         mean, variance = moments(params, posterior, features)

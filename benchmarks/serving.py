@@ -3,8 +3,8 @@
     python benchmarks/serving.py                  # everything; needs pip install -e '.[serve]'
     python benchmarks/serving.py --only process   # or http, million, store, start, explain
 
-Each figure stands beside a peer of the same run: implicit's ALS (fold-in and the top 10), where it is installed, and for
-HTTP the same server with a handler that does nothing. Device and versions are printed.
+Each figure stands beside a peer of the same run: implicit's ALS (fold-in and the top 10), where it is installed, and
+for HTTP the same server with a handler that does nothing. Device and versions are printed.
 """
 
 import argparse
@@ -67,9 +67,8 @@ def process(recommender: mr.Recommender) -> None:
     one = timed(lambda: recommender.recommend(next(turns), k=10), 1000)
     several = timed(lambda: recommender.recommend(users, k=10), 5)
     print("\n| in process | median, ms | p99, ms | users/s |\n|---|---|---|---|")
-    print(
-        f"| one user: adapt, top 10 of {len(recommender.stock) - 1:,} items | {spread(one)} | {1 / np.median(one):,.0f} |"
-    )
+    what = f"one user: adapt, top 10 of {len(recommender.stock) - 1:,} items"
+    print(f"| {what} | {spread(one)} | {1 / np.median(one):,.0f} |")
     print(f"| 2,048 users in one call | | | {2048 / np.median(several):,.0f} |")
     implicit_process(recommender, users)
 
@@ -114,21 +113,23 @@ from starlette.routing import Route
 async def answer(request):
     await request.body()
     return JSONResponse({{"items": []}})
-uvicorn.run(Starlette(routes=[Route("/v1/recommend", answer, methods=["POST"]), Route("/health", answer)]), port={port}, log_level="warning")
+routes = [Route("/v1/recommend", answer, methods=["POST"]), Route("/health", answer)]
+uvicorn.run(Starlette(routes=routes), port={port}, log_level="warning")
 """
 
 
 @contextmanager
-def server(command: list[str], port: int) -> Iterator[None]:
-    """A process that answers at the port."""
+def server(command: list[str], port: int, path: str = "GET /health", body: bytes = b"") -> Iterator[None]:
+    """A process that has answered this request with 200."""
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(1200):
+        for _ in range(2400):
             try:
-                if asyncio.run(load_on(port, "GET /health", [b""], 1, 0.0))[1]:
+                if asyncio.run(load_on(port, path, [body], 1, 0.0))[1]:
                     break
             except OSError:
-                time.sleep(0.05)
+                pass
+            time.sleep(0.05)
         else:
             raise SystemExit(f"{command} did not start")
         yield
@@ -246,7 +247,7 @@ def store(users: int) -> None:
         reading = timed(lambda: kept.read([int(rng.integers(users))], 512), 1000)
         size = kept.size()
         per_user = size["bytes_per_user"]
-        print(f"\nStore, {users:,} users with 10 events each: {per_user:.0f} bytes a user, {per_user * 1e7 / 1e9:.1f} GB for "
+        print(f"\nStore, {users:,} users with 10 events each: {per_user:.0f} bytes a user, {per_user / 100:.1f} GB for "
               f"ten million; {users * 10 / seconds:,.0f} events/s in large calls")  # fmt: skip
         print(f"One event to the disk: median | p99 {spread(single)} ms; one user read: {spread(reading)} ms")
 
@@ -260,8 +261,7 @@ def start(recommender: mr.Recommender) -> None:
         ours = [sys.executable, "-m", "metarec_jax.cli", "serve", f"{folder}/model", "--users", f"{folder}/users.db"]
         for cache in ("empty", "warm", "warm"):
             port, begun = free_port(), time.perf_counter()
-            with server([*ours, "--port", str(port)], port):
-                asyncio.run(load_on(port, "POST /v1/recommend", [b'{"history": [[50, 5]]}'], 1, 0.0))
+            with server([*ours, "--port", str(port)], port, "POST /v1/recommend", b'{"history": [[50, 5]]}'):
                 print(
                     f"\nFirst answer of a fresh server, {cache} compilation cache: {time.perf_counter() - begun:.1f} s"
                 )

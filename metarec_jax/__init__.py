@@ -16,8 +16,9 @@ from metarec_jax.tasks import Examples, History, Task
 __version__ = "0.1.0"
 
 __all__ = [
-    "ColdUsers", "DataError", "Event", "Examples", "History", "Model", "ModelFileError", "Recommendation", "Recommender",
-    "RedisStore", "Scenario", "SqliteStore", "Store", "StoreError", "Task", "TimeSplit", "UncertainRecommendation",
-    "core", "data", "evaluation", "load", "meta_step", "metrics", "models", "reweight", "strategies", "train",
+    "ColdUsers", "DataError", "Event", "Examples", "History", "Model", "ModelFileError", "Recommendation",
+    "Recommender", "RedisStore", "Scenario", "SqliteStore", "Store", "StoreError", "Task", "TimeSplit",
+    "UncertainRecommendation", "core", "data", "evaluation", "load", "meta_step", "metrics", "models",
+    "reweight", "strategies", "train",
 ]  # fmt: skip
 __all__ += strategies.__all__

@@ -253,8 +253,7 @@ def serve(
         raise click.UsageError(f"serving needs more packages: pip install 'metarec-jax[serve]' ({error})") from error
 
     service = Service(model, users, half_life=half_life and half_life * 86400, report=click.echo)
-    click.echo(f"model {service.current.version}, users in {users}; compiling ...")
-    service.warm()
+    click.echo(f"model {service.current.version}, users in {users}")
     app = create_app(service, token=token, budget=budget / 1000, waiting=waiting)
     click.echo(f"http://{host}:{port}/  (Ctrl+C ends)")
     uvicorn.run(app, host=host, port=port, log_level="warning")

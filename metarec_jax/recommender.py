@@ -507,9 +507,9 @@ class Recommender:
             if len(wheres) > 1:
                 group[: len(chunk)] = np.arange(start, start + len(chunk))
             ranked = self.ranker.top(
-                known, _bucket(wanted, 16), seen=seen, allowed=allowed, group=group, deviation=deviation,
-                explore=explore, strength=strength, key=jax.random.fold_in(jax.random.key(seed), start),
-                approximate=approximate,
+                known, max(16, 1 << (wanted - 1).bit_length()), seen=seen, allowed=allowed, group=group,
+                deviation=deviation, explore=explore, strength=strength, approximate=approximate,
+                key=jax.random.fold_in(jax.random.key(seed), start),
             )  # fmt: skip
             shown = self.target.decode(ranked.scores)
             for i in range(len(chunk)):

@@ -39,7 +39,7 @@ class BadRequest(Exception):
 def create_app(
     service: Service, *, token: str | None = None, budget: float = 0.002, largest: int = 64, waiting: int = 512
 ) -> Starlette:
-    """The ASGI application.
+    """The ASGI application; from its start on it compiles what requests need, beside answering them.
 
     Args:
       service: what it serves.
@@ -150,7 +150,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        warming = asyncio.get_running_loop().run_in_executor(None, service.warm)
         yield
+        await warming
         await recommending.close()  # what was accepted is answered, what was acknowledged is kept
         await updating.close()
 

@@ -1,5 +1,6 @@
 """Service: a recommender in use, whose model can be replaced while it answers; knows no HTTP."""
 
+import gc
 import hashlib
 import threading
 import time
@@ -51,8 +52,10 @@ class Service:
         self.ready, self._reloading = False, threading.Lock()
 
     def warm(self) -> None:
-        """Compiles what the first requests need."""
+        """Compiles what requests need; the first may be answered before it is done."""
         self._warm(self.current.recommender)
+        gc.collect()
+        gc.freeze()  # a collection that walks all that JAX holds would stop every request for 0.15 s
         self.ready = True
 
     def reload(self) -> str:

@@ -17,7 +17,7 @@ from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 class Posterior(NamedTuple):
     """What is known of each user's correction of the shared head, the last entry that of its bias: N(mean, V).
 
-    V = C C' after more examples than there are features, else what the examples have taken from the prior's, L L' - R' R.
+    V = C C' after more examples than features, else what the examples have left of the prior's, L L' - R' R.
 
     Attributes:
       mean: `[users, width + 1]`.

@@ -80,6 +80,7 @@ class Recommender:
       users: what users did since, see `update` (default: kept in memory).
       half_life: seconds in which an event of `update` loses half its weight, counted back from its user's latest one;
         None: all weigh the same.
+      version: of the saved model that this was loaded from.
     """
 
     strategy: Strategy
@@ -94,6 +95,7 @@ class Recommender:
     stock: Stock = None  # type: ignore[assignment]
     users: Store = field(default_factory=SqliteStore)
     half_life: float | None = None
+    version: str | None = None
 
     def __post_init__(self) -> None:
         if self.stock is None:
@@ -687,6 +689,7 @@ def load(
         tuple(config["limits"]),
         config["history"],
         stock,
+        version=config["version"],
     )
     return found if users is None else found.with_users(users, half_life)
 

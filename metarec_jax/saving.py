@@ -69,13 +69,14 @@ def write(path: str | Path, config: Mapping[str, Any], catalogue: Dataset, param
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Dataset, Stock, dict[str, np.ndarray]]:
-    """The config, the catalogue (without interactions), the stock and the arrays of a model folder.
+    """The config with its `version`, the catalogue (without interactions), the stock and the arrays of a model folder.
 
     Raises:
       ModelFileError: no model, a damaged or incomplete one, or one of another format version.
     """
     path = Path(path)
-    config = _json(path / CONFIG)
+    head = _bytes(path / CONFIG)
+    config = _json(head, path / CONFIG)
     if config.get("format") != FORMAT:
         raise ModelFileError(f"{path}: not a model of metarec_jax; save one with Recommender.save(path)")
     if config.get("format_version") != FORMAT_VERSION:
@@ -101,7 +102,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], Dataset, Stock, dict[str, np
     if added["ids"]:
         features = {name: arrays[f"added/{name}"] for name in stock.features}
         stock = stock.with_rows(np.array(added["ids"], catalogue.items.ids.dtype.type), features, added["titles"])
-    return config, catalogue, stock, arrays
+    return config | {"version": hashlib.sha256(head).hexdigest()[:12]}, catalogue, stock, arrays
 
 
 def restore_params(arrays: Mapping[str, np.ndarray], like: Params, path: str | Path) -> Params:
@@ -188,12 +189,12 @@ def _field_from_json(described: dict[str, Any]) -> Field:
     return Field(**{**described, **arrays, "vocabulary": vocabulary})
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(_bytes(path))
+        found = json.loads(content)
     except ValueError as error:
         raise ModelFileError(f"{path}: damaged or no model of metarec_jax ({error})") from error
-    return content if isinstance(content, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _bytes(path: Path) -> bytes:

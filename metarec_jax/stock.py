@@ -88,10 +88,14 @@ class Stock:
         if not len(ids):
             return self
         if (there := self.encode(ids) != UNKNOWN).any():
-            raise DataError(f"item_id: row {int(there.argmax())} holds {ids[there.argmax()]!r}, which is there already")
+            raise DataError(
+                f"item_id: row {int(there.argmax())} holds {ids[there.argmax()].item()!r}, which is there already"
+            )
         if len(np.unique(ids)) < len(ids):
             row = next(i for i, x in enumerate(ids.tolist()) if x in ids[:i].tolist())
-            raise DataError(f"item_id: row {row} holds {ids[row]!r} for the second time; keep one row of each item")
+            raise DataError(
+                f"item_id: row {row} holds {ids[row].item()!r} for the second time; keep one row of each item"
+            )
         features = {
             name: known[name].encode(columns[name]) if name in columns else np.repeat(table[:1], len(ids), axis=0)
             for name, table in self.features.items()

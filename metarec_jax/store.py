@@ -196,6 +196,10 @@ class SqliteStore:
         with self._lock:
             self._db.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_db"):
+            self._db.close()
+
     def _transaction(self) -> "_Transaction":
         return _Transaction(self)
 

@@ -1,6 +1,7 @@
 """Fixtures that several parts of the suite share, and how hard the compiler tries for tests."""
 
 import os
+import shutil
 from importlib.metadata import version
 
 import jax
@@ -98,3 +99,39 @@ def tiny_reading_model(tiny_model):
 def synthetic():
     """A small synthetic dataset."""
     return mr.data.synthetic(users=120, items=60, seed=3)
+
+
+@pytest.fixture(scope="session")
+def stocked():
+    """A trained recommender whose items have a price, a colour, tags and titles, and whose users have a country."""
+    rng = np.random.default_rng(0)
+    users, items = np.repeat(np.arange(60), 20), np.concatenate([rng.permutation(50)[:20] for _ in range(60)])
+    taste = (np.arange(60)[users] % 2 == items % 2).astype(int)
+    colours, tags = np.array(["red", "green", "blue"]), ["new", "sale", "eco"]
+    data = mr.data.from_tables(
+        {"user_id": users, "item_id": 100 + items, "rating": np.clip(2 + 2 * taste + rng.integers(0, 2, 1200), 1, 5)},
+        users={"user_id": np.arange(60), "country": np.array(["nl", "de"])[np.arange(60) % 2]},
+        items={
+            "item_id": 100 + np.arange(50),
+            "title": [f"Thing {i}" for i in range(50)],
+            "price": rng.lognormal(size=50),
+            "colour": colours[np.arange(50) % 3],
+            "tags": [[tags[i % 3], tags[(i // 3) % 3]] for i in range(50)],
+        },
+    )
+    return mr.train(data, epochs=4, progress=False, seed=0, model_options={"width": 4})
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser without a screen; tests are skipped where none is installed."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as p:
+        try:
+            running = p.chromium.launch(executable_path=found, args=quiet)
+        except playwright.Error as error:
+            pytest.skip(f"no browser here ({str(error).splitlines()[0]})")
+        yield running
+        running.close()

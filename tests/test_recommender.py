@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 import metarec_jax as mr
+from metarec_jax.data.batches import features
 from metarec_jax.evaluation.baselines import BASELINES, OF_RATINGS
 
 QUICK = {"epochs": 2, "progress": False, "model_options": {"width": 4}}
@@ -26,21 +28,42 @@ def saved(recommender, tmp_path):
     return tmp_path / "model"
 
 
-def test_recommendations_are_the_best_scores_of_adapt_and_predict(recommender):
-    history = {3: 5.0, 7: 1.0, 11: 4.5}
+def everything(recommender, history):
+    """Scores of all items by `adapt` and `predict` as training and evaluation call them."""
     data = recommender.catalogue
     rows = data.items.encode(list(history))[None]
+    known = features(data_with_one_user(data), np.zeros(1, int), rows)
+    known["order"] = np.arange(rows.shape[1], dtype=np.int32)[None]
     target = recommender.target.grade(np.array([list(history.values())], np.float32))
-    support = mr.Examples(mr.data.features(data, np.zeros(1, int), rows), target, np.ones_like(target))
-    adapted = recommender.strategy.adapt(recommender.params, support, jax.random.key(0))
-    everything = mr.data.features(data, np.zeros(1, int), np.arange(1, len(data.items))[None])
-    scores = np.array(recommender.strategy.predict(recommender.params, adapted, everything))[0]
-    scores[rows[0] - 1] = -np.inf
-    best = np.argsort(-scores, kind="stable")[:5]
-    got = recommender.recommend(history, k=5)
-    assert [r.item for r in got] == data.items.ids[best].tolist()
-    np.testing.assert_allclose([r.score for r in got], 1 / (1 + np.exp(-scores[best])), rtol=1e-4)
-    assert got[0].title == data.titles[best[0] + 1]
+    adapted = recommender.strategy.adapt(
+        recommender.params, mr.Examples(known, target, np.ones_like(target)), jax.random.key(0)
+    )
+    every = np.arange(len(data.items))[None]
+    asked = features(data_with_one_user(data), np.zeros(1, int), every)
+    asked["order"] = np.full(every.shape, rows.shape[1], np.int32)
+    return np.array(recommender.strategy.predict(recommender.params, adapted, asked))[0]
+
+
+def data_with_one_user(data):
+    """The dataset with its unknown user in row 0 and no other."""
+    return replace(data, user_features={f.name: f.unknown()[None] for f in data.user_fields})
+
+
+def assert_best_of_all_scores(recommender):
+    """What is recommended, and what is explained, has the best of all scores, whatever is computed once."""
+    history = {1: 5.0, 2: 1.0, 5: 4.0}
+    scores = everything(recommender, history)
+    scores[[0, *recommender.catalogue.items.encode([1, 2, 5])]] = -np.inf
+    got = recommender.recommend(history, k=12)
+    expected = recommender.target.decode(np.sort(scores)[::-1][:12])
+    np.testing.assert_allclose([r.score for r in got], expected, rtol=2e-4, atol=1e-5)
+    found = recommender.explain(history, got[0].item)
+    np.testing.assert_allclose(found.score, got[0].score, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["mlp", "gru", "two_tower", "deepfm"])
+def test_recommendations_of_every_kind_of_network_have_the_best_scores(model, synthetic):
+    assert_best_of_all_scores(mr.train(synthetic, "ridge", model, **QUICK | {"epochs": 1}, buckets=1))
 
 
 def test_a_batch_gives_what_each_user_gets_alone(recommender):
@@ -149,7 +172,9 @@ def test_every_strategy_trains_evaluates_saves_and_loads(strategy, target, synth
     recommender.save(tmp_path / "model")
     loaded = mr.load(tmp_path / "model")
     assert loaded.recommend({1: 5.0, 2: 2.0}) == recommender.recommend({1: 5.0, 2: 2.0})
-    assert loaded.evaluate(synthetic) == results
+    again = loaded.evaluate(synthetic, baselines=False)
+    assert again == {strategy: results[strategy]}
+    assert_best_of_all_scores(recommender)
 
 
 def test_training_is_reproducible_and_learns(synthetic):

@@ -22,7 +22,7 @@ from metarec_jax.serving.service import Service
 LARGEST = 4 << 20  # bytes of a request
 PAGE = Path(__file__).with_name("page")
 SAFE = {
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -82,20 +82,20 @@ def create_app(
         body = await _body(request)
         if "user" not in body or not isinstance(body.get("attributes"), dict):
             raise BadRequest(400, 'expected {"user": ..., "attributes": {...}}')
-        await _apart(others, service.current.recommender.describe_user, body["user"], body["attributes"])
+        await _apart(others, service.current.describe_user, body["user"], body["attributes"])
         return {}
 
     async def forget(request: Request) -> Any:
         body = await _body(request)
         if "user" not in body:
             raise BadRequest(400, 'expected {"user": ...}')
-        return {"events": await _apart(others, service.current.recommender.forget, body["user"])}
+        return {"events": await _apart(others, service.current.forget, body["user"])}
 
     async def find(request: Request) -> Any:
         return {"items": await _apart(others, service.find, request.query_params.get("search", "")[:200])}
 
     async def version(request: Request) -> Any:
-        return {"model": service.current.version, "items": len(service.current.recommender.stock) - 1}
+        return {"model": service.current.version, "items": len(service.current.stock) - 1}
 
     async def reload(request: Request) -> Any:
         return {"model": await asyncio.get_running_loop().run_in_executor(None, service.reload)}

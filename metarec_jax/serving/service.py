@@ -1,28 +1,19 @@
 """Service: a recommender in use, whose model can be replaced while it answers; knows no HTTP."""
 
 import gc
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.recommender import Recommender, load
-from metarec_jax.saving import CONFIG
 from metarec_jax.store import Store, open_store
 
 SIZES, LENGTHS = (1, 4, 16, 64), (8, 32)  # of batches and histories, compiled before the first request
 MOST = 1000  # recommendations a request
 TRIES = 5  # to read a model that is being replaced
-
-
-class Current(NamedTuple):
-    """The model in use, and the version of its files."""
-
-    recommender: Recommender
-    version: str
 
 
 class Service:
@@ -53,7 +44,7 @@ class Service:
 
     def warm(self) -> None:
         """Compiles what requests need; the first may be answered before it is done."""
-        self._warm(self.current.recommender)
+        self._warm(self.current)
         gc.collect()
         gc.freeze()  # a collection that walks all that JAX holds would stop every request for 0.15 s
         self.ready = True
@@ -68,10 +59,10 @@ class Service:
         with self._reloading:
             new = self._load()
             if new.version != self.current.version:
-                self._warm(new.recommender)
+                self._warm(new)
                 self.current = new
                 self.report(f"model {new.version} is in use")
-            return self.current.version
+            return str(self.current.version)
 
     def recommend(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Of each request its answer, or the exception that it caused; those of the same options in one batch."""
@@ -93,17 +84,17 @@ class Service:
                 answers[i] = answer
         return answers
 
-    def _recommend(self, current: Current, requests: Sequence[Mapping[str, Any]], known: bool) -> list[Any]:
+    def _recommend(self, current: Recommender, requests: Sequence[Mapping[str, Any]], known: bool) -> list[Any]:
         options = {name: _typed(name, requests[0][name]) for name in OPTIONS if name in requests[0]}
         sizes = [_count(request.get("k", 10)) for request in requests]
         wheres: Any = [_where(request.get("where")) for request in requests]
         options["where"] = wheres if any(wheres) else None
         if known:
-            lists = current.recommender.recommend_to([request["user"] for request in requests], max(sizes), **options)
+            lists = current.recommend_to([request["user"] for request in requests], max(sizes), **options)
         else:
             histories = [self._history(request.get("history", [])) for request in requests]
             attributes = [_attributes(request) for request in requests]
-            lists = current.recommender.recommend(histories, max(sizes), user=attributes, **options)
+            lists = current.recommend(histories, max(sizes), user=attributes, **options)
         return [
             {"items": [item._asdict() for item in found[:k]], "model": current.version}
             for found, k in zip(lists, sizes, strict=True)
@@ -111,7 +102,7 @@ class Service:
 
     def update(self, requests: Sequence[Sequence[Mapping[str, Any]]]) -> list[Any]:
         """Of each request how many of its events were new, or the exception; all that are good in one transaction."""
-        recommender = self.current.recommender
+        recommender = self.current
         checked: list[Any] = []
         for events in requests:
             try:
@@ -135,11 +126,11 @@ class Service:
             "user": None if known else _attributes(request),
             "context": _typed("context", request.get("context", {})),
         }
-        return current.recommender.explain(who, request["item"], **options).as_dict() | {"model": current.version}
+        return current.explain(who, request["item"], **options).as_dict() | {"model": current.version}
 
     def find(self, text: str, most: int = 20) -> list[dict[str, Any]]:
         """Items whose title, or id, holds the text."""
-        stock = self.current.recommender.stock
+        stock = self.current.stock
         names = self._names(stock)
         rows = [row for row, name in enumerate(names) if row and text.casefold() in name][:most]
         raw = stock.decode(rows).tolist() if rows else []
@@ -156,7 +147,7 @@ class Service:
     def _history(self, given: Any) -> Any:
         """A history of JSON, whose mappings have strings as keys even where ids are integers."""
         if isinstance(given, Mapping):
-            if self.current.recommender.stock.trained.ids.dtype.kind == "i":
+            if self.current.stock.trained.ids.dtype.kind == "i":
                 try:
                     return {int(item): rating for item, rating in given.items()}
                 except ValueError as error:
@@ -166,18 +157,13 @@ class Service:
             raise DataError(f"history: expected a list of [item, rating], got {given!r}")
         return [tuple(pair) if isinstance(pair, list) else pair for pair in given]
 
-    def _load(self) -> Current:
-        for attempt in range(TRIES):
+    def _load(self) -> Recommender:
+        for _ in range(TRIES - 1):
             try:
-                version = _version(self.path)
-                recommender = load(self.path).with_users(self.users, self.half_life)
-                if _version(self.path) == version:
-                    return Current(recommender, version)
+                return load(self.path, users=self.users, half_life=self.half_life)
             except ModelFileError:
-                if attempt == TRIES - 1:
-                    raise
-            time.sleep(0.2)  # it is being replaced
-        raise ModelFileError(f"{self.path}: changes all the time; save a model there once")
+                time.sleep(0.2)  # it may be about to be replaced
+        return load(self.path, users=self.users, half_life=self.half_life)
 
     def _warm(self, recommender: Recommender) -> None:
         item, low = recommender.stock.decode([1]).tolist()[0], recommender.limits[0]
@@ -231,10 +217,3 @@ def _where(given: Any) -> Any:
         name: (wanted.get("from"), wanted.get("to")) if isinstance(wanted, Mapping) else wanted
         for name, wanted in given.items()
     }
-
-
-def _version(path: Path) -> str:
-    try:
-        return hashlib.sha256((path / CONFIG).read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        raise ModelFileError(f"{path}: no model there ({error.strerror}); save one with Recommender.save") from error

@@ -201,24 +201,18 @@ def test_the_report_is_one_whole_file_that_fetches_nothing(comparison, tmp_path)
     assert all(learner in page for learner in ("ridge", "two means", "ALS fold-in", "item-kNN"))
 
 
-def test_the_report_opens_in_a_browser(comparison, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
+def test_the_report_opens_in_a_browser(comparison, tmp_path, browser):
     path = mr.evaluation.report(comparison, tmp_path / "report.html", draws=50)
-    with playwright.sync_playwright() as p:
-        try:
-            browser = p.chromium.launch()
-        except playwright.Error as error:
-            pytest.skip(f"no browser here ({str(error).splitlines()[0]})")
-        page = browser.new_page()
-        requests, errors = [], []
-        page.on("request", lambda r: requests.append(r.url))
-        page.on("pageerror", lambda e: errors.append(str(e)))
-        page.goto(path.as_uri())
-        assert page.locator("tbody tr").count() == len(comparison.learners)
-        assert page.locator("svg").count() == 5
-        assert errors == []
-        assert requests == [path.as_uri()]
-        browser.close()
+    page = browser.new_page()
+    requests, errors = [], []
+    page.on("request", lambda r: requests.append(r.url))
+    page.on("pageerror", lambda e: errors.append(str(e)))
+    page.goto(path.as_uri())
+    assert page.locator("tbody tr").count() == len(comparison.learners)
+    assert page.locator("svg").count() == 5
+    assert errors == []
+    assert requests == [path.as_uri()]
+    page.close()
 
 
 def test_markdown_has_a_row_for_each_learner(comparison):

@@ -65,7 +65,7 @@ class Explanation:
         name = self.title or self.item
         lines = [f"{name}: {self.score:.2f}; {self.before:.2f} for someone who has done nothing yet."]
         for cause in self.causes[:5]:
-            lines.append(f"  {cause.effect:+.3f} because of {cause.rating:g} for {cause.title or cause.item}")
+            lines.append(f"  {cause.effect:+.3f} because of {cause.rating:.3g} for {cause.title or cause.item}")
         if len(self.causes) > 5:
             rest = sum(cause.effect for cause in self.causes[5:])
             lines.append(f"  {rest:+.3f} because of {len(self.causes) - 5} more, each alone")

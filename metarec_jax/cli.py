@@ -101,7 +101,7 @@ def train(
     import metarec_jax as mr
 
     protocol = mr.ColdUsers(minimum=users[0], maximum=users[1], query=query, target=target, threshold=threshold)
-    kept = {"tensorboard": tensorboard, "checkpoint": checkpoint}
+    kept: dict[str, Any] = {"tensorboard": tensorboard, "checkpoint": checkpoint}
     recommender = mr.train(_read(data, column), strategy, model, seed=seed, protocol=protocol, epochs=epochs, **kept)
     recommender.save(out)
     click.echo(

@@ -168,4 +168,4 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     for x in (a, b):
         _, place, count = np.unique(x, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(count) - (count + 1) / 2)[place])
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

@@ -68,8 +68,7 @@ def export(
     (users,) = jax_export.symbolic_shape("users")
     example = Known.blank(1, longest, *recommender.ranker.fields)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((users, *x.shape[1:]), x.dtype), example)
-    where = {"platforms": platforms} if platforms else {}
-    exported = jax_export.export(jax.jit(recommend), **where)(*shapes)
+    exported = jax_export.export(jax.jit(recommend), platforms=platforms or None)(*shapes)
     described = {
         "k": k,
         "longest": longest,

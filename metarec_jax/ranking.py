@@ -32,11 +32,11 @@ class Known(NamedTuple):
       context: encoded contexts in which items are to be recommended, each `[users, ...]`.
     """
 
-    items: np.ndarray
-    target: np.ndarray
-    weight: np.ndarray
-    user: dict[str, np.ndarray]
-    context: dict[str, np.ndarray]
+    items: Any  # arrays, on the host or within a jitted function
+    target: Any
+    weight: Any
+    user: dict[str, Any]
+    context: dict[str, Any]
 
     @classmethod
     def blank(cls, users: int, width: int, user: Sequence[Field], context: Sequence[Field]) -> "Known":
@@ -130,7 +130,8 @@ class Ranker:
             min(k, len(self.stock)), explore, approximate, side.fixed, side.tiles, len(self.stock), adapted, known,
             left_out, masks, groups, strength, jax.random.key(0) if key is None else key,
         )  # fmt: skip
-        return Ranked(*(None if x is None else np.asarray(x) for x in found))
+        rows, scores, deviations = found
+        return Ranked(np.asarray(rows), np.asarray(scores), None if deviations is None else np.asarray(deviations))
 
     def vectors(self) -> np.ndarray:
         """`[rows, width]` all that the network computes of each item alone and reads when it scores it."""

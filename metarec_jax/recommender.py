@@ -253,14 +253,17 @@ class Recommender:
         else:
             rows, ratings = encode_history(who, self.stock, self.limits, "history")
             person = _Person(rows, ratings, np.ones(len(rows), np.float32), self._attributes(user))
-        person = _Person(*(x[-LONGEST:] for x in person[:3]), person.attributes)
+        rows, ratings, weights = (x[-LONGEST:] for x in person[:3])
+        person = _Person(rows, ratings, weights, person.attributes)
         found = effects(self.ranker, self._batch([person], context), int(row))
         after, before, *without = self.target.decode(np.array([found.after, found.before, *found.without])).tolist()
-        tilt = np.asarray(self.target.decode(found.after + 1e-3) - self.target.decode(found.after - 1e-3)) / 2e-3
+        above, below = self.target.decode(found.after + np.array([1e-3, -1e-3]))
         causes = []
         for i, (own, rating) in enumerate(zip(person.rows.tolist(), person.ratings.tolist(), strict=True)):
             raw, _, title = self._readable(np.array([own]), np.zeros(1))[0] if own != UNKNOWN else (None, 0, None)
-            causes.append(Cause(raw, title, rating, after - without[i], float(found.slopes[i] * tilt)))
+            causes.append(
+                Cause(raw, title, rating, after - without[i], float(found.slopes[i] * (above - below) / 2e-3))
+            )
         agreement = rank_correlation(after - np.array(without), found.slopes)
         causes.sort(key=lambda cause: -abs(cause.effect))
         fields = dict(sorted(found.fields.items(), key=lambda part: -abs(part[1])))
@@ -518,10 +521,11 @@ class Recommender:
                 kept = np.flatnonzero(np.isfinite(ranked.scores[i]))[:wanted]
                 if diversity:
                     kept = kept[diversify(ranked.rows[i, kept], shown[i, kept], self._likeness, k, diversity)]
-                picked = self._readable(ranked.rows[i, kept], shown[i, kept])
+                picked: list[Any] = self._readable(ranked.rows[i, kept], shown[i, kept])
                 if deviation and ranked.deviations is not None:
                     spread = ranked.deviations[i, kept] * (self.target.scale if self.target.kind == "rating" else 1.0)
-                    picked = [UncertainRecommendation(*p, d) for p, d in zip(picked, spread.tolist(), strict=True)]
+                    both = zip(picked, spread.tolist(), strict=True)
+                    picked = [UncertainRecommendation(p.item, p.score, p.title, d) for p, d in both]
                 found.append(picked)
         return found
 

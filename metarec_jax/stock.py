@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
@@ -54,7 +55,7 @@ class Stock:
         found = self.added[order[place]] == ids
         return np.where((rows == UNKNOWN) & found, len(self.trained) + order[place], rows).astype(np.int32)
 
-    def decode(self, rows: np.ndarray) -> np.ndarray:
+    def decode(self, rows: ArrayLike) -> np.ndarray:
         """Raw ids of `rows`, none of which may be 0."""
         rows = np.asarray(rows)
         if not len(self.added):
@@ -165,5 +166,4 @@ def _matches(field: Field, table: np.ndarray, wanted: Any) -> np.ndarray:
     codes = field.vocabulary.encode([str(value) for value in values])
     if (codes == UNKNOWN).any():
         raise DataError(f"where: no item has {field.name} {values[int((codes == UNKNOWN).argmax())]!r}")
-    found = np.isin(table, codes)
-    return found if found.ndim == 1 else found.any(1)
+    return np.asarray(np.isin(table.reshape(len(table), -1), codes).any(1))

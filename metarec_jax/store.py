@@ -351,8 +351,8 @@ class RedisStore:
             events = total = 0
             for name in names:
                 for kind in ("events", "attributes"):
-                    total += self._db.memory_usage(f"{self.prefix}:{kind}:{name}") or 0
-                events += self._db.hlen(f"{self.prefix}:events:{name}")
+                    total += self._db.memory_usage(f"{self.prefix}:{kind}:{name!s}") or 0
+                events += self._db.hlen(f"{self.prefix}:events:{name!s}")
             total += self._db.memory_usage(f"{self.prefix}:last") or 0
             return {"users": len(names), "events": events, "bytes": total, "bytes_per_user": total / max(len(names), 1)}
 

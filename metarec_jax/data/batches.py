@@ -131,7 +131,7 @@ def batches(
     ]
     if rng is not None:
         pieces = [pieces[i] for i in rng.permutation(len(pieces))]
-    levels = target.grade(np.unique(histories.data.rating)) if noise else None
+    levels = target.grade(np.unique(histories.data.rating))
     for piece in pieces:
         width = buckets[int(np.searchsorted(buckets, supports[piece].max()))]
         begin = histories.starts[piece] + skip[piece]
@@ -150,7 +150,8 @@ def batches(
 
 def _replaced(examples: Examples, share: float, levels: np.ndarray, rng: np.random.Generator) -> Examples:
     """A `share` of the targets replaced by random ones of `levels`."""
-    target, mask = np.asarray(examples.target), np.asarray(examples.mask)
+    target: Any = np.asarray(examples.target)
+    mask = np.asarray(examples.mask)
     hit = (rng.random(target.shape) < share) & (mask > 0)
     return examples._replace(target=np.where(hit, rng.choice(levels, target.shape), target).astype(target.dtype))
 

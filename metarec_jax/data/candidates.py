@@ -17,13 +17,13 @@ class Candidates(NamedTuple):
 
     Attributes:
       item: `[users, width]` item rows.
-      index: `[users, width]` positions of the interactions, -1 of what the user has none with.
+      interaction: `[users, width]` positions of the interactions, -1 of what the user has none with.
       target: `[users, width]`; 0 of what the user has no interaction with.
       mask: `[users, width]`.
     """
 
     item: np.ndarray
-    index: np.ndarray
+    interaction: np.ndarray
     target: np.ndarray
     mask: np.ndarray
 
@@ -62,8 +62,9 @@ def candidates(
     more = np.zeros((len(others), width), np.int64)
     for row, unseen in zip(more, others, strict=True):
         row[: len(unseen)] = unseen
-    rest = (more, np.full_like(more, -1), np.zeros(more.shape, np.float32), (more > 0).astype(np.float32))
-    return Candidates(*(np.concatenate(pair, 1) for pair in zip(found, rest, strict=True)))
+    rest: Any = (more, np.full_like(more, -1), np.zeros(more.shape, np.float32), (more > 0).astype(np.float32))
+    item, index, values, mask = (np.concatenate([a, b], 1) for a, b in zip(found, rest, strict=True))
+    return Candidates(item, index, values, mask)
 
 
 def _unseen(histories: Histories, u: int, among: Any, seed: int) -> np.ndarray:
@@ -85,7 +86,7 @@ def judged_on(batch: Batch, histories: Histories, chosen: Candidates) -> Batch:
     last = np.where(query.mask > 0, query.features["order"], 0).max(1)[: len(at), None]
     found["order"] = np.where(index >= 0, histories.data.order[index], last).astype(query.features["order"].dtype)
 
-    def filled(x: np.ndarray) -> np.ndarray:
+    def filled(x: np.ndarray) -> Any:
         return np.concatenate([x, np.zeros((len(query.mask) - len(x), *x.shape[1:]), x.dtype)])
 
     judged = Examples({k: filled(v) for k, v in found.items()}, filled(target), filled(mask))

@@ -200,7 +200,7 @@ def _run(
     judged = draw(test, recommender.target, candidates, query=protocol.query)
     milliseconds, size = recommender.adaptation_cost()
     cost = {"train_s": seconds, "epochs": len(recommender.history), "adapt_ms": milliseconds, "bytes": size}
-    lengths = test.lengths - (judged.index >= 0).sum(1)
+    lengths = test.lengths - (judged.interaction >= 0).sum(1)
     return {
         (name if learner == own else learner): Run(
             np.stack([scores[learner].scores for scores in found]),

@@ -66,7 +66,7 @@ def score_baselines(
 
     known, graded = data.rating[train.index], target.levels is not None
     judged = candidates(test, target, among, query=query)
-    queries, real = (judged.index >= 0).sum(1), judged.mask > 0
+    queries, real = (judged.interaction >= 0).sum(1), judged.mask > 0
     results = {}
     for name, make in BASELINES.items():
         of_ratings = name.endswith(OF_RATINGS)

@@ -164,8 +164,8 @@ class Recommender:
             who = "history" if single else f"history {i}"
             rows, ratings = encode_history(given, self.stock, self.limits, who)
             people.append(_Person(rows, ratings, np.ones(len(rows), np.float32), self._attributes(own)))
-        options = (exclude_seen, where, only, block, diversity, explore, strength, seed, deviation, approximate)
-        found = self._best(people, k, context, *options)
+        choice = _Choice(exclude_seen, where, only, block, diversity, explore, strength, seed, deviation, approximate)
+        found = self._best(people, k, context, choice)
         return found[0] if single else found
 
     def recommend_to(
@@ -180,11 +180,7 @@ class Recommender:
         """
         single = isinstance(users, int | str | np.integer)
         ids = [checked_id(u, None, "user") for u in ([users] if single else users)]  # type: ignore[union-attr, list-item]
-        settings = {"exclude_seen": True, "where": None, "only": None, "block": (), "diversity": 0.0, "explore": None}
-        settings |= {"strength": 1.0, "seed": 0, "deviation": False, "approximate": False}
-        if unknown := choice.keys() - settings:
-            raise TypeError(f"recommend_to has no argument {sorted(unknown)[0]!r}; it has {', '.join(settings)}")
-        found = self._best(self._known(ids), k, context, *(settings | choice).values())
+        found = self._best(self._known(ids), k, context, _Choice(**choice))
         return found[0] if single else found
 
     def update(self, events: Iterable[Event | Mapping[str, Any]]) -> int:
@@ -472,32 +468,21 @@ class Recommender:
         people: Sequence["_Person"],
         k: int,
         context: Mapping[str, Any] | None,
-        exclude_seen: bool,
-        where: Where | Sequence[Where] | None,
-        only: Sequence[Any] | None,
-        block: Sequence[Any],
-        diversity: float,
-        explore: Explore | None,
-        strength: float,
-        seed: int,
-        deviation: bool,
-        approximate: bool,
+        choice: "_Choice",
     ) -> list[list[Any]]:
+        """Of each person the recommendations, best first."""
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise DataError(f"k must be a positive integer, got {k!r}")
-        if not 0 <= diversity <= 1:
-            raise ValueError(f"diversity is a share from 0 to 1, got {diversity}")
-        if explore not in (None, "ucb", "thompson"):
-            raise ValueError(f"explore must be 'ucb' or 'thompson', got {explore!r}")
+        where = choice.where
         wheres: list[Any] = [where] if where is None or isinstance(where, Mapping) else list(where)
         if len(wheres) not in (1, len(people)):
             raise DataError(f"where: got {len(wheres)} conditions for {len(people)} users")
-        masks = [self.stock.allowed(w, only) for w in wheres]
+        masks = [self.stock.allowed(w, choice.only) for w in wheres]
         allowed = None
         if any(m is not None for m in masks):
             allowed = np.stack([np.ones(len(self.stock), bool) if m is None else m for m in masks])
-        blocked = self.stock.encode(list(block)) if len(block) else np.zeros(0, np.int32)
-        wanted = k if not diversity else max(10 * k, 100)
+        blocked = self.stock.encode(list(choice.block)) if len(choice.block) else np.zeros(0, np.int32)
+        wanted = max(10 * k, 100) if choice.diversity else k
         found: list[list[Any]] = []
         for start in range(0, len(people), USERS):
             chunk = people[start : start + USERS]
@@ -505,7 +490,7 @@ class Recommender:
             longest = _bucket(max(len(p.rows) for p in chunk) + len(blocked), 8)
             seen = np.full((len(known.items), longest), -1, np.int32)
             seen[:, : len(blocked)] = blocked
-            if exclude_seen:
+            if choice.exclude_seen:
                 for i, person in enumerate(chunk):
                     seen[i, len(blocked) : len(blocked) + len(person.rows)] = person.rows
             group = np.zeros(len(known.items), np.int32)
@@ -513,16 +498,16 @@ class Recommender:
                 group[: len(chunk)] = np.arange(start, start + len(chunk))
             ranked = self.ranker.top(
                 known, max(16, 1 << (wanted - 1).bit_length()), seen=seen, allowed=allowed, group=group,
-                deviation=deviation, explore=explore, strength=strength, approximate=approximate,
-                key=jax.random.fold_in(jax.random.key(seed), start),
+                deviation=choice.deviation, explore=choice.explore, strength=choice.strength,
+                approximate=choice.approximate, key=jax.random.fold_in(jax.random.key(choice.seed), start),
             )  # fmt: skip
             shown = self.target.decode(ranked.scores)
             for i in range(len(chunk)):
                 kept = np.flatnonzero(np.isfinite(ranked.scores[i]))[:wanted]
-                if diversity:
-                    kept = kept[diversify(ranked.rows[i, kept], shown[i, kept], self._likeness, k, diversity)]
+                if choice.diversity:
+                    kept = kept[diversify(ranked.rows[i, kept], shown[i, kept], self._likeness, k, choice.diversity)]
                 picked: list[Any] = self._readable(ranked.rows[i, kept], shown[i, kept])
-                if deviation and ranked.deviations is not None:
+                if choice.deviation and ranked.deviations is not None:
                     spread = ranked.deviations[i, kept] * (self.target.scale if self.target.kind == "rating" else 1.0)
                     both = zip(picked, spread.tolist(), strict=True)
                     picked = [UncertainRecommendation(p.item, p.score, p.title, d) for p, d in both]
@@ -534,6 +519,28 @@ class Recommender:
         """`[rows, width]` vectors of length 1, whose products say how alike items are."""
         vectors = self.ranker.vectors()
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What may be recommended and in which order; see `Recommender.recommend`."""
+
+    exclude_seen: bool = True
+    where: Where | Sequence[Where] | None = None
+    only: Sequence[Any] | None = None
+    block: Sequence[Any] = ()
+    diversity: float = 0.0
+    explore: Explore | None = None
+    strength: float = 1.0
+    seed: int = 0
+    deviation: bool = False
+    approximate: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.diversity <= 1:
+            raise ValueError(f"diversity is a share from 0 to 1, got {self.diversity}")
+        if self.explore not in (None, "ucb", "thompson"):
+            raise ValueError(f"explore must be 'ucb' or 'thompson', got {self.explore!r}")
 
 
 class _Person(NamedTuple):

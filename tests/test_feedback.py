@@ -148,7 +148,7 @@ def test_users_outlive_the_recommender(live, stocked, tmp_path):
 
 
 def test_arguments_are_checked(live):
-    with pytest.raises(TypeError, match="no argument 'colour'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         live.recommend_to("ann", colour="red")
     with pytest.raises(mr.DataError, match="user: an id is an integer or a string"):
         live.recommend_to([1.5])

@@ -56,8 +56,10 @@ def test_every_model_takes_them_and_all_missing_is_finite_with_its_gradient(name
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("name", mr.STRATEGIES)
-def test_every_strategy_trains_with_them(name):
+@pytest.mark.parametrize(
+    "name", ["alpaca", "maml", "cavia", "lwa", "anp", "mamo", "gme", "in_context", "gated", "lora"]
+)
+def test_strategies_of_every_family_train_with_them(name):
     model = MODELS["gru" if name == "in_context" else "mlp"](FIELDS, width=4, hidden=(4,))
     strategy = mr.STRATEGIES[name](model, loss=optax.losses.sigmoid_binary_cross_entropy)
     x, rng = features(users=3), np.random.default_rng(0)

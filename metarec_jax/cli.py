@@ -287,13 +287,15 @@ def main() -> None:
 
 
 def _keep_compiled_programs() -> None:
-    """What was compiled once is read from the user's cache the next time; variables that are set already win."""
-    import platformdirs
+    """What was compiled once is read from the user's cache the next time, unless JAX was told of another one."""
+    import jax
 
-    cache = Path(os.environ.get("METAREC_CACHE") or platformdirs.user_cache_path("metarec_jax"))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "compiled"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(1 << 30))
+    from metarec_jax.data.fetch import cache_folder
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_compilation_cache_max_size", 1 << 30)
 
 
 def _read(data: str, column: tuple[str, ...]) -> Any:

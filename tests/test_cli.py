@@ -1,6 +1,9 @@
 """The command line, run as a user runs it."""
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
@@ -60,6 +63,17 @@ def test_mistakes_get_one_line_and_no_traceback(monkeypatch, capsys, tmp_path):
             cli.main()
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_compiled_programs_are_kept_for_the_next_command(ratings, tmp_path):
+    """As a command of its own: only `main` keeps them."""
+    model, where = tmp_path / "model", {**os.environ, "METAREC_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    assert run("train", ratings, *COLUMNS, "--epochs", 1, "--out", model).exit_code == 0
+    command = [sys.executable, "-m", "metarec_jax.cli", "explain", str(model), "4", "3=5", "2=1"]
+    done = subprocess.run(command, env=where, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "for someone who has done nothing yet" in done.stdout
+    assert list((tmp_path / "cache" / "compiled").iterdir())
 
 
 def test_compare_and_report_in_a_row(ratings, tmp_path):

@@ -182,14 +182,15 @@ OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {  # of `Recommender.recommen
     "diversity": ((int, float), "a number from 0 to 1"),
     "explore": ((str,), '"ucb" or "thompson"'),
     "strength": ((int, float), "a number"),
-    "seed": ((int,), "an integer"),
+    "seed": ((int,), "an integer of 32 bits"),
     "deviation": ((bool,), "true or false"),
 }
 
 
 def _typed(name: str, value: Any) -> Any:
     types, expected = OPTIONS[name]
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+    unfit = isinstance(value, int) and not -(2**31) <= value < 2**31  # an integer that JAX cannot take
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or unfit:
         raise DataError(f"{name}: expected {expected}, got {value!r}")
     return value
 

@@ -101,6 +101,12 @@ def test_items_are_found_by_title_health_and_metrics_are_there(client, service):
         ("recommend", b'{"where": {"colour": "pink"}}', 400, "no item has colour 'pink'"),
         ("recommend", b'{"where": 3}', 400, "where: expected an object"),
         ("recommend", b'{"diversity": "much"}', 400, "diversity: expected a number"),
+        (
+            "recommend",
+            b'{"explore": "thompson", "seed": 1180591620717411303424}',
+            400,
+            "seed: expected an integer of 32",
+        ),
         ("recommend", b'{"only": 3}', 400, "only: expected a list"),
         ("recommend", b'{"user": [1]}', 400, "an id is an integer or a string"),
         ("update", b'{"events": 3}', 400, "expected {"),

@@ -1,5 +1,6 @@
 """The command line: `metarec quickstart`, `train`, `evaluate`, `recommend`, `explain`, `serve`, ..."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,7 @@ def serve(
 
     service = Service(model, users, half_life=half_life and half_life * 86400, report=click.echo)
     click.echo(f"model {service.current.version}, users in {users}")
-    app = create_app(service, token=token, budget=budget / 1000, waiting=waiting)
+    app = create_app(service, token=token, budget=budget / 1000, waiting=waiting, ready=_keep_objects)
     click.echo(f"http://{host}:{port}/  (Ctrl+C ends)")
     uvicorn.run(app, host=host, port=port, log_level="warning")
 
@@ -273,6 +274,12 @@ def export(model: str, out: str, k: int, longest: int) -> None:
     recommender.export(out, k=k, longest=longest)
     recommender.export_vectors(Path(out) / "items.parquet")
     click.echo(f"{out}/: recommend.jax, recommend.json (how to call it), items.parquet")
+
+
+def _keep_objects() -> None:
+    """All objects there are now stay out of collections, which would stop every request for 0.15 s to walk them."""
+    gc.collect()
+    gc.freeze()
 
 
 def main() -> None:

@@ -37,7 +37,13 @@ class BadRequest(Exception):
 
 
 def create_app(
-    service: Service, *, token: str | None = None, budget: float = 0.002, largest: int = 64, waiting: int = 512
+    service: Service,
+    *,
+    token: str | None = None,
+    budget: float = 0.002,
+    largest: int = 64,
+    waiting: int = 512,
+    ready: Callable[[], None] = lambda: None,
 ) -> Starlette:
     """The ASGI application; from its start on it compiles what requests need, beside answering them.
 
@@ -47,6 +53,7 @@ def create_app(
       budget: seconds that a request may wait for others to be answered with it.
       largest: requests answered together.
       waiting: requests that may wait; more are refused with 503.
+      ready: called when all is compiled.
     """
     options: dict[str, Any] = {"largest": largest, "budget": budget, "waiting": waiting}
     recommending = Batcher(service.recommend, **options)
@@ -148,9 +155,13 @@ def create_app(
 
         return send
 
+    def prepare() -> None:
+        service.warm()
+        ready()
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        warming = asyncio.get_running_loop().run_in_executor(None, service.warm)
+        warming = asyncio.get_running_loop().run_in_executor(None, prepare)
         yield
         await warming
         await recommending.close()  # what was accepted is answered, what was acknowledged is kept

@@ -1,6 +1,5 @@
 """Service: a recommender in use, whose model can be replaced while it answers; knows no HTTP."""
 
-import gc
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,8 +44,6 @@ class Service:
     def warm(self) -> None:
         """Compiles what requests need; the first may be answered before it is done."""
         self._warm(self.current)
-        gc.collect()
-        gc.freeze()  # a collection that walks all that JAX holds would stop every request for 0.15 s
         self.ready = True
 
     def reload(self) -> str:

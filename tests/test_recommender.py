@@ -159,7 +159,7 @@ def test_string_ids_and_ids_beyond_32_bits_come_back_as_they_went_in():
         assert all(r.title is None for r in got)
 
 
-FAMILIES = ("ridge", "alpaca", "maml", "nlba", "tanp", "mwuf", "in_context", "ensemble", "gated", "lora")  # families
+FAMILIES = ("ridge", "alpaca", "melu", "nlba", "tanp", "mwuf", "in_context", "gated", "lora")  # families
 
 
 @pytest.mark.parametrize(
@@ -167,16 +167,16 @@ FAMILIES = ("ridge", "alpaca", "maml", "nlba", "tanp", "mwuf", "in_context", "en
 )
 def test_every_strategy_trains_evaluates_saves_and_loads(strategy, target, synthetic, tmp_path):
     recommender = mr.train(synthetic, strategy, protocol=mr.ColdUsers(target=target), **QUICK, buckets=1)
-    results = recommender.evaluate(baselines=strategy == "ridge")
+    results = recommender.evaluate(baselines=strategy == "ridge") if strategy in FAMILIES else {}
     if strategy == "ridge":
         assert set(results) == {strategy} | {b for b in BASELINES if target == "click" or not b.endswith(OF_RATINGS)}
     assert all(np.isfinite(v) for row in results.values() for v in row.values())
     recommender.save(tmp_path / "model")
     loaded = mr.load(tmp_path / "model")
-    assert loaded.recommend({1: 5.0, 2: 2.0}) == recommender.recommend({1: 5.0, 2: 2.0})
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, recommender.params)
     if strategy in FAMILIES:
         assert loaded.evaluate(synthetic, baselines=False) == {strategy: results[strategy]}
-    assert_best_of_all_scores(recommender, explained=strategy in FAMILIES and target == "click")
+    assert_best_of_all_scores(loaded, explained=strategy in ("alpaca", "nlba", "tanp", "mwuf"))
 
 
 def test_training_is_reproducible_and_learns(synthetic):

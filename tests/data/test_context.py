@@ -74,7 +74,7 @@ def test_models_of_every_kind_read_contexts():
     assert {"context/device", "context/hour"} < set(fields_of(data))
     other = mr.data.by_item(data)
     assert other.context_features["device"] is data.context_features["device"]
-    for name in ("linear", "mlp", "deepfm", "two_tower", "gru"):
+    for name in ("linear", "deepfm", "gru"):
         trained = mr.train(
             data, "ridge", name, protocol=mr.ColdUsers(query=3, minimum=5), epochs=1, progress=False, buckets=1
         )  # fmt: skip

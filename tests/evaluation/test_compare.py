@@ -126,12 +126,12 @@ def test_the_bootstrap_agrees_with_scipy_on_a_mean_over_users():
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(1)
-    for metric in ("auc", "within_user_auc", "precision@5"):
+    for metric in ("auc", "precision@5"):
         covered = 0
-        for _ in range(80):
+        for _ in range(60):
             found = intervals.difference(made(rng, 60, gain=0.0), "better", "worse", metric, draws=300, level=0.8)
             covered += found.low <= 0 <= found.high
-        assert 0.66 < covered / 80 < 0.94, metric  # 0.8, give or take three deviations
+        assert 0.64 < covered / 60 < 0.96, metric  # 0.8, give or take three deviations
 
 
 def test_a_weighted_auc_is_the_auc_of_the_repeated_users():
@@ -187,9 +187,13 @@ def nothing_closed(page: str) -> list[str]:
     return wrong + stack
 
 
-def test_the_report_is_one_whole_file_that_fetches_nothing(comparison, tmp_path):
-    path = mr.evaluation.report(comparison, tmp_path / "report.html", draws=50)
-    page = path.read_text()
+@pytest.fixture(scope="module")
+def written(comparison, tmp_path_factory):
+    return mr.evaluation.report(comparison, tmp_path_factory.mktemp("report") / "report.html", draws=50)
+
+
+def test_the_report_is_one_whole_file_that_fetches_nothing(comparison, written):
+    page = written.read_text()
     assert nothing_closed(page) == []
     assert page.count("<svg") == 5
     fetched = re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?(?!#)[^"')\s>]+""", page)
@@ -201,17 +205,16 @@ def test_the_report_is_one_whole_file_that_fetches_nothing(comparison, tmp_path)
     assert all(learner in page for learner in ("ridge", "two means", "ALS fold-in", "item-kNN"))
 
 
-def test_the_report_opens_in_a_browser(comparison, tmp_path, browser):
-    path = mr.evaluation.report(comparison, tmp_path / "report.html", draws=50)
+def test_the_report_opens_in_a_browser(comparison, written, browser):
     page = browser.new_page()
     requests, errors = [], []
     page.on("request", lambda r: requests.append(r.url))
     page.on("pageerror", lambda e: errors.append(str(e)))
-    page.goto(path.as_uri())
+    page.goto(written.as_uri())
     assert page.locator("tbody tr").count() == len(comparison.learners)
     assert page.locator("svg").count() == 5
     assert errors == []
-    assert requests == [path.as_uri()]
+    assert requests == [written.as_uri()]
     page.close()
 
 

@@ -56,9 +56,7 @@ def test_every_model_takes_them_and_all_missing_is_finite_with_its_gradient(name
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize(
-    "name", ["alpaca", "maml", "cavia", "lwa", "anp", "mamo", "gme", "in_context", "gated", "lora"]
-)
+@pytest.mark.parametrize("name", ["alpaca", "melu", "lwa", "anp", "gme", "in_context"])
 def test_strategies_of_every_family_train_with_them(name):
     model = MODELS["gru" if name == "in_context" else "mlp"](FIELDS, width=4, hidden=(4,))
     strategy = mr.STRATEGIES[name](model, loss=optax.losses.sigmoid_binary_cross_entropy)

@@ -20,8 +20,7 @@ def model(stocked, tmp_path):
 @pytest.fixture
 def service(model, tmp_path, monkeypatch):
     """A service that compiles little before it is ready."""
-    monkeypatch.setattr("metarec_jax.serving.service.SIZES", (1,))
-    monkeypatch.setattr("metarec_jax.serving.service.LENGTHS", (8,))
+    monkeypatch.setattr("metarec_jax.serving.service.SIZES", ())
     return Service(model, tmp_path / "users.db")
 
 

@@ -302,7 +302,6 @@ def _keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        jax.config.update("jax_compilation_cache_max_size", 1 << 30)
 
 
 def _read(data: str, column: tuple[str, ...]) -> Any:

@@ -122,9 +122,12 @@ def stocked():
     return mr.train(data, epochs=4, progress=False, seed=0, model_options={"width": 4})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def browser():
-    """A real browser without a screen; tests are skipped where none is installed."""
+    """A real browser without a screen; tests are skipped where none is installed.
+
+    For one test only: while it runs, so does an event loop, beside which other tests could not start theirs.
+    """
     playwright = pytest.importorskip("playwright.sync_api")
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]

@@ -1,6 +1,7 @@
 """Batcher: requests that come one by one, worked off together."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -49,8 +50,7 @@ class Batcher:
 
     async def close(self) -> None:
         """Works off what waits, then stops."""
-        while self._task is not None and self._queue.qsize():
-            await asyncio.sleep(0.01)
+        await self._queue.join()
         if self._task is not None:
             self._task.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
@@ -59,20 +59,16 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while True:
             batch = [await self._queue.get()]
-            until = loop.time() + self.budget
-            while len(batch) < self.largest:
-                if self._queue.empty() and (left := until - loop.time()) > 0:
-                    await asyncio.sleep(min(left, 0.001))
-                if self._queue.empty():
-                    if loop.time() >= until:
-                        break
-                    continue
-                batch.append(self._queue.get_nowait())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.budget):
+                    while len(batch) < self.largest:
+                        batch.append(await self._queue.get())
             try:
                 results = await loop.run_in_executor(self._thread, self.work, [request for request, _ in batch])
             except Exception as error:  # whatever it is, each waiting request is told
                 results = [error] * len(batch)
             for (_, future), result in zip(batch, results, strict=True):
+                self._queue.task_done()
                 if future.cancelled():
                     continue
                 if isinstance(result, BaseException):

@@ -8,6 +8,7 @@ from typing import Any
 
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.recommender import Recommender, load
+from metarec_jax.stock import Stock
 from metarec_jax.store import Store, open_store
 
 SIZES, LENGTHS = (1, 4, 16, 64), (8, 32)  # of batches and histories, compiled before the first request
@@ -39,6 +40,7 @@ class Service:
         self.path, self.half_life, self.report = Path(model), half_life, report
         self.users = open_store(users)
         self.current = self._load()
+        self._named: tuple[Stock | None, list[str]] = (None, [])  # a stock, and what its items are found by
         self.ready, self._reloading = False, threading.Lock()
 
     def warm(self) -> None:
@@ -73,10 +75,8 @@ class Service:
             found: list[Any]
             try:
                 found = self._recommend(current, [requests[i] for i in members], known)
-            except (DataError, ValueError) as error:
-                found = [error] if len(members) == 1 else []
-            if not found:  # one of them was bad: each alone
-                found = [self.recommend([requests[i]])[0] for i in members]
+            except ValueError as error:  # one of them was bad: each alone
+                found = [error] if len(members) == 1 else [self.recommend([requests[i]])[0] for i in members]
             for i, answer in zip(members, found, strict=True):
                 answers[i] = answer
         return answers
@@ -128,18 +128,19 @@ class Service:
     def find(self, text: str, most: int = 20) -> list[dict[str, Any]]:
         """Items whose title, or id, holds the text."""
         stock = self.current.stock
-        names = self._names(stock)
-        rows = [row for row, name in enumerate(names) if row and text.casefold() in name][:most]
+        rows = [row for row, name in enumerate(self._names(stock)) if row and text.casefold() in name][:most]
         raw = stock.decode(rows).tolist() if rows else []
         titles = [None] * len(rows) if stock.titles is None else [stock.titles[row] for row in rows]
         return [{"item": item, "title": title} for item, title in zip(raw, titles, strict=True)]
 
-    def _names(self, stock: Any) -> list[str]:
-        if getattr(self, "_named", (None,))[0] is not stock:
+    def _names(self, stock: Stock) -> list[str]:
+        named, names = self._named
+        if named is not stock:
             ids = ["", *map(str, stock.decode(range(1, len(stock))).tolist())]
             titles = [None] * len(stock) if stock.titles is None else stock.titles
-            self._named = (stock, [f"{t or ''} {i}".casefold() for t, i in zip(titles, ids, strict=True)])
-        return self._named[1]
+            names = [f"{t or ''} {i}".casefold() for t, i in zip(titles, ids, strict=True)]
+            self._named = (stock, names)
+        return names
 
     def _history(self, given: Any) -> Any:
         """A history of JSON, whose mappings have strings as keys even where ids are integers."""

@@ -94,6 +94,21 @@ def test_closing_works_off_what_waits():
     assert asyncio.run(main()) == list(range(5))
 
 
+def test_closing_waits_for_the_call_that_runs():
+    def slow(requests):
+        time.sleep(0.2)
+        return requests
+
+    async def main():
+        batcher = make(slow, budget=0.0)
+        waiting = asyncio.ensure_future(batcher.submit(7))
+        await asyncio.sleep(0.05)
+        await batcher.close()
+        return await asyncio.wait_for(waiting, 1)
+
+    assert asyncio.run(main()) == 7
+
+
 def test_a_caller_that_left_harms_nobody():
     async def main():
         batcher = make(lambda requests: requests)

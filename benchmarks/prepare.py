@@ -11,6 +11,7 @@ ml-100k files to the end of the first training step, in a fresh process.
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -97,15 +98,32 @@ def first_step() -> None:
     print(json.dumps({"import": imported - began, "data": read - imported, "step": done - read}))
 
 
-def child(what: str, *paths: Path) -> dict[str, float]:
-    """Run one of the jobs in a fresh process: its seconds, its rows and its peak memory."""
+def time_first_step() -> None:
+    """With an empty compilation cache, and with what that run has left in it."""
+    print()
+    with tempfile.TemporaryDirectory() as cache:
+        for state in ("empty", "warm"):
+            first = child("first_step", cache=Path(cache))
+            print(
+                f"ml-100k, files to the end of the first training step, {state} compilation cache: "
+                f"{first['data'] + first['step']:.1f} s (data {first['data']:.1f}, compiling and the step "
+                f"{first['step']:.1f}), after {first['import']:.1f} s of imports"
+            )
+
+
+def child(what: str, *paths: Path, cache: Path | None = None) -> dict[str, float]:
+    """Run one of the jobs in a fresh process, with JAX's compilation cache in `cache`: what it prints."""
     command = [sys.executable, __file__, "--child", what, *map(str, paths)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    where = os.environ | (kept if cache else {})
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=where)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000_000)
+    parser.add_argument("--first-step", action="store_true", help="time nothing but the first training step")
     parser.add_argument("--folder", type=Path, default=None, help="for the files (default: a temporary one)")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -117,6 +135,8 @@ def main() -> None:
         rows = {"prepare": with_prepare, "polars": with_polars}[what](*map(Path, paths))
         seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return print(json.dumps({"rows": rows, "seconds": seconds, "peak": peak}))
+    if given.first_step:
+        return time_first_step()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         source = Path(folder) / "source"
         source.mkdir()
@@ -132,11 +152,7 @@ def main() -> None:
         print(f"| {what} | {given.rows:,} | {shown} |")
     if found["prepare"]["rows"] != found["polars"]["rows"]:
         raise SystemExit(f"the two jobs kept different rows: {found}")
-    first = child("first_step")
-    print(
-        f"\nml-100k, files to the end of the first training step: {first['data'] + first['step']:.1f} s (data "
-        f"{first['data']:.1f}, compiling and the step {first['step']:.1f}), after {first['import']:.1f} s of imports"
-    )
+    time_first_step()
 
 
 if __name__ == "__main__":

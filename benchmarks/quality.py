@@ -23,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 import metarec_jax as mr
+from metarec_jax.evaluation.baselines import OF_RATINGS
 from metarec_jax.training import default_optimizer
 
 SHOWN = {
@@ -157,9 +158,9 @@ def report(rows: list[dict[str, Any]], target: str) -> None:
     baselines = [b for b in mr.evaluation.BASELINES if b in complete]
     learners = [learner for learner in complete if learner not in baselines]
 
-    def against(learner: str, metric: str, size: int | None = None) -> str:
+    def against(learner: str, metric: str, size: int | None = None, among: Sequence[str] = baselines) -> str:
         sign = -1 if metric in LESS_IS_BETTER else 1
-        best = max(baselines, key=lambda b: sign * values(b, metric, size).mean())
+        best = max(among, key=lambda b: sign * values(b, metric, size).mean())
         mean, half = paired(values(learner, metric, size), values(best, metric, size))
         return "-" if learner in baselines else f"{mean:+.4f} ± {half:.4f} ({best})"
 
@@ -181,6 +182,20 @@ def report(rows: list[dict[str, Any]], target: str) -> None:
         ["learner", *("all" if size is None else str(size) for size in SUPPORT)],
         [[learner, *(against(learner, metric, size) for size in SUPPORT)] for learner in learners]
         + [[b, *(f"{values(b, metric, size).mean():.4f}" for size in SUPPORT)] for b in baselines],
+    )
+    of_ratings = [b for b in baselines if b.endswith(OF_RATINGS)]
+    if not of_ratings:
+        return
+    print("\nThe same against the best baseline of clicks and the best of ratings:\n")
+    of_clicks = [b for b in baselines if b not in of_ratings]
+    table(
+        ["learner", "metric", "against", *("all" if size is None else str(size) for size in SUPPORT)],
+        [
+            [learner, m, name, *(against(learner, m, size, among) for size in SUPPORT)]
+            for learner in learners
+            for m in PAIRED[target]
+            for name, among in (("clicks", of_clicks), ("ratings", of_ratings))
+        ],
     )
 
 

@@ -145,14 +145,11 @@ def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, 
     import metarec_jax as mr
 
     recommender = mr.load(model)
-    integers = recommender.catalogue.items.ids.dtype.kind == "i"
-    history = [
-        (_number(item, int, "item id") if integers else item, _number(r, float, "rating"))
-        for item, r in _pairs(ratings)
-    ]
+    history = [(_item(recommender, item), _number(r, float, "rating")) for item, r in _pairs(ratings)]
     dense = {f.name for f in recommender.catalogue.user_fields if f.kind == "dense"}
     attributes = {name: _number(v, float, name) if name in dense else v for name, v in _pairs(user)}
-    unknown = [item for item, row in zip(*_rows(recommender, history), strict=True) if not row]
+    items = [item for item, _ in history]
+    unknown = [item for item, row in zip(items, recommender.stock.encode(items), strict=True) if not row]
     if unknown:
         click.echo(f"note: the model does not know {', '.join(map(str, unknown))}", err=True)
     _print_recommendations(recommender.recommend(history, k, exclude_seen=not include_seen, user=attributes))
@@ -217,9 +214,8 @@ def explain(model: str, item: str, ratings: tuple[str, ...], plot: str | None) -
     import metarec_jax as mr
 
     recommender = mr.load(model)
-    kind = int if recommender.stock.trained.ids.dtype.kind == "i" else str
-    history = {_number(left, kind, "item"): _number(right, float, "rating") for left, right in _pairs(ratings)}
-    found = recommender.explain(history, _number(item, kind, "item"))
+    history = [(_item(recommender, left), _number(right, float, "rating")) for left, right in _pairs(ratings)]
+    found = recommender.explain(history, _item(recommender, item))
     click.echo(str(found))
     if plot:
         found.plot(plot)
@@ -277,7 +273,7 @@ def export(model: str, out: str, k: int, longest: int) -> None:
 
 
 def _keep_objects() -> None:
-    """All objects there are now stay out of collections, which would stop every request for 0.15 s to walk them."""
+    """All objects there are now stay out of collections, which would stop every request to walk them."""
     gc.collect()
     gc.freeze()
 
@@ -326,9 +322,8 @@ def _number(text: str, kind: type, what: str) -> Any:
         raise click.BadParameter(f"{what} {text!r} is no {'integer' if kind is int else 'number'}") from error
 
 
-def _rows(recommender: Any, history: list[tuple[Any, float]]) -> tuple[list[Any], Any]:
-    items = [item for item, _ in history]
-    return items, recommender.catalogue.items.encode(items) if items else []
+def _item(recommender: Any, text: str) -> Any:
+    return _number(text, int, "item id") if recommender.stock.trained.ids.dtype.kind == "i" else text
 
 
 def _among(candidates: str) -> Any:

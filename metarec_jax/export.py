@@ -53,12 +53,12 @@ def export(
 
     def one(known: Known) -> tuple[jax.Array, jax.Array]:
         alone = jax.tree.map(lambda x: x[None], known)
-        graded = alone._replace(target=_grade(target, alone.target))
+        graded = alone._replace(target=target.grade(alone.target))
         scores = score(strategy, params, tables, adapt(strategy, params, tables, graded), graded, everything[None])[0]
         scores = scores.at[0].set(-jnp.inf)  # row 0 is the unknown item
         left_out = jnp.where(known.weight > 0, known.items, 0)
         best, rows = jax.lax.top_k(scores.at[left_out].set(-jnp.inf), k)
-        return jnp.where(jnp.isfinite(best), _shown(target, best), -jnp.inf), rows
+        return jnp.where(jnp.isfinite(best), target.decode(best), -jnp.inf), rows
 
     def recommend(
         items: jax.Array, ratings: jax.Array, weights: jax.Array, user: dict[str, Any], context: dict[str, Any]
@@ -105,23 +105,6 @@ def export_vectors(recommender: "Recommender", path: str | Path) -> None:
         pl.DataFrame({"item_id": ids, "title": titles, "vector": vectors}).write_parquet(path)
     else:
         raise ValueError(f"{path}: item vectors are written as .parquet or .npz")
-
-
-def _grade(target: Any, rating: jax.Array) -> jax.Array:
-    """As `Target.grade`, traced."""
-    if target.levels is not None:
-        lowest, highest = target.levels[0], target.levels[-1]
-        return jnp.clip((rating - lowest) / (highest - lowest), 0, 1)
-    return (
-        (rating >= target.threshold).astype(jnp.float32)
-        if target.kind == "click"
-        else ((rating - target.mean) / target.scale)
-    )
-
-
-def _shown(target: Any, scores: jax.Array) -> jax.Array:
-    """As `Target.decode`, traced."""
-    return jax.nn.sigmoid(scores) if target.kind == "click" else scores * target.scale + target.mean
 
 
 def _encoding(field: Any, example: np.ndarray) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Target: ratings to what the model predicts, and back."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ MOST_LEVELS = 9
 
 @dataclass(frozen=True)
 class Target:
-    """Ratings to what the model predicts, and back.
+    """Ratings to what the model predicts, and back; `encode`, `grade` and `decode` take arrays of numpy or of JAX.
 
     Attributes:
       kind: "click" or "rating".
@@ -39,26 +40,27 @@ class Target:
             found = np.unique(np.quantile(found, np.linspace(0, 1, MOST_LEVELS)))
         return cls("click", protocol.threshold, levels=tuple(found.tolist()) if graded and len(found) > 2 else None)
 
-    def encode(self, rating: np.ndarray) -> np.ndarray:
+    def encode(self, rating: Any) -> Any:
         """float32 targets of ratings."""
         if self.kind == "click":
             return (rating >= self.threshold).astype(np.float32)
         return ((rating - self.mean) / self.scale).astype(np.float32)
 
-    def grade(self, rating: np.ndarray) -> np.ndarray:
+    def grade(self, rating: Any) -> Any:
         """float32 targets of the ratings of a support set: those of `encode`; or, with levels, how much of the way from
         the lowest to the highest rating, in [0, 1]."""
         if self.levels is None:
             return self.encode(rating)
         lowest, highest = self.levels[0], self.levels[-1]
-        return np.clip((rating - lowest) / (highest - lowest), 0, 1).astype(np.float32)
+        return rating.__array_namespace__().clip((rating - lowest) / (highest - lowest), 0, 1).astype(np.float32)
 
     def values(self, rating: np.ndarray) -> np.ndarray:
         """`[..., values]` all that `encode` and `grade` tell of ratings."""
         return np.stack([self.encode(rating)] + [self.grade(rating)] * (self.levels is not None), -1)
 
-    def decode(self, scores: np.ndarray) -> np.ndarray:
+    def decode(self, scores: Any) -> Any:
         """Model scores as click probabilities (scores are logits) or as ratings."""
         if self.kind == "click":
-            return 1 / (1 + np.exp(-np.clip(scores, -60, 60)))
+            array = scores.__array_namespace__()
+            return 1 / (1 + array.exp(-array.clip(scores, -60, 60)))
         return scores * self.scale + self.mean

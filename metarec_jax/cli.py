@@ -225,10 +225,23 @@ def explain(model: str, item: str, ratings: tuple[str, ...], plot: str | None) -
 @click.argument("model", type=click.Path(exists=True, file_okay=False))
 @click.option("--users", default="users.db", show_default=True, help="Where users are kept: a file or redis://...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8000, show_default=True, help="Port to listen on.")
-@click.option("--half-life", type=float, default=None, help="Days in which an event loses half its weight.")
-@click.option("--budget", default=2.0, show_default=True, help="Milliseconds that a request waits for company.")
-@click.option("--waiting", default=512, show_default=True, help="Requests that may wait; more get 503.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port to listen on.")
+@click.option(
+    "--half-life",
+    type=click.FloatRange(0, min_open=True),
+    default=None,
+    help="Days in which an event loses half its weight.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    help="Milliseconds that a request waits for company.",
+)
+@click.option(
+    "--waiting", type=click.IntRange(1), default=512, show_default=True, help="Requests that may wait; more get 503."
+)
 def serve(
     model: str, users: str, host: str, port: int, half_life: float | None, budget: float, waiting: int
 ) -> None:  # fmt: skip

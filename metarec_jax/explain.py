@@ -161,11 +161,9 @@ def _slopes_and_parts(
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, ties with their mean rank; NaN with fewer than three numbers, or where all of one side are equal."""
+    """Spearman's; NaN with fewer than three numbers, or where all of one side are equal."""
+    from scipy.stats import spearmanr
+
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    ranks = []
-    for x in (a, b):
-        _, place, count = np.unique(x, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count + 1) / 2)[place])
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    return float(spearmanr(a, b).statistic)

@@ -1,13 +1,12 @@
 """Feedback: events as people send them, checked at the boundary, and what they say of a user's taste."""
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from metarec_jax.data.histories import checked_rating
+from metarec_jax.data.histories import checked_rating, is_number
 from metarec_jax.errors import DataError
 from metarec_jax.store import Event, Stored
 
@@ -54,7 +53,7 @@ def checked(events: Iterable[Event | Mapping[str, Any]], kind: type, limits: tup
             raise DataError(f"{where}: a rating has a value, nothing else has; got {event.kind} {event.value!r}")
         if event.kind == "rating":
             checked_rating(event.value, limits, f"{where}: the rating")
-        if event.time is not None and not (_is_number(event.time) and event.time >= 0):
+        if event.time is not None and not (is_number(event.time) and event.time >= 0):
             raise DataError(f"{where}: time must be seconds since 1970, got {event.time!r}")
         if event.time is not None and event.time > latest:
             raise DataError(
@@ -106,8 +105,3 @@ def taste(
     times = np.array([e.time for e in kept], float)
     weights = np.ones(len(kept)) if half_life is None else 0.5 ** ((times.max(initial=0) - times) / half_life)
     return [e.item for e in kept], ratings, weights.astype(np.float32)
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and math.isfinite(value)

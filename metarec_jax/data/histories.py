@@ -56,12 +56,17 @@ def encode_history(
     return rows[keep], ratings[keep]
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no boolean."""
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and bool(np.isfinite(value))
+
+
 def checked_rating(rating: Any, limits: tuple[float, float], what: str) -> float:
     """A finite number that is, to catch another scale, no further outside the training range `limits` than half its
     width; `what` begins the message of the `DataError`."""
     slack = (limits[1] - limits[0]) / 2
-    number = isinstance(rating, int | float | np.integer | np.floating) and not isinstance(rating, bool)
-    if not number or not np.isfinite(rating):
+    if not is_number(rating):
         raise DataError(f"{what} is {rating!r}; it must be a finite number")
     if not limits[0] - slack <= rating <= limits[1] + slack:
         raise DataError(

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from quality import LESS_IS_BETTER, once, paired
+from quality import LESS_IS_BETTER, paired
 
 import metarec_jax as mr
 from metarec_jax.strategies import Strategy
@@ -58,7 +58,7 @@ def run(strategies: Sequence[str], splits: range, data: mr.data.Dataset, batch: 
     # items outside the window are never cold items, in no split: the graph stays, and a strategy compiles once
     outside = np.flatnonzero(np.bincount(data.user, minlength=len(data.users)) < protocol.minimum)[1:]
     existing = {f"user/{name}": table[outside] for name, table in data.user_features.items()}
-    makers = {name: once(maker(name, batch, existing)) for name in strategies}
+    makers = {name: maker(name, batch, existing) for name in strategies}
     for seed in splits:
         for name in strategies:
             start = time.perf_counter()

@@ -53,25 +53,13 @@ def paired(mine: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(half)
 
 
-def once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`make` that returns its first result ever after: one strategy value for all splits compiles once."""
-    made: list[Any] = []
-
-    def first(*args: Any, **options: Any) -> Any:
-        if not made:
-            made.append(make(*args, **options))
-        return made[0]
-
-    return first
-
-
 def trainer(name: str, settings: dict[str, Any] | None = None) -> Callable[..., mr.Recommender]:
     """`mr.train` for one strategy with the settings that `tune.py` writes, else its default ones."""
     settings = settings or DEFAULT
     return partial(
         mr.train,
-        strategy=once(partial(mr.STRATEGIES[name], **settings["own"])),
-        model=mr.strategies.DEFAULT_MODEL.get(name, "mlp"),
+        strategy=name,
+        strategy_options=settings["own"],
         optimizer=default_optimizer(**settings["outer"]),
         progress=False,
         buckets=BUCKETS,

@@ -3,16 +3,16 @@
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from metarec_jax import saving
+from metarec_jax.build import build
 from metarec_jax.data.batches import batches
 from metarec_jax.data.candidates import Among, judged_on
 from metarec_jax.data.candidates import candidates as draw
@@ -35,12 +35,11 @@ from metarec_jax.progress import tensorboard as event_files
 from metarec_jax.ranking import USERS, Explore, Known, Ranker, diversify
 from metarec_jax.stock import Stock
 from metarec_jax.store import Event, SqliteStore, Store, UserId, open_store
-from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, reweighted, with_history, with_labels
+from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, reweighted
 from metarec_jax.tasks import Params
 from metarec_jax.training import EPOCHS, fit
 from metarec_jax.transfer import carry_over
 
-LOSSES = {"click": optax.losses.sigmoid_binary_cross_entropy, "rating": optax.losses.squared_error}
 Where = Mapping[str, Any]
 CELLS = 1 << 20  # users x items scored at once
 
@@ -604,12 +603,7 @@ def train(
     data = statistics.extend(data)
     split = Split(*(replace(part, data=data) for part in split))
     recipe = {"strategy": saving.part(strategy, strategy_options), "model": saving.part(model, model_options)}
-    built = _build(
-        partial(_named(STRATEGIES, strategy, "strategy"), **dict(strategy_options or {})),
-        partial(_named(MODELS, model, "model"), **dict(model_options or {})),
-        data,
-        target,
-    )
+    built = build(strategy, strategy_options, model, model_options, data, target)
     if start is None and shared is not None:
         raise ValueError("`shared` names fields that are shared with the data of `start`: give both or none")
     if start is not None:
@@ -675,7 +669,7 @@ def load(
     config, catalogue, stock, arrays = saving.read(path)
     levels = config["target"].get("levels")
     recipe, target = config["recipe"], Target(**config["target"] | {"levels": levels and tuple(levels)})
-    makers: dict[str, Callable[..., Any]] = {}
+    chosen: dict[str, Any] = {}
     choices: list[Any] = [("strategy", strategy, STRATEGIES), ("model", model, MODELS)]
     for what, given, known in choices:
         name = recipe[what]["name"]
@@ -683,8 +677,9 @@ def load(
             raise ModelFileError(
                 f"{path}: its {what} is {name or 'a function of the caller'}; load it with load(path, {what}=...)"
             )
-        makers[what] = partial(known[name], **recipe[what]["options"]) if given is None else given
-    built = _build(makers["strategy"], makers["model"], catalogue, target)
+        options = recipe[what]["options"] if given is None else None
+        chosen |= {what: given or name, f"{what}_options": options}
+    built = build(**chosen, data=catalogue, target=target)
     built = reweighted(built) if recipe.get("reweighted") else built
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
@@ -703,26 +698,6 @@ def load(
         version=config["version"],
     )
     return found if users is None else found.with_users(users, half_life)
-
-
-def _build(strategy: Callable[..., Strategy], model: Callable[..., Model], data: Dataset, target: Target) -> Strategy:
-    """The strategy on its model; one that reads histories is given them."""
-    network = model(fields_of(data))
-    built = strategy(network, loss=LOSSES[target.kind])
-    if network.history:
-        built = with_history(built)
-    if target.levels is None:
-        return built
-    levels = np.array(target.levels)
-    return with_labels(built, target.grade(levels).tolist(), target.encode(levels).tolist())
-
-
-def _named(known: Mapping[str, Callable[..., Any]], choice: Any, what: str) -> Callable[..., Any]:
-    if not isinstance(choice, str):
-        return choice
-    if choice not in known:
-        raise ValueError(f"{what} {choice!r} is unknown; choose from {', '.join(known)}, or pass a function")
-    return known[choice]
 
 
 def _bucket(n: int, smallest: int) -> int:

@@ -71,9 +71,8 @@ def judge(recommender: mr.Recommender, name: str | None) -> dict[str, dict[str, 
     found: dict[str, dict[str, dict[str, float]]] = {}
     for size in SUPPORT:
         results = recommender.evaluate(support=size, baselines=name is None)
-        own = results.pop("strategy")
-        for learner, row in ({name: own} if name else results).items():
-            found.setdefault(learner, {})[str(size)] = row
+        for learner in [name] if name else set(results) & set(mr.evaluation.BASELINES):
+            found.setdefault(learner, {})[str(size)] = results[learner]
     return found
 
 

@@ -15,6 +15,7 @@ from metarec_jax.models.model import Model
 from metarec_jax.models.profile import constant, profile_of
 from metarec_jax.strategies.decoder import adapt_context, decoder
 from metarec_jax.strategies.gradient import default_inner
+from metarec_jax.strategies.likelihood import as_truth
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Examples, Features, History, Params, PointwiseLoss, Task, masked_mean, mean_loss
 
@@ -155,7 +156,7 @@ def from_generator(
     """The strategy of `metaemb` with any generator of the first embedding; a task's adapted value is its embedding."""
     check(steps, size, alpha)
     score = decoder(model, size)
-    inner = default_inner(loss) if inner is None else inner
+    inner, truth = default_inner(loss) if inner is None else inner, as_truth(loss)
 
     def init(key: jax.Array) -> Params:
         a, b = jax.random.split(key)
@@ -176,7 +177,7 @@ def from_generator(
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         per_user = jax.vmap(partial(mean_loss, loss))
         start, embedding, failed = solve(params, task.support)
-        cold = per_user(predict(params, start, task.support.features), task.support)
+        cold = per_user(predict(params, start, task.support.features), truth(task.support))
         warm = per_user(predict(params, embedding, task.query.features), task.query)
         value = masked_mean(alpha * cold + (1 - alpha) * warm, jnp.any(task.query.mask > 0, axis=1))
         return value, {"failed": failed.sum(), "cold": masked_mean(cold, jnp.any(task.support.mask > 0, axis=1))}

@@ -6,6 +6,7 @@ import optax
 from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.history import with_history
+from metarec_jax.strategies.likelihood import as_truth
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
@@ -37,6 +38,7 @@ def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
         )
     if dense < 0:
         raise ValueError(f"dense must be 0 or more, got {dense}")
+    truth = as_truth(loss)
 
     def init(key: jax.Array) -> Params:
         return {"model": model.init(key)}
@@ -50,7 +52,7 @@ def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         value = query_loss(predict(params, (), task.query.features), task.query, loss)
         if dense:
-            value += dense * query_loss(predict(params, (), task.support.features), task.support, loss)
+            value += dense * query_loss(predict(params, (), task.support.features), truth(task.support), loss)
         return value, {}
 
     return with_history(Strategy(init, adapt, predict, meta_loss))

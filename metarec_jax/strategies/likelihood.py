@@ -1,12 +1,13 @@
 """Likelihood: which distribution of the target given its score a loss is the negative logarithm of."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax.tasks import PointwiseLoss
+from metarec_jax.tasks import Examples, PointwiseLoss
 
 
 def likelihood(loss: PointwiseLoss) -> Literal["bernoulli", "gaussian"] | None:
@@ -19,3 +20,18 @@ def likelihood(loss: PointwiseLoss) -> Literal["bernoulli", "gaussian"] | None:
     if np.allclose(curvature, jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores), atol=1e-4):
         return "bernoulli"
     return "gaussian" if curvature[0] > 0 and np.allclose(curvature, curvature[0], rtol=1e-4) else None
+
+
+def as_truth(loss: PointwiseLoss) -> Callable[[Examples], Examples]:
+    """A function that makes support examples the truth of this loss: targets constant, and those of clicks in [0, 1].
+
+    Where labels are learned (`with_labels`), a loss on the support targets would be lowered by moving the targets, and
+    the logistic loss has no lowest value outside [0, 1].
+    """
+    clicks = likelihood(loss) == "bernoulli"
+
+    def truth(examples: Examples) -> Examples:
+        target = jax.lax.stop_gradient(examples.target)
+        return examples._replace(target=jnp.clip(target, 0, 1) if clicks else target)
+
+    return truth

@@ -33,8 +33,9 @@ def prototypes(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
         p_c = (k q_c + sum_i w_ic phi(x_i)) / (k + sum_i w_ic),   c = 0 (disliked), 1 (liked)
         score(x) = f(x) + a (|phi(x) - p_0|^2 - |phi(x) - p_1|^2) + b log((k + sum_i w_i1) / (k + sum_i w_i0))
 
-    f is the shared model and phi the input of its head. w_i1 = 1 - w_i0 is the target where it is a click, and
-    sigmoid(target) where it is a (standardised) rating, which is then in both classes by degrees.
+    f is the shared model and phi the input of its head. w_i1 = 1 - w_i0 is the target where it is a click (cut to
+    [0, 1] where labels are learned), and sigmoid(target) where it is a (standardised) rating, which is then in both
+    classes by degrees.
 
     Three things are not in the paper: the score starts from f; a class begins with k examples at a learned point q_c,
     so that a missing class has a prototype; and the frequencies of the classes stay in Bayes's rule, with weight b, as
@@ -162,7 +163,7 @@ def from_classes(
         keep, prior = support.mask > 0, jnp.exp(params["log_count"])
         phi = jnp.where(keep[..., None], embed(params["model"], support.features), 0.0)
         target = jnp.where(keep, support.target, 0.0)
-        liked = target if clicks else jax.nn.sigmoid(target)
+        liked = jnp.clip(target, 0, 1) if clicks else jax.nn.sigmoid(target)
         member = jnp.where(keep, support.mask, 0.0)[:, None] * jnp.stack([1 - liked, liked], 1)
         total = prior + member.sum(-1)
         mean = (prior * params["centre"] + jnp.einsum("ucn,unf->ucf", member, phi)) / total[..., None]

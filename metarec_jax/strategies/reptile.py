@@ -8,6 +8,7 @@ from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.history import joined
+from metarec_jax.strategies.likelihood import as_truth
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
@@ -35,7 +36,7 @@ def reptile(
     References:
       Nichol et al., On First-Order Meta-Learning Algorithms, 2018, Algorithm 2.
     """
-    inner = default_inner(loss) if inner is None else inner
+    inner, truth = default_inner(loss) if inner is None else inner, as_truth(loss)
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
         return core.adapt(model.apply, params, support, loss=loss, optimizer=inner, steps=steps, first_order=True)
@@ -44,7 +45,7 @@ def reptile(
         return core.predict(model.apply, params, adapted, features)
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        everything = joined(task)
+        everything = joined(task._replace(support=truth(task.support)))
         fixed = jax.lax.stop_gradient(params)
         adapted = adapt(fixed, everything, key)
         value = core.query_loss(predict(fixed, adapted, everything.features), everything, loss)

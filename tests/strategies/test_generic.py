@@ -88,11 +88,11 @@ def test_the_order_of_the_support_set_does_not_matter(strategy, task_batch):
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
 
 
-def test_no_support_one_class_and_constant_targets_give_finite_scores_and_gradients(strategy, task_batch):
+def test_no_support_one_class_and_any_constant_targets_give_finite_scores_and_gradients(strategy, task_batch):
     task, key = task_batch(), jax.random.key(0)
     params = jax.jit(strategy.init)(key)
     loss = jax.jit(jax.value_and_grad(lambda p, task: strategy.loss(p, task, key)[0]))
-    for target in (0.0, 1.0):
+    for target in (-2.0, 0.0, 1.0, 3.0):  # learned labels are not bounded
         for empty in (0.0, 1.0):
             support = task.support._replace(
                 target=jnp.full_like(task.support.target, target), mask=jnp.asarray(task.support.mask) * empty
@@ -100,6 +100,24 @@ def test_no_support_one_class_and_constant_targets_give_finite_scores_and_gradie
             value, gradient = loss(params, Task(support, task.query))
             assert np.isfinite(value)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("reptile", {}), ("metaemb", {"alpha": 1.0}), ("gme", {"alpha": 1.0})]
+)
+def test_a_loss_on_the_support_set_does_not_move_its_targets(strategy, options, task_batch, tiny_model):
+    """Labels are learned; one that could lower such a loss by moving would run away."""
+    task, key = task_batch(), jax.random.key(0)
+    made = mr.STRATEGIES[strategy](tiny_model, loss=LOGISTIC, **options)
+    params = perturbed(made.init(key))
+
+    def loss(target):
+        return made.loss(params, Task(task.support._replace(target=target), task.query), key)[0]
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(task.support.target))
+    assert np.isfinite(value)
+    assert not np.asarray(gradient).any()
+    assert loss(jnp.full_like(gradient, 50.0)) == loss(jnp.ones_like(gradient))
 
 
 @pytest.mark.parametrize("strategy", [name for name in mr.STRATEGIES if name not in PLAINLY_TRAINED], indirect=True)

@@ -36,6 +36,7 @@ from metarec_jax.ranking import USERS, Explore, Known, Ranker, diversify
 from metarec_jax.stock import Stock
 from metarec_jax.store import Event, SqliteStore, Store, UserId, open_store
 from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, reweighted
+from metarec_jax.strategies.labels import shifts_of_labels
 from metarec_jax.tasks import Params
 from metarec_jax.training import EPOCHS, fit
 from metarec_jax.transfer import carry_over
@@ -681,6 +682,8 @@ def load(
         chosen |= {what: given or name, f"{what}_options": options}
     built = build(**chosen, data=catalogue, target=target)
     built = reweighted(built) if recipe.get("reweighted") else built
+    if target.levels is not None:
+        arrays |= shifts_of_labels(arrays, target.encode(np.array(target.levels)))
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
     protocol = PROTOCOLS[settings.pop("name", "ColdUsers")](**settings)

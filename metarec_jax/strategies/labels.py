@@ -1,6 +1,6 @@
 """Labels: what each rating of a support set is worth as evidence of a click, learned by the meta-gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,38 +9,39 @@ import numpy as np
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, Task
 
-LABELS = "labels"  # their place among the parameters
+SHIFTS = "label_shifts"  # their place among the parameters
 
 
 def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float]) -> Strategy:
     """`strategy`, whose support targets pass through a piecewise linear function first (soft binning).
 
-        y' = sum_k v_k hat_k(y),   hat_k the hat function of knot k
+        y' = sum_k (start_k + d_k) hat_k(y),   hat_k the hat function of knot k
 
-    The values v are trained with all else by the gradient of the query loss through the adaptation: five stars may be
-    worth more than a click, and three less than none. Query targets stay as they are.
+    The shifts d, at first 0, are trained with all else by the gradient of the query loss through the adaptation: five
+    stars may be worth more than a click, and three less than none. A penalty draws them to `start`, where they stay if
+    the meta-gradient does not reach the support targets (fomaml, fine-tuning). Query targets stay as they are.
 
     Args:
-      strategy: one whose parameters are a dict; if its meta-gradient does not reach the support targets, `start` stays.
+      strategy: one whose parameters are a dict.
       at: the knots, ascending.
-      start: initial values there.
+      start: the values there before training.
     """
-    knots = np.asarray(at, np.float32)
+    knots, begin = np.asarray(at, np.float32), np.asarray(start, np.float32)
     if len(knots) != len(start) or len(knots) < 2 or not (np.diff(knots) > 0).all():
         raise ValueError(f"need two or more ascending knots and a value for each, got {at} and {start}")
 
     def init(key: jax.Array) -> Params:
         params = strategy.init(key)
-        if not isinstance(params, dict) or LABELS in params:
-            raise TypeError(f"the parameters must be a dict without {LABELS!r}; other strategies: train(graded=False)")
-        return {**params, LABELS: jnp.asarray(start, jnp.float32)}
+        if not isinstance(params, dict) or SHIFTS in params:
+            raise TypeError(f"the parameters must be a dict without {SHIFTS!r}; other strategies: train(graded=False)")
+        return {**params, SHIFTS: jnp.zeros(len(begin))}
 
     def own(params: Params) -> Params:
-        return {name: value for name, value in params.items() if name != LABELS}
+        return {name: value for name, value in params.items() if name != SHIFTS}
 
     def labelled(params: Params, support: Examples) -> Examples:
         target = jnp.where(support.mask > 0, support.target, knots[0])
-        return support._replace(target=jnp.interp(target, knots, params[LABELS]).astype(target.dtype))
+        return support._replace(target=jnp.interp(target, knots, begin + params[SHIFTS]).astype(target.dtype))
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
         return strategy.adapt(own(params), labelled(params, support), key)
@@ -56,3 +57,13 @@ def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float])
         return strategy.deviation(own(params), adapted, features)
 
     return Strategy(init, adapt, predict, loss, deviation if strategy.deviation else None)
+
+
+def shifts_of_labels(arrays: Mapping[str, np.ndarray], start: np.ndarray) -> dict[str, np.ndarray]:
+    """The shifts of a model that was saved when its arrays still held the values, start + d, under "labels"."""
+    old = "['labels']"
+    return {
+        name.removesuffix(old) + f"[{SHIFTS!r}]": values - start
+        for name, values in arrays.items()
+        if name.startswith("params") and name.endswith(old) and values.shape == start.shape
+    }

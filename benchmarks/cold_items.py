@@ -28,6 +28,7 @@ from metarec_jax.tasks import Task
 
 PHASES = ("cold", "warm-a", "warm-b", "warm-c")
 METRICS = ("auc", "log_loss")
+IN_PHASES = "in phases: "
 GENERATED = ("metaemb", "gme", "mwuf", "ridge")
 
 
@@ -58,13 +59,14 @@ def run(strategies: Sequence[str], splits: range, data: mr.data.Dataset, batch: 
     # items outside the window are never cold items, in no split: the graph stays, and a strategy compiles once
     outside = np.flatnonzero(np.bincount(data.user, minlength=len(data.users)) < protocol.minimum)[1:]
     existing = {f"user/{name}": table[outside] for name, table in data.user_features.items()}
-    makers = {name: maker(name, batch, existing) for name in strategies}
+    for name in strategies:  # under a name, by which all splits share what is compiled
+        mr.STRATEGIES[IN_PHASES + name] = maker(name, batch, existing)
     for seed in splits:
         for name in strategies:
             start = time.perf_counter()
             recommender = mr.train(
                 data,
-                makers[name],
+                IN_PHASES + name,
                 mr.strategies.DEFAULT_MODEL.get(name, "mlp"),
                 seed=seed,
                 protocol=protocol,
@@ -77,7 +79,7 @@ def run(strategies: Sequence[str], splits: range, data: mr.data.Dataset, batch: 
             ]
             for learner in phases[0]:
                 rows = [[phase[learner][m] for m in METRICS] for phase in phases]
-                values.setdefault(name if learner == "strategy" else learner, []).append(rows)
+                values.setdefault(learner.removeprefix(IN_PHASES), []).append(rows)
             aucs = ", ".join(f"{rows[0]:.4f}" for rows in values[name][-1])
             print(f"split {seed} {name}: {aucs}, {time.perf_counter() - start:.0f} s", flush=True)
     table = {learner: np.array(rows) for learner, rows in values.items()}

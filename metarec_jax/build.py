@@ -1,7 +1,7 @@
 """Build: a strategy on its model, from names or functions."""
 
 import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
 from metarec_jax.data.target import Target
 from metarec_jax.models import MODELS, Model, fields_of
-from metarec_jax.strategies import STRATEGIES, Strategy, with_history, with_labels
+from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, with_history, with_labels
 
 LOSSES = {"click": optax.losses.sigmoid_binary_cross_entropy, "rating": optax.losses.squared_error}
 Options = Mapping[str, Any] | None
@@ -29,9 +29,9 @@ def build(
 ) -> Strategy:
     """The strategy on its model, with labels where the target has levels and histories where the model reads them.
 
-    A model chosen by name depends on the shapes of the fields alone, and a strategy on its model: the same choices and
-    shapes give the same value again, so that what `jit` has compiled for it serves the next training (another seed,
-    another split) and a loaded model too.
+    What is chosen by name depends on the shapes of the fields alone: the same choices and shapes give the same value
+    again, so that what `jit` has compiled for it serves the next training (another seed, another split) and a loaded
+    model too.
 
     Args:
       strategy, model: names in `STRATEGIES` and `MODELS`, or functions as `metarec_jax.train` takes them.
@@ -51,11 +51,20 @@ def build(
         options = json.dumps([dict(strategy_options or {}), dict(model_options or {})], sort_keys=True)
     except TypeError:  # an option that only the caller can compare
         options = None
-    if options and isinstance(model, str) and isinstance(make_strategy, Hashable):
+    if options and isinstance(strategy, str) and isinstance(model, str):
         shapes = tuple((key, f.name, f.kind, f.size, f.width) for key, f in fields.items())
         return _once(make_strategy, make_model, options, shapes, target.kind, labels)
     makers = partial(make_strategy, **dict(strategy_options or {})), partial(make_model, **dict(model_options or {}))
     return _built(*makers, fields, target.kind, labels)
+
+
+def default_model(strategy: str | Callable[..., Strategy]) -> str:
+    """The name of the network that a strategy has unless another is chosen: that of its name, or of the function in
+    `STRATEGIES` that it is or binds arguments of by `functools.partial`."""
+    while isinstance(strategy, partial):
+        strategy = strategy.func
+    names = [strategy] if isinstance(strategy, str) else [n for n, make in STRATEGIES.items() if make is strategy]
+    return next((DEFAULT_MODEL[n] for n in names if n in DEFAULT_MODEL), "mlp")
 
 
 @lru_cache(maxsize=64)
@@ -83,7 +92,7 @@ def _built(
     network = model(fields)
     built = strategy(network, loss=LOSSES[kind])
     built = with_history(built) if network.history else built
-    return built if labels is None else with_labels(built, *labels)
+    return built if labels is None or built.labelled else with_labels(built, *labels)
 
 
 def _named(known: Mapping[str, Callable[..., Any]], choice: Any, what: str) -> Callable[..., Any]:

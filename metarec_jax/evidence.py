@@ -76,9 +76,9 @@ def change(strategy: Strategy, params: Params, support: Examples) -> jax.Array:
         )
         if not isinstance(new, Examples) and jnp.issubdtype(jnp.result_type(jax.tree.leaves(new)[-1]), jnp.inexact)
     ]
-    if not pairs:
+    if not any(leaf.size for new, _ in pairs for leaf in jax.tree.leaves(new)):
         raise ValueError(
-            "this strategy adapts nothing but reads the history as it is, so that no answer changes anything in it; "
+            "this strategy adapts nothing (it may read the history as it is), so that no answer changes it; "
             "ask a strategy that adapts, for instance melu or ridge"
         )
     return jnp.sqrt(sum(_squares(new, old) for new, old in pairs))

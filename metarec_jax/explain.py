@@ -23,7 +23,8 @@ class Cause(NamedTuple):
     Attributes:
       item, title, rating: what the user did.
       effect: the score minus what it would be had the user not done it, exactly: adapted again without it.
-      slope: the same by the gradient with respect to its weight: cheap, and an approximation.
+      slope: the same by the gradient with respect to its weight: cheap, and an approximation; 0 where no gradient
+        passes through the adaptation (fomaml, reptile, fine-tuning) or the network reads the history itself.
     """
 
     item: Any
@@ -78,7 +79,10 @@ class Explanation:
         Raises:
           ImportError: matplotlib is missing: pip install 'metarec-jax[plot]'.
         """
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("the plot needs matplotlib: pip install 'metarec-jax[plot]'") from error
 
         causes = self.causes[:most]
         figure = Figure(figsize=(10, 1.5 + 0.3 * max(len(causes), len(self.fields))), layout="constrained")

@@ -43,7 +43,10 @@ def export(
       ImportError: the package flatbuffers is missing: pip install 'metarec-jax[export]'.
       ValueError: `k` is more than there are items, or not positive.
     """
-    import flatbuffers  # noqa: F401  # what serialises: missed before minutes of work, not after
+    try:
+        import flatbuffers  # noqa: F401  # what serialises: missed before minutes of work, not after
+    except ImportError as error:
+        raise ImportError("exporting needs flatbuffers: pip install 'metarec-jax[export]'") from error
 
     stock, target = recommender.stock, recommender.target
     if not 1 <= k < len(stock) or longest < 1:

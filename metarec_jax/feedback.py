@@ -104,4 +104,5 @@ def taste(
     ratings = np.array([worth(e.kind, e.value, limits, threshold) for e in kept], np.float32)
     times = np.array([e.time for e in kept], float)
     weights = np.ones(len(kept)) if half_life is None else 0.5 ** ((times.max(initial=0) - times) / half_life)
+    weights = np.maximum(weights, np.finfo(np.float32).tiny)  # 0 would mean that there is no such event
     return [e.item for e in kept], ratings, weights.astype(np.float32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax import saving
-from metarec_jax.build import build
+from metarec_jax.build import build, default_model
 from metarec_jax.data.batches import batches
 from metarec_jax.data.candidates import Among, judged_on
 from metarec_jax.data.candidates import candidates as draw
@@ -25,6 +25,7 @@ from metarec_jax.data.target import Target
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation.evaluate import Scores, score_baselines, score_tasks, summarise
+from metarec_jax.evaluation.protocol import fingerprint
 from metarec_jax.evidence import evidence
 from metarec_jax.explain import Cause, Explanation, effects, rank_correlation
 from metarec_jax.export import export, export_vectors
@@ -35,7 +36,7 @@ from metarec_jax.progress import tensorboard as event_files
 from metarec_jax.ranking import USERS, Explore, Known, Ranker, diversify
 from metarec_jax.stock import Stock
 from metarec_jax.store import Event, SqliteStore, Store, UserId, open_store
-from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, reweighted
+from metarec_jax.strategies import STRATEGIES, Strategy, reweighted
 from metarec_jax.strategies.labels import shifts_of_labels
 from metarec_jax.tasks import Params
 from metarec_jax.training import EPOCHS, fit
@@ -177,6 +178,10 @@ class Recommender:
           users: raw id or a list of ids; one never seen gets the ranking of a user about whom nothing is known.
           k, context: see `recommend`.
           **choice: `exclude_seen` to `approximate` of `recommend`.
+
+        Raises:
+          DataError, ValueError: as `recommend`; an id that is no integer or string.
+          StoreError: the store cannot be read.
         """
         single = isinstance(users, int | str | np.integer)
         ids = [checked_id(u, None, "user") for u in ([users] if single else users)]  # type: ignore[union-attr, list-item]
@@ -275,6 +280,7 @@ class Recommender:
 
         Raises:
           StoreError: the store cannot be opened.
+          ValueError: `half_life` is not above 0.
         """
         if half_life is not None and not half_life > 0:
             raise ValueError(f"half_life must be seconds above 0, or None, got {half_life}")
@@ -307,17 +313,24 @@ class Recommender:
         candidates: Among = "query",
         baselines: bool = True,
     ) -> dict[str, dict[str, float]]:
-        """Metrics on the test users, who were never seen in training, beside the plain baselines on the same tasks.
+        """Metrics on the test tasks of the protocol, beside the plain baselines on the same tasks.
+
+        The users of these tasks were never seen in training with `ColdUsers`; other protocols may judge known users.
 
         Args:
           data: the dataset of the training; may be left out unless the model was loaded.
           support: largest support size (default: all that a user has besides the query).
           candidates: among what the query is ranked: "query", its own items; a number, so many sampled items besides
             that the user has no interaction with; "all", all such items. They count as not clicked.
-          baselines: compute two means, ALS fold-in and item-kNN too.
+          baselines: compute two means, ALS fold-in and item-kNN too; where clicks are made from ratings, also the same
+            three of ratings.
 
         Returns:
           `{learner: {metric: value}}`.
+
+        Raises:
+          DataError: a loaded model without `data`, or data that do not fit.
+          ValueError: `candidates` other than "query" for ratings, or an unknown one.
         """
         scores = self.scores(data, support=support, candidates=candidates, baselines=baselines)
         return {learner: summarise(found, self.target.kind) for learner, found in scores.items()}
@@ -388,7 +401,11 @@ class Recommender:
         return self._readable(rows, value[rows])
 
     def save(self, path: str | Path) -> None:
-        """Write the model as a folder of JSON and safetensors files; an earlier model there is replaced at once."""
+        """Write the model as a folder of JSON and safetensors files; an earlier model there is replaced at once.
+
+        Raises:
+          ModelFileError: something that is no model stands there.
+        """
         config = {
             "recipe": self.recipe,
             "target": asdict(self.target),
@@ -574,7 +591,7 @@ def train(
       data: from `metarec_jax.data`.
       strategy: a name in `metarec_jax.strategies.STRATEGIES`, or a function `(model, loss=...) -> Strategy`.
       model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model`; by default what
-        `metarec_jax.strategies.DEFAULT_MODEL` says, else "mlp".
+        `metarec_jax.strategies.DEFAULT_MODEL` says of the strategy, else "mlp".
       seed: of the split, the parameters and the sampling; same seed, same machine: same model.
       protocol: which users train, validate and test, and what is predicted (default: clicks of cold users).
       graded: where clicks are made from ratings, learn what each rating of a support set tells of the user, and show
@@ -587,17 +604,20 @@ def train(
         another item.
       progress: show a progress bar.
       tensorboard: a folder for event files with each epoch's loss and validation metrics.
-      **fit_options: keyword arguments of `metarec_jax.training.fit`, for instance `epochs` or `checkpoint`.
+      **fit_options: other keyword arguments of `metarec_jax.training.fit`, for instance `epochs`, `optimizer` or
+        `checkpoint`; what is predicted and the query size are the protocol's.
 
     Raises:
-      DataError: the dataset has too few users for the protocol.
+      DataError: the dataset has too few users for the protocol; all ratings of the training users are clicks, or none.
       ValueError: an unknown name; `start` was trained for another target, or with another strategy or model; `shared`
         without `start`.
       TypeError: `start` is no recommender.
+      FloatingPointError: the loss is no longer finite.
+      ModelFileError: `checkpoint` is damaged or of another training.
+      ModuleNotFoundError: `tensorboard` needs a package that is missing.
     """
     protocol = protocol or ColdUsers()
-    if model is None:
-        model = DEFAULT_MODEL.get(strategy, "mlp") if isinstance(strategy, str) else "mlp"
+    model = default_model(strategy) if model is None else model
     split = protocol.split(data, seed)
     target = Target.fit(protocol, split.train, graded)
     statistics = ItemStatistics.fit(split.train, target)
@@ -633,6 +653,7 @@ def train(
             statistics=statistics,
             seed=seed,
             report=report,
+            told={**recipe, "data": fingerprint(data)} if fit_options.get("checkpoint") else None,
             **fit_options,
         )
     rating = data.rating[split.train.index]
@@ -662,7 +683,8 @@ def load(
     Args:
       path: the folder.
       users, half_life: see `Recommender.with_users` (default: an empty store in memory).
-      strategy, model: the functions given to `train`, when they were given as functions and not by name.
+      strategy, model: the functions given to `train`, when they were given as functions and not by name; or, where
+        a name had options that JSON cannot hold, its function with them bound (`functools.partial`).
 
     Raises:
       ModelFileError: no model, a damaged one, one of another version, or one that needs `strategy` or `model`.
@@ -676,7 +698,8 @@ def load(
         name = recipe[what]["name"]
         if given is None and name not in known:
             raise ModelFileError(
-                f"{path}: its {what} is {name or 'a function of the caller'}; load it with load(path, {what}=...)"
+                f"{path}: its {what} is {name or 'a function of the caller, or had options that no file holds'}; "
+                f"load it with load(path, {what}=...)"
             )
         options = recipe[what]["options"] if given is None else None
         chosen |= {what: given or name, f"{what}_options": options}
@@ -700,7 +723,9 @@ def load(
         stock,
         version=config["version"],
     )
-    return found if users is None else found.with_users(users, half_life)
+    if users is None and half_life is None:
+        return found
+    return found.with_users(":memory:" if users is None else users, half_life)
 
 
 def _bucket(n: int, smallest: int) -> int:

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 from metarec_jax.data.dataset import Dataset
@@ -39,7 +41,8 @@ def reweight(
 
     Raises:
       DataError: a loaded recommender without `data`, or data that do not fit.
-      ValueError: `noise` outside 0 to 1, or a recommender that weighs its ratings already.
+      ValueError: `noise` outside 0 to 1, a recommender that weighs its ratings already, or one in whose strategy no
+        gradient reaches the weights (fomaml, reptile, fine-tuning, networks that read the history).
 
     References:
       Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018.
@@ -50,9 +53,10 @@ def reweight(
     if recommender.recipe.get("reweighted"):
         raise ValueError("this recommender weighs its ratings already; reweight the one that it was made from")
     split, target = recommender.split(data, "reweight(recommender, data)"), recommender.target
+    robust = reweighted(given(recommender.strategy, recommender.params))
     with epochs_bar(progress, epochs, target.kind) as report:
         fitted = fit(
-            reweighted(given(recommender.strategy, recommender.params)),
+            robust,
             split,
             target,
             query=recommender.protocol.query,
@@ -64,6 +68,12 @@ def reweight(
             seed=recommender.seed,
             report=report,
             **fit_options,
+        )
+    start = robust.init(jax.random.key(recommender.seed))
+    if all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (start, fitted.params)), strict=True)):
+        raise ValueError(
+            "the weights of the ratings learned nothing: in this strategy no gradient passes from a query to the "
+            "weights of the support set; reweight one of alpaca, ridge or maml"
         )
     return replace(
         recommender,

@@ -5,7 +5,8 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -146,13 +147,13 @@ class SqliteStore:
 
     def read(self, users: Sequence[UserId], longest: int) -> list[Person]:
         found = []
-        with self._lock:
+        with self._reading() as db:
             for user in users:
-                row = self._db.execute("SELECT key, attributes FROM user WHERE id = ?", (user,)).fetchone()
+                row = db.execute("SELECT key, attributes FROM user WHERE id = ?", (user,)).fetchone()
                 if row is None:
                     found.append(Person({}, []))
                     continue
-                events = self._db.execute(
+                events = db.execute(
                     "SELECT item, kind, value, time FROM event WHERE user = ? ORDER BY time DESC, number DESC LIMIT ?",
                     (row[0], longest),
                 ).fetchall()
@@ -181,10 +182,10 @@ class SqliteStore:
         return len(gone)
 
     def size(self) -> dict[str, float]:
-        with self._lock:
-            (users,) = self._db.execute("SELECT count(*) FROM user").fetchone()
-            (events,) = self._db.execute("SELECT count(*) FROM event").fetchone()
-            pages, length = (self._db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_count", "page_size"))
+        with self._reading() as db:
+            (users,) = db.execute("SELECT count(*) FROM user").fetchone()
+            (events,) = db.execute("SELECT count(*) FROM event").fetchone()
+            pages, length = (db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_count", "page_size"))
         return {
             "users": users,
             "events": events,
@@ -203,6 +204,15 @@ class SqliteStore:
     def _transaction(self) -> "_Transaction":
         return _Transaction(self)
 
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """The connection, alone; errors of SQLite become `StoreError`."""
+        with self._lock:
+            try:
+                yield self._db
+            except sqlite3.Error as error:
+                raise StoreError(f"{self.path}: cannot be read ({error})") from error
+
     def _key(self, db: sqlite3.Connection, user: UserId, at: float) -> tuple[int, int]:
         """The user's key, and how many changes there were of that user, this one included."""
         return db.execute(
@@ -218,8 +228,8 @@ class SqliteStore:
 
     def _wipe(self) -> None:
         """Writes the log back and empties it: deleted rows are zeros in the file (`secure_delete`), not in the log."""
-        with self._lock:
-            busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        with self._reading() as db:
+            busy, *_ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
             raise StoreError(
                 f"{self.path}: the user is deleted, but another process reads the file, so that its log still holds "

@@ -1,6 +1,6 @@
 """Training: meta-train a strategy on the training users, keep the parameters that the validation users like best."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache, partial
 from hashlib import sha256
@@ -74,6 +74,7 @@ def fit(
     seed: int = 0,
     params: Params | None = None,
     checkpoint: str | Path | None = None,
+    told: Mapping[str, Any] | None = None,
     report: Callable[[int, dict[str, float]], Any] | None = None,
 ) -> Fitted:
     """Meta-train with early stopping. Support and query sets are drawn anew in each epoch.
@@ -91,7 +92,8 @@ def fit(
         the validation loss is low from the first epochs on, before the shared part has been learned.
       patience: stop after so many epochs without a better validation loss.
       batch_size: users a meta-step.
-      chunk: users differentiated at a time; bounds the memory of a large batch, changes nothing else.
+      chunk: users differentiated at a time; bounds the memory of a large batch and changes nothing else, but for draws
+        of noise (anp, tanp) and tanp's grouping of users, which is each chunk's own.
       max_support: longest support set; longer histories are sampled anew in each epoch.
       buckets: number of padded support widths, chosen to waste the least; or the widths themselves.
       average: what is validated and kept is a running average of the parameters that keeps this share of itself at each
@@ -106,7 +108,8 @@ def fit(
       seed: of the initial parameters and of the sampling.
       params: initial parameters (default: those of `strategy.init`).
       checkpoint: a file that holds the training after each epoch; the same call goes on from it, with the same result
-        as one that was never stopped.
+        as one that was never stopped. Of the optimiser only the shapes of its state are compared: give the same.
+      told: what else tells this training from others, kept in the checkpoint and compared, as JSON holds it.
       report: called after each epoch with its number and its entry in `history`.
 
     Raises:
@@ -135,7 +138,8 @@ def fit(
     best, history = Fitted(averaged, -1, []), []
     setting = {k: v for k, v in sampling.items() if k != "statistics"} | {"seed": seed, "average": average}
     setting |= {"widths": [*map(int, widths)], "target": asdict(target)}
-    setting |= {"users": sha256(split.train.users.tobytes()).hexdigest()}
+    setting |= {"params": [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]}
+    setting |= {"users": sha256(split.train.users.tobytes()).hexdigest()} | dict(told or {})
     if checkpoint is not None:
         arrays = {"params": params, "state": state, "averaged": averaged, "best": averaged}
         if found := read(checkpoint, arrays, setting):

@@ -191,7 +191,7 @@ def test_training_is_reproducible_and_learns(synthetic):
     assert 0.4 < results["alpaca"]["rmse"] < 0.75
 
 
-def test_one_compilation_for_each_bucket_shape_over_all_trainings(synthetic):
+def test_one_compilation_for_each_bucket_shape_over_all_trainings(synthetic, monkeypatch):
     traces = []
 
     def counting(model, **options):
@@ -203,9 +203,10 @@ def test_one_compilation_for_each_bucket_shape_over_all_trainings(synthetic):
 
         return inner._replace(loss=loss)
 
+    monkeypatch.setitem(mr.STRATEGIES, "counting", counting)
     stars = replace(synthetic, rating=np.clip(np.round(synthetic.rating), 2, 4))
     for seed in range(3):
-        mr.train(stars, counting, "linear", seed=seed, epochs=3, progress=False, buckets=(16, 24, 40), batch_size=16)
+        mr.train(stars, "counting", "linear", seed=seed, epochs=3, progress=False, buckets=(16, 24, 40), batch_size=16)
     assert len(traces) == len(set(traces)) <= 3
 
 
@@ -220,6 +221,22 @@ def test_strategies_and_models_of_the_callers_own_need_to_be_named_again_when_lo
     assert loaded.recommend({1: 5.0}) == recommender.recommend({1: 5.0})
     with pytest.raises(mr.ModelFileError, match="must be those of the training"):
         mr.load(tmp_path / "model", strategy=mr.ridge)
+
+
+def test_a_function_has_the_network_of_its_name(synthetic):
+    made = functools.partial(functools.partial(mr.ridge, penalty=2.0), steps=2)
+    assert mr.train(synthetic, made, **QUICK).recipe["model"]["name"] == "linear"
+    assert mr.train(synthetic, lambda model, loss: mr.anil(model, loss=loss), **QUICK).recipe["model"]["name"] == "mlp"
+
+
+def test_a_half_life_alone_is_kept_by_load(saved):
+    assert mr.load(saved, half_life=5.0).half_life == 5.0
+
+
+def test_ratings_that_are_all_clicks_or_none_cannot_train_clicks(synthetic):
+    for rating, said in ((1.0, "none is a click"), (5.0, "each is a click")):
+        with pytest.raises(mr.DataError, match=said):
+            mr.train(replace(synthetic, rating=np.full_like(synthetic.rating, rating)), **QUICK)
 
 
 def test_saving_replaces_a_model_and_never_anything_else(recommender, saved, tmp_path):

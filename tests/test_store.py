@@ -168,6 +168,19 @@ def test_a_deletion_that_cannot_be_complete_says_so(tmp_path):
     assert b"ann" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
 
 
+def test_a_file_damaged_after_opening_is_named_when_read(tmp_path):
+    store = SqliteStore(tmp_path / "users.db")
+    store.append([event(user, i, i) for user in range(200) for i in range(10)])
+    store.close()
+    content = bytearray((tmp_path / "users.db").read_bytes())
+    content[2 * 4096 :] = b"\xff" * len(content[2 * 4096 :])
+    (tmp_path / "users.db").write_bytes(content)
+    damaged = SqliteStore(tmp_path / "users.db")
+    for use in (lambda: damaged.read(range(200), 10), damaged.size):
+        with pytest.raises(StoreError, match=r"users\.db: cannot be read"):
+            use()
+
+
 def test_a_file_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "text").write_text("not a database, and long enough to have a header" * 100)
     with pytest.raises(StoreError, match="cannot be opened as a store"):

@@ -206,9 +206,14 @@ def _solve(problem: _Problem, leaves: list[jax.Array], support: Examples) -> tup
         y, fine, leaves, support = kept
         fit = healthy(support, fine)
         mu = problem.adjoint(y, bar[0], leaves, fit)
-        _, pull = jax.vjp(lambda leaves: problem.stationarity(y, leaves, fit), leaves)
-        (cotangent,) = pull(jax.tree.map(jnp.negative, mu))
-        return cotangent, jax.tree.map(_no_cotangent, support)
+
+        def stationarity(leaves: list[jax.Array], target: jax.Array, mask: jax.Array) -> dict[int, jax.Array]:
+            fit = healthy(support._replace(target=target, mask=mask), fine)
+            return problem.stationarity(y, leaves, fit)
+
+        _, pull = jax.vjp(stationarity, leaves, support.target, support.mask)
+        cotangent, target, mask = pull(jax.tree.map(jnp.negative, mu))
+        return cotangent, Examples(jax.tree.map(_no_cotangent, support.features), target, mask)
 
     rule = jax.custom_vjp(problem.minimum)
     rule.defvjp(forward, backward)

@@ -18,6 +18,7 @@ from metarec_jax.errors import DataError
 if TYPE_CHECKING:
     import polars as pl
 
+TITLES = ("title", "movie_title", "name")  # in RecBole's files
 YEAR = r"\((\d{4})\)\D*$"  # of a title: "Toy Story (1995)", "The Land Before Time III (1995) (V)"
 Members = dict[str, Callable[[], bytes]]  # file name without its folder -> how to read it
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)  # raised on reading a bad archive
@@ -63,13 +64,16 @@ def read(path: str | Path, name: str | None = None) -> Dataset:
 
 
 def read_recbole(files: Members, name: str) -> Dataset:
-    """Atomic files `*.inter`, `*.item`, `*.user`: tab-separated, headers `name:type`."""
+    """Atomic files `*.inter`, `*.item`, `*.user`: tab-separated, headers `name:type`; values of a `_seq` are separated
+    by spaces."""
     found = {end: next((f for f in files if f.endswith(end)), None) for end in (".inter", ".item", ".user")}
     inter = _atomic(files, found[".inter"] or "*.inter")
     items = _atomic(files, found[".item"]) if found[".item"] else None
     users = _atomic(files, found[".user"]) if found[".user"] else None
     if items is not None and {"movie_title", "release_year", "class"} <= set(items.columns):
         items = _recbole_movies(items)
+    elif items is not None and (named := [c for c in TITLES if c in items.columns]):
+        items = items.rename({named[0]: "title"})
     if users is not None and "zip_code" in users.columns:
         users = users.drop("zip_code")
     return from_tables(inter, users, items, name=name)
@@ -150,7 +154,7 @@ def _recbole_movies(raw: "pl.DataFrame") -> "pl.DataFrame":
         "item_id",
         title.alias("title"),
         title.str.extract(YEAR).cast(pl.Float64).alias("year"),
-        pl.col("class").str.split(" ").alias("genres"),
+        pl.col("class").alias("genres"),
     )
 
 
@@ -163,6 +167,9 @@ def _atomic(files: Members, file: str) -> "pl.DataFrame":
     casts = []
     for column, kind in kinds.items():
         numeric = kind == "float" or (kind == "token" and _all_integers(table[column]))
+        if kind.endswith("_seq") and column not in TITLES:
+            values = pl.col(column).str.strip_chars().str.split(" ")
+            casts.append(values.cast(pl.List(pl.Float64)) if kind == "float_seq" else values)
         if numeric:
             casts.append(pl.col(column).cast(pl.Float64 if kind == "float" else pl.Int64, strict=True))
     try:

@@ -25,7 +25,8 @@ def with_negatives(
     nearly all items gets fewer; `report["negatives"]` counts them all.
 
     Args:
-      data: the interactions, all of them positive.
+      data: the interactions, all of them positive. A table of clicks needs a column of ratings, say 1 everywhere, and a
+        protocol that takes it for a click: `ColdUsers(threshold=1)`.
       per_positive: how many for each.
       by: every item alike, or in proportion to how many interactions it has (Rendle and Freudenthaler, WSDM 2014).
       rating: what a negative is rated; below the threshold of a click.

@@ -7,6 +7,7 @@ import numpy as np
 
 from metarec_jax.data.protocols import Protocol
 from metarec_jax.data.splits import Histories
+from metarec_jax.errors import DataError
 
 MOST_LEVELS = 9
 
@@ -31,11 +32,22 @@ class Target:
 
     @classmethod
     def fit(cls, protocol: Protocol, train: Histories, graded: bool = True) -> "Target":
-        """Mean, scale and levels from the training users' ratings alone; without `graded` clicks have no levels."""
+        """Mean, scale and levels from the training users' ratings alone; without `graded` clicks have no levels.
+
+        Raises:
+          DataError: all of these ratings are clicks, or none is.
+        """
         rating = train.data.rating[train.index]
         if protocol.target == "rating":
             return cls("rating", protocol.threshold, float(rating.mean()), float(rating.std()) or 1.0)
         found = np.unique(rating)
+        if found[0] >= protocol.threshold or found[-1] < protocol.threshold:
+            raise DataError(
+                f"rating: all of the training users go from {found[0]:g} to {found[-1]:g}, so that "
+                f"{'each' if found[0] >= protocol.threshold else 'none'} is a click (threshold {protocol.threshold:g}) "
+                "and there is nothing to learn; give the protocol another threshold, predict ratings "
+                '(target="rating"), or add negatives (mr.data.with_negatives)'
+            )
         if len(found) > MOST_LEVELS:
             found = np.unique(np.quantile(found, np.linspace(0, 1, MOST_LEVELS)))
         return cls("click", protocol.threshold, levels=tuple(found.tolist()) if graded and len(found) > 2 else None)

@@ -60,7 +60,7 @@ def alpaca(
       model: needs `embed` and `width`.
       loss: squared error or logistic loss; the likelihood of which it is the negative logarithm.
       full: learn a full lower triangular L; else a diagonal one.
-      scale: initial standard deviation of the prior, L = scale I.
+      scale: initial standard deviation of the prior, L = scale I. An outer penalty draws it, and the noise, to 1.
       noise: initial s; only for the squared error.
       steps: Newton steps; only for the logistic loss, as one is exact for the squared error.
 
@@ -141,7 +141,9 @@ def alpaca(
                 return (weight * loss(scores, target)).sum(-1) + 0.5 * jnp.square(new).sum(-1)
 
             lengths, before = 0.5 ** jnp.arange(8), value(jnp.zeros(()))
-            fall = 0.1 * lengths[:, None] * (gradient * step).sum(-1) + 1e-5 * (1 + before)  # the last for rounding
+            fall = 0.1 * lengths[:, None] * (gradient * step).sum(-1) + 1e-5 * (
+                1 + jnp.abs(before)
+            )  # the last for rounding
             enough = jax.vmap(value)(lengths) <= before + fall
             return jax.lax.stop_gradient(lengths[jnp.argmax(enough, axis=0)])
 

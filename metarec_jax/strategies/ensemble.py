@@ -14,7 +14,7 @@ from metarec_jax.strategies.gradient import anil, melu
 from metarec_jax.strategies.members import copies, several
 from metarec_jax.strategies.ridge import ridge
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task, mean_loss
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task, masked_mean, mean_loss
 
 HIDDEN = 16  # width of the gate's one hidden layer
 
@@ -109,7 +109,7 @@ def ensemble(
             value = query_loss(predict(fixed, adapt(fixed, task.support, key), task.query.features), task.query, loss)
         return value + total - jax.lax.stop_gradient(total), aux
 
-    return Strategy(init, adapt, predict, meta_loss, deviation if group.deviations else None)
+    return Strategy(init, adapt, predict, meta_loss, deviation if group.deviations else None, group.labelled)
 
 
 def averaged(shares: jax.Array, values: jax.Array) -> jax.Array:
@@ -131,11 +131,10 @@ def init_gate(key: jax.Array, members: int) -> Params:
 def gate(params: Params, scores: jax.Array, support: Examples, loss: PointwiseLoss) -> jax.Array:
     """`[users, members]` weights of each user's members, from the members' `scores` of the support examples."""
     losses = jax.vmap(jax.vmap(partial(mean_loss, loss)), (0, None))(scores, support).T
-    keep = support.mask > 0
-    count = keep.sum(1)
-    target = jnp.where(keep, support.target, 0.0)
-    mean = target.sum(1) / jnp.maximum(count, 1)
-    variance = jnp.where(keep, (target - mean[:, None]) ** 2, 0.0).sum(1) / jnp.maximum(count, 1)
+    weight, average = jnp.where(support.mask > 0, support.mask, 0.0), jax.vmap(masked_mean)
+    count = weight.sum(1)
+    mean = average(support.target, support.mask)
+    variance = average((jnp.where(support.mask > 0, support.target, 0.0) - mean[:, None]) ** 2, support.mask)
     inputs = jnp.concatenate([jnp.stack([jnp.log1p(count), mean, variance], 1), losses], 1)
     return jax.nn.softmax(jnp.tanh(inputs @ params["layer"] + params["shift"]) @ params["out"] + params["bias"])
 
@@ -205,6 +204,7 @@ def given(strategy: Strategy, params: Params) -> Strategy:
         predict=lambda _, adapted, features: strategy.predict(params, adapted, features),
         loss=lambda _, task, key: strategy.loss(params, task, key),
         deviation=deviation and (lambda _, adapted, features: deviation(params, adapted, features)),
+        labelled=strategy.labelled,
     )
 
 

@@ -160,7 +160,8 @@ def fomaml(
 ) -> Strategy:
     """`maml` without the second-order terms: the query gradient at the adapted weights.
 
-    Finn et al., 2017, section 5.2. A learned step size still gets its exact gradient, which needs no second derivative.
+    Finn et al., 2017, section 5.2. A learned step size gets its gradient with the inner gradients as
+    constants too: exact for one step.
     """
     return maml(
         model,

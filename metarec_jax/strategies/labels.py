@@ -26,6 +26,8 @@ def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float])
       at: the knots, ascending.
       start: the values there before training.
     """
+    if strategy.labelled:
+        raise ValueError("this strategy has labels already; they would be read as grades")
     knots, begin = np.asarray(at, np.float32), np.asarray(start, np.float32)
     if len(knots) != len(start) or len(knots) < 2 or not (np.diff(knots) > 0).all():
         raise ValueError(f"need two or more ascending knots and a value for each, got {at} and {start}")
@@ -56,7 +58,7 @@ def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float])
         assert strategy.deviation is not None
         return strategy.deviation(own(params), adapted, features)
 
-    return Strategy(init, adapt, predict, loss, deviation if strategy.deviation else None)
+    return Strategy(init, adapt, predict, loss, deviation if strategy.deviation else None, labelled=True)
 
 
 def shifts_of_labels(arrays: Mapping[str, np.ndarray], start: np.ndarray) -> dict[str, np.ndarray]:

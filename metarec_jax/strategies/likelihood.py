@@ -23,15 +23,15 @@ def likelihood(loss: PointwiseLoss) -> Literal["bernoulli", "gaussian"] | None:
 
 
 def as_truth(loss: PointwiseLoss) -> Callable[[Examples], Examples]:
-    """A function that makes support examples the truth of this loss: targets constant, and those of clicks in [0, 1].
+    """A function that makes support examples the truth of this loss: constant, and targets of clicks in [0, 1].
 
-    Where labels are learned (`with_labels`), a loss on the support targets would be lowered by moving the targets, and
-    the logistic loss has no lowest value outside [0, 1].
+    Where labels or weights are learned (`with_labels`, `reweighted`), a loss on the support set would be lowered by
+    moving the targets, or by weighing what is hard less; and the logistic loss has no lowest value outside [0, 1].
     """
     clicks = likelihood(loss) == "bernoulli"
 
     def truth(examples: Examples) -> Examples:
-        target = jax.lax.stop_gradient(examples.target)
-        return examples._replace(target=jnp.clip(target, 0, 1) if clicks else target)
+        target, mask = jax.lax.stop_gradient((examples.target, examples.mask))
+        return examples._replace(target=jnp.clip(target, 0, 1) if clicks else target, mask=mask)
 
     return truth

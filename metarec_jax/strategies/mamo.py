@@ -133,7 +133,10 @@ def own(params: Params) -> Params:
 
 
 def attention(profile: jax.Array, memory: jax.Array) -> jax.Array:
-    """a_u `[users, memories]`: softmax of the cosines between profiles `[users, width]` and rows of the memory."""
+    """a_u `[users, memories]`: softmax of the cosines between profiles `[users, width]` and rows of the memory; of the
+    products where the profile is one number, of whose cosine only the sign would be left."""
+    if profile.shape[-1] == 1:
+        return jax.nn.softmax(profile @ memory.T)
 
     def unit(x: jax.Array) -> jax.Array:
         return x * jax.lax.rsqrt((x**2).sum(-1, keepdims=True) + 1e-12)

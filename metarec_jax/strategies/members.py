@@ -19,6 +19,7 @@ class Members(NamedTuple):
       scores: `scores(params, adapted, features) -> [members, users, examples]`.
       loss: `loss(params, task, key) -> ([members], aux)`, in which counts are summed and other values averaged.
       deviations: `deviations(params, adapted, features) -> [members, users, examples]`; None unless all know it.
+      labelled: see `Strategy`; of all members or of none.
     """
 
     init: Callable[[jax.Array], Params]
@@ -26,6 +27,7 @@ class Members(NamedTuple):
     scores: Callable[[Params, Adapted, Features], jax.Array]
     loss: Callable[[Params, Task, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     deviations: Callable[[Params, Adapted, Features], jax.Array] | None
+    labelled: bool
 
 
 def copies(strategy: Strategy, members: int) -> Members:
@@ -44,11 +46,21 @@ def copies(strategy: Strategy, members: int) -> Members:
 
     scores, deviations = (f and jax.vmap(f, (0, 1, None)) for f in (strategy.predict, strategy.deviation))
     assert scores is not None
-    return Members(init, adapt, scores, loss, deviations)
+    return Members(init, adapt, scores, loss, deviations, strategy.labelled)
 
 
 def several(strategies: Sequence[Strategy]) -> Members:
-    """Different strategies: parameters and adapted values are lists."""
+    """Different strategies: parameters and adapted values are lists.
+
+    Raises:
+      ValueError: some have labels of their own and others not.
+    """
+    labelled = {s.labelled for s in strategies}
+    if len(labelled) > 1:
+        raise ValueError(
+            "some members were trained on graded clicks and have labels of their own, and others not: the same support "
+            "targets would mean two things; train all with the same `graded`, or give all of them trained"
+        )
 
     def init(key: jax.Array) -> Params:
         return [s.init(k) for s, k in zip(strategies, jax.random.split(key, len(strategies)), strict=True)]
@@ -70,7 +82,8 @@ def several(strategies: Sequence[Strategy]) -> Members:
         return jnp.stack([value for value, _ in found]), aux
 
     scores, deviations = each([s.predict for s in strategies]), each([s.deviation for s in strategies])
-    return Members(init, adapt, scores, loss, deviations if all(s.deviation for s in strategies) else None)
+    known = all(s.deviation for s in strategies)
+    return Members(init, adapt, scores, loss, deviations if known else None, True in labelled)
 
 
 def _pooled(values: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from metarec_jax.strategies.cold_items import check, normal
 from metarec_jax.strategies.decoder import adapt_context, decoder, need_embed
 from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task, masked_mean
 
 
 def mwuf(
@@ -67,7 +67,7 @@ def mwuf(
         keep = support.mask > 0
         phi = jnp.where(keep[..., None], embed(params["decoder"]["model"], support.features), 0.0)
         both = jnp.concatenate([phi, jnp.where(keep, support.target, 0.0)[..., None] * phi], -1)
-        interacted = both.sum(1) / jnp.maximum(keep.sum(1), 1)[:, None]
+        interacted = jax.vmap(jax.vmap(masked_mean, (1, None)))(both, support.mask)
         scale = 1 + run(params["scale"], profile_of(encoder, params["profile"], support))
         return scale * cold + run(params["shift"], interacted), failed
 

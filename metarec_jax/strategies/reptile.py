@@ -25,7 +25,8 @@ def reptile(
         meta-gradient = mean_u (theta - w_u),   w_u = theta after `steps` inner steps on all examples of user u
 
     The meta-gradient is handed out as the gradient of `loss`, so Reptile trains with any outer optimiser like every
-    other strategy; the value of `loss` is the users' mean loss at w_u.
+    other strategy; the value of `loss` is the users' mean loss at w_u. It is about `steps` times the inner step size as
+    long as a gradient of the loss, so that a penalty in the outer optimiser weighs more than elsewhere.
 
     Args:
       model: `init` and `apply`.

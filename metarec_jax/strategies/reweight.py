@@ -11,7 +11,7 @@ from metarec_jax.tasks import Examples, Features, Params, Task
 def reweighted(strategy: Strategy, *, hidden: int = 16) -> Strategy:
     """`strategy` on a support set whose examples are weighed.
 
-        w_i = 2 sigmoid(g(y_i, s_i, y_i s_i, mean y of the user, log n_u))
+        w_i = 2 sigmoid(g(y_i, s_i, y_i s_i, mean y of the user, log(1 + n_u)))
 
     g is a network with one hidden layer; s_i is the score of the example before adaptation: an example is judged by how
     much it surprises the shared model. All weights are 1 at first, and g is trained with all else by the gradient of

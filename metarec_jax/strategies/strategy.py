@@ -20,6 +20,7 @@ class Strategy(NamedTuple):
       loss: `loss(params, task, key) -> (scalar, aux)`; its gradient is what meta-training follows.
       deviation: `deviation(params, adapted, features) -> [users, examples]`, the predictive standard deviation of a
         rating (its noise included) or of a click's logit; None where the strategy does not know it.
+      labelled: whether it has labels of its own for the grades of support targets (`with_labels`).
     """
 
     init: Callable[[jax.Array], Params]
@@ -27,3 +28,4 @@ class Strategy(NamedTuple):
     predict: Callable[[Params, Adapted, Features], jax.Array]
     loss: Callable[[Params, Task, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     deviation: Callable[[Params, Adapted, Features], jax.Array] | None = None
+    labelled: bool = False

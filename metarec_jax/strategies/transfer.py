@@ -10,6 +10,7 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.gradient import ALL, default_inner, leaves_of, maml
+from metarec_jax.strategies.likelihood import as_truth
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
@@ -159,12 +160,19 @@ def lora(
 
 def _loss_of_all(model: Model, loss: PointwiseLoss) -> Loss:
     """Mean over users of the shared model's mean loss on all examples of a user, support and query together."""
+    truth = as_truth(loss)
 
     def mean(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         # scored apart and joined: an example of the support set may carry features that the query's do not share
         scores, target, mask = (
             jnp.concatenate(pair, axis=1)
-            for pair in zip(*((model.apply(params["model"], e.features), e.target, e.mask) for e in task), strict=True)
+            for pair in zip(
+                *(
+                    (model.apply(params["model"], e.features), e.target, e.mask)
+                    for e in (truth(task.support), task.query)
+                ),
+                strict=True,
+            )
         )
         return core.query_loss(scores, Examples(None, target, mask), loss), {}
 

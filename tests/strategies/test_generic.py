@@ -103,21 +103,23 @@ def test_no_support_one_class_and_any_constant_targets_give_finite_scores_and_gr
 
 
 @pytest.mark.parametrize(
-    ("strategy", "options"), [("reptile", {}), ("metaemb", {"alpha": 1.0}), ("gme", {"alpha": 1.0})]
+    ("strategy", "options"),
+    [("reptile", {}), ("metaemb", {"alpha": 1.0}), ("gme", {"alpha": 1.0}), *((name, {}) for name in PLAINLY_TRAINED)],
 )
-def test_a_loss_on_the_support_set_does_not_move_its_targets(strategy, options, task_batch, tiny_model):
-    """Labels are learned; one that could lower such a loss by moving would run away."""
+def test_a_loss_on_the_support_set_moves_neither_its_targets_nor_its_weights(strategy, options, task_batch, tiny_model):
+    """Labels and weights are learned; one that could lower such a loss by moving would run away."""
     task, key = task_batch(), jax.random.key(0)
     made = mr.STRATEGIES[strategy](tiny_model, loss=LOGISTIC, **options)
     params = perturbed(made.init(key))
 
-    def loss(target):
-        return made.loss(params, Task(task.support._replace(target=target), task.query), key)[0]
+    def loss(target, mask):
+        return made.loss(params, Task(task.support._replace(target=target, mask=mask), task.query), key)[0]
 
-    value, gradient = jax.value_and_grad(loss)(jnp.asarray(task.support.target))
+    target, mask = jnp.asarray(task.support.target), jnp.asarray(task.support.mask)
+    value, gradients = jax.value_and_grad(loss, (0, 1))(target, mask)
     assert np.isfinite(value)
-    assert not np.asarray(gradient).any()
-    assert loss(jnp.full_like(gradient, 50.0)) == loss(jnp.ones_like(gradient))
+    assert not any(np.asarray(gradient).any() for gradient in gradients)
+    assert loss(jnp.full_like(target, 50.0), mask) == loss(jnp.ones_like(target), mask)
 
 
 @pytest.mark.parametrize("strategy", [name for name in mr.STRATEGIES if name not in PLAINLY_TRAINED], indirect=True)

@@ -15,7 +15,20 @@ LOGISTIC = optax.losses.sigmoid_binary_cross_entropy
 WEIGHING = (
     *("ridge", "alpaca", "prototypes", "lwa", "nlba"),
     *("maml", "fomaml", "anil", "melu", "meta_sgd", "mamlpp", "imaml", "cavia", "limaml", "mamo"),
-    *("cnp", "anp", "tanp", "metaemb", "sparse_maml", "meta_reg", "gated", "finetune", "finetune_head", "lora"),
+    *(
+        "cnp",
+        "anp",
+        "tanp",
+        "metaemb",
+        "mwuf",
+        "ensemble",
+        "sparse_maml",
+        "meta_reg",
+        "gated",
+        "finetune",
+        "finetune_head",
+        "lora",
+    ),
 )
 
 

@@ -96,7 +96,8 @@ def train(
 
     \b
     DATA is ml-100k, ml-1m, ml-latest-small or ml-latest, the path of such a
-    folder or archive, or a CSV / Parquet table of ratings.
+    folder or archive, a folder of RecBole's atomic files, or a .csv, .tsv,
+    .jsonl or .parquet table of ratings.
     Example: metarec train ml-100k --strategy melu --target rating --out melu-model
     """
     import metarec_jax as mr
@@ -346,15 +347,16 @@ def _among(candidates: str) -> Any:
 def _print_evaluation(recommender: Any, data: Any, support: int | None, candidates: Any = "query") -> None:
     from rich.console import Console
 
+    from metarec_jax import ColdUsers
     from metarec_jax.progress import results_table
 
     results = recommender.evaluate(data, support=support, candidates=candidates)
     if recommender.target.kind == "click":
         shown = ("auc", "within_user_auc", "precision@5", "ndcg@5", "mrr@5", "log_loss")
         results = {learner: {m: values[m] for m in shown} for learner, values in results.items()}
-    Console(width=110).print(
-        results_table(results, "Users never seen in training, judged on ratings kept from the learner")
-    )
+    new = "Users never seen in training" if isinstance(recommender.protocol, ColdUsers) else "Test tasks"
+    title = f"{new}, judged on ratings kept from the learner"
+    Console(width=110).print(results_table(results, title))
 
 
 def _print_recommendations(recommendations: Any) -> None:

@@ -70,7 +70,10 @@ def reweight(
             **fit_options,
         )
     start = robust.init(jax.random.key(recommender.seed))
-    if all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (start, fitted.params)), strict=True)):
+    if all(
+        np.allclose(a, b, rtol=1e-4, atol=1e-7)
+        for a, b in zip(*map(jax.tree.leaves, (start, fitted.params)), strict=True)
+    ):
         raise ValueError(
             "the weights of the ratings learned nothing: in this strategy no gradient passes from a query to the "
             "weights of the support set; reweight one of alpaca, ridge or maml"

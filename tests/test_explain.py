@@ -85,6 +85,12 @@ def test_of_a_stored_user_of_nobody_and_of_one_item(stocked, tmp_path):
         live.explain("ann", 120, user={"country": "de"})
 
 
+def test_events_whose_weight_has_faded_away_are_explained_too(stocked, tmp_path):
+    live = stocked.with_users(tmp_path / "users.db", half_life=1.0)
+    live.update([{"user": "ann", "item": i, "value": r, "time": 1e6 * t} for t, (i, r) in enumerate(HISTORY.items())])
+    assert len(live.explain("ann", 120).causes) == len(HISTORY)
+
+
 def test_an_unknown_item_of_the_history_has_an_effect_too(stocked):
     found = stocked.explain({100: 5.0, 10**9: 1.0}, 120)
     assert {c.item for c in found.causes} == {100, None}

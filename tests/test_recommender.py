@@ -223,6 +223,18 @@ def test_strategies_and_models_of_the_callers_own_need_to_be_named_again_when_lo
         mr.load(tmp_path / "model", strategy=mr.ridge)
 
 
+def test_trained_members_read_the_grades_by_their_own_labels(synthetic, recommender):
+    member = mr.given(recommender.strategy, recommender.params)
+    both = mr.train(synthetic, lambda model, loss: mr.ensemble([member, member]), seed=1, **QUICK)
+    np.testing.assert_allclose(
+        [r.score for r in both.recommend({1: 5.0, 2: 1.0})],
+        [r.score for r in recommender.recommend({1: 5.0, 2: 1.0})],
+        rtol=1e-5,
+    )
+    with pytest.raises(ValueError, match="have labels of their own, and others not"):
+        mr.train(synthetic, lambda model, loss: mr.ensemble([member, mr.ridge(model, loss=loss)]), **QUICK)
+
+
 def test_a_function_has_the_network_of_its_name(synthetic):
     made = functools.partial(functools.partial(mr.ridge, penalty=2.0), steps=2)
     assert mr.train(synthetic, made, **QUICK).recipe["model"]["name"] == "linear"

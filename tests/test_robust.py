@@ -31,6 +31,13 @@ def test_the_loss_on_clean_queries_falls(plain):
     assert np.mean([e["loss"] for e in learned]) < np.mean([e["loss"] for e in without])
 
 
+def test_a_strategy_that_no_gradient_of_weights_reaches_is_named():
+    data = mr.data.synthetic(users=60, items=40, seed=0)
+    tuned = mr.train(data, "finetune_head", epochs=1, progress=False, strategy_options={"steps": 1})
+    with pytest.raises(ValueError, match="no gradient passes from a query"):
+        mr.reweight(tuned, epochs=1, progress=False)
+
+
 def test_what_cannot_be_is_refused(plain, tmp_path):
     for noise in (-0.1, 1.0):
         with pytest.raises(ValueError, match="noise is a share"):

@@ -102,6 +102,16 @@ def test_a_checkpoint_of_another_training_is_refused(train, tmp_path):
         train(epochs=2, checkpoint=file)
 
 
+def test_a_checkpoint_knows_its_strategy_and_its_data(tmp_path):
+    data, options = mr.data.synthetic(users=60, items=40), {"epochs": 1, "progress": False}
+    mr.train(data, "ridge", checkpoint=tmp_path / "run", **options)
+    with pytest.raises(mr.ModelFileError, match="another strategy"):
+        mr.train(data, "ridge", strategy_options={"penalty": 9.0}, checkpoint=tmp_path / "run", **options)
+    data.rating[0] = 3.25
+    with pytest.raises(mr.ModelFileError, match="another data"):
+        mr.train(data, "ridge", checkpoint=tmp_path / "run", **options)
+
+
 def test_epochs_are_written_for_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event

@@ -58,7 +58,8 @@ def load(
 
     Args:
       name: "ml-100k", "ml-1m", "ml-latest-small", "ml-latest"; or the path of a folder or archive in one of
-        these layouts, or of a CSV / Parquet table with the columns user_id, item_id, rating, timestamp.
+        these layouts, of a folder of RecBole's atomic files, or of a .csv, .tsv, .jsonl or .parquet table with the
+        columns user_id, item_id, rating and, if there is one, timestamp.
       path: a local folder or archive to read instead of downloading.
       cache: where downloads are kept (default: the user's cache folder, or `METAREC_CACHE`).
       download: False never touches the network.

@@ -70,7 +70,7 @@ class Histories:
 
 
 class Split(NamedTuple):
-    """Histories of users who meta-train, validate and test; no user is in two of them."""
+    """Tasks that meta-train, validate and test; with `ColdUsers` no user is in two of them."""
 
     train: Histories
     validation: Histories

@@ -59,6 +59,7 @@ def from_tables(
       DataError: a column is missing; the table is empty; an id is missing, a float, or beyond 64 bits; a
         rating is missing, NaN, infinite or no number; an attribute table has an id twice or an infinite
         value.
+      ValueError: `fields` asks what `Field.fit` does not know.
     """
     names = {c: c for c in COLUMNS} | dict(columns or {})
     if extra := set(names) - set(COLUMNS):

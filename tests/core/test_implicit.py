@@ -78,6 +78,36 @@ def test_linear_regression_has_the_gradient_of_the_closed_form(form):
     assert_close(found, jax.jit(jax.value_and_grad(closed))(params, TASK), 1e-4)
 
 
+def test_the_gradient_reaches_support_targets_and_weights():
+    """As that of MAML at convergence does; labels and weights of support examples are learned through it."""
+    params = {"w": jnp.asarray(np.random.default_rng(3).standard_normal((INPUTS, 1)), jnp.float32)}
+
+    def solved(target, mask):
+        support = TASK.support._replace(target=target, mask=mask)
+        return meta_loss(linear, params, Task(support, TASK.query), steps=400, optimizer=optax.sgd(0.1))
+
+    def unrolled(target, mask):
+        support = TASK.support._replace(target=target, mask=mask)
+
+        def one(x, y, weight):
+            def inner_loss(w):
+                fit = (weight * jnp.square((x @ w)[:, 0] - y)).sum() / weight.sum()
+                return fit + DAMPING / 2 * jnp.square(w - params["w"]).sum()
+
+            return jax.lax.fori_loop(0, 400, lambda _, w: w - 0.1 * jax.grad(inner_loss)(w), params["w"])
+
+        w = jax.vmap(one)(support.features["x"], target, mask)
+        scores = (TASK.query.features["x"] @ w)[..., 0]
+        return outer.query_loss(scores, TASK.query, optax.losses.squared_error)
+
+    target, mask = TASK.support.target, jnp.where(TASK.support.mask > 0, 0.7, 0.0)
+    found, expected = (jax.grad(loss, (0, 1))(target, mask) for loss in (solved, unrolled))
+    real = mask > 0
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_close(jnp.where(real, mine, 0), jnp.where(real, theirs, 0), 1e-3)
+        assert np.abs(np.asarray(mine)).max() > 1e-3
+
+
 def test_the_gradient_is_that_of_maml_run_to_convergence_shared_leaves_included():
     mask = {"table": True, "shift": False, "w0": True, "b": True, "w1": True}
 

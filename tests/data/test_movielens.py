@@ -124,6 +124,22 @@ def test_the_official_and_the_recbole_form_give_identical_datasets(write_files, 
     ]
 
 
+def test_sequences_in_atomic_files_of_others_are_lists_and_a_title_is_shown(write_files):
+    files = {
+        "shop.inter": "user_id:token\titem_id:token\trating:float\n1\t10\t5\n1\t20\t1\n2\t10\t4\n",
+        "shop.item": (
+            "item_id:token\ttitle:token_seq\ttags:token_seq\tvector:float_seq\n"
+            "10\tBlue chair\tnew sale\t0.5 1.5\n20\tLamp\tsale\t1.0 -2\n"
+        ),
+    }
+    data = movielens.read(write_files("shop", files, "utf-8"))
+    assert data.titles is not None
+    assert data.titles.tolist() == ["", "Blue chair", "Lamp"]
+    fields = {f.name: f for f in data.item_fields}
+    assert {name: (f.kind, f.width) for name, f in fields.items()} == {"tags": ("multi", 2), "vector": ("dense", 2)}
+    assert shown(fields["tags"], data.item_features["tags"][1:]) == [{"new", "sale"}, {"sale"}]
+
+
 def test_ml_100k_attributes_are_what_the_files_say(write_files):
     data = movielens.read(write_files("official", OFFICIAL_100K))
     fields = {f.name: f for f in data.item_fields + data.user_fields}

@@ -69,11 +69,9 @@ def reweight(
             report=report,
             **fit_options,
         )
-    start = robust.init(jax.random.key(recommender.seed))
-    if all(
-        np.allclose(a, b, rtol=1e-4, atol=1e-7)
-        for a, b in zip(*map(jax.tree.leaves, (start, fitted.params)), strict=True)
-    ):
+    start = jax.tree.leaves(robust.init(jax.random.key(recommender.seed)))
+    now = jax.tree.leaves(fitted.params)
+    if learning_rate and all(np.allclose(*pair, rtol=1e-4, atol=1e-7) for pair in zip(start, now, strict=True)):
         raise ValueError(
             "the weights of the ratings learned nothing: in this strategy no gradient passes from a query to the "
             "weights of the support set; reweight one of alpaca, ridge or maml"

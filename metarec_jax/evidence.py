@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax.core.fastweights import Explicit, Factored
+from metarec_jax.core.fastweights import Adapted, Explicit, Factored, settled
 from metarec_jax.data.batches import features
 from metarec_jax.data.splits import Histories
 from metarec_jax.data.target import Target
@@ -86,6 +86,9 @@ def change(strategy: Strategy, params: Params, support: Examples) -> jax.Array:
 
 def _parts(adapted: Any) -> list[Any]:
     """Arrays and the engine's forms of them; the support set, where a strategy keeps it, is one part."""
+    adapted = jax.tree.map(
+        lambda x: settled(x) if isinstance(x, Adapted) else x, adapted, is_leaf=lambda x: isinstance(x, Adapted)
+    )
     return jax.tree.leaves(adapted, is_leaf=lambda x: isinstance(x, Examples | Explicit | Factored))
 
 

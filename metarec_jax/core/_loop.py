@@ -1,7 +1,7 @@
 """The inner loop of the dual engine as a plan lays it out, and the isolation of users whose numbers fail."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +32,8 @@ class Factored:
 
     Attributes:
       inputs: `[users, rank, in]` inputs of the layer, or `[users, rank]` rows of a table that were looked up.
-      outputs: `[users, rank, out]` what they add to the layer's outputs, or to those rows.
+      outputs: `[users, rank, out]` what they add to the layer's outputs, or to those rows. Both as they came out, not
+        finite perhaps, where the user failed: see `settled`.
       axes: the leaf's axes that the layer contracts; None for a table.
     """
 
@@ -146,8 +147,28 @@ class Loop(NamedTuple):
         for leaf in coordinates:
             axes = plan.sites[plan.sites_of(leaf)[0]].axes
             entries[leaf] = Factored(*self._factors(leaf, bases, blocks, coordinates), axes)
-        numbers = [a for a in jax.tree.leaves(entries) if jnp.issubdtype(a.dtype, jnp.inexact)]
-        return entries, fine & jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in numbers]))
+        return entries, fine & self._finite(entries, env)
+
+    def _finite(self, entries: dict[int, Explicit | Factored], env: dict[int, Any]) -> jax.Array:
+        """Whether every number of one user's entries is finite, read from as few numbers as tell.
+
+        A fixed layer's inputs may be far wider than its outputs, in which any of them that is not finite shows.
+        """
+        plan, numbers = self.plan, []
+        for leaf, entry in entries.items():
+            if isinstance(entry, Explicit):
+                # apart from what makes the values: a GPU that fuses the two reductions takes ten times as long for them
+                numbers.append(jax.lax.optimization_barrier(jax.lax.stop_gradient(entry.value)))
+                continue
+            numbers.append(entry.outputs)
+            sites = {at: plan.sites[at] for at in plan.sites_of(leaf)}
+            narrower = all(site.fixed and site.outputs < site.width for site in sites.values())
+            if narrower and self._step(leaf)[1] is None:
+                numbers += [env[plan.program.ops[at].outputs[0]] for at in sites]
+            else:
+                numbers.append(entry.inputs)
+        real = [a for a in numbers if jnp.issubdtype(a.dtype, jnp.inexact)]
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in real]))
 
     def gradients(
         self, env: dict[int, Any], target: Any, mask: Any, values: dict, factors: dict, grams: dict
@@ -244,11 +265,12 @@ class Loop(NamedTuple):
 
 
 def isolated(run: Callable[..., Any], leaves: list[jax.Array], support: Examples) -> tuple[Any, jax.Array]:
-    """`run(leaves, support)` with the users that were not fine set to 0, in value and in gradient.
+    """`run(leaves, support)`, with users that were not fine on shared values, where explicit, and without a gradient.
 
-    A zero cotangent is not enough: it turns NaN where it meets an infinite number. So where a user failed, the backward
-    pass is taken anew with those users on a healthy user's numbers. Nothing is paid where none failed, except under
-    `vmap` over parameters (an ensemble), where the branch becomes a selection and both are run.
+    Whoever reads a factored entry leaves those users out. Their cotangents are dropped here, and a zero cotangent is
+    not enough: it turns NaN where it meets an infinite number. So where a user failed, the backward pass is taken anew
+    with those users on a healthy user's numbers. Nothing is paid where none failed, except under `vmap` over parameters
+    (an ensemble), where the branch becomes a selection and both are run.
     """
     pure, consts = jax.closure_convert(run, leaves, support)
     args, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, (leaves, support, consts)))
@@ -258,7 +280,8 @@ def isolated(run: Callable[..., Any], leaves: list[jax.Array], support: Examples
         both = dict(enumerate(args)) | dict(zip(real, reals, strict=True))
         leaves, support, consts = jax.tree.unflatten(structure, [both[i] for i in range(len(args))])
         entries, now = pure(leaves, support if fine is None else healthy(support, fine), *consts)
-        flat, tree = jax.tree.flatten(reset(entries, leaves, now if fine is None else fine))
+        entries = shared_where_failed(entries, leaves, now) if fine is None else reset(entries, leaves, fine)
+        flat, tree = jax.tree.flatten(entries)
         return {i: a for i, a in enumerate(flat) if jnp.issubdtype(a.dtype, jnp.inexact)}, (flat, tree, now)
 
     def primal(*args: jax.Array) -> Any:
@@ -292,12 +315,27 @@ def choose(fine: jax.Array, own: jax.Array, other: Any) -> jax.Array:
     return jnp.where(fine.reshape(len(fine), *(1,) * (own.ndim - 1)), own, jnp.asarray(other, own.dtype))
 
 
-def reset(entries: dict[int, Any], leaves: list[jax.Array], fine: jax.Array) -> dict[int, Any]:
-    """`entries` with the shared parameters for the users that are not fine."""
+def shared_where_failed(entries: dict[int, Any], leaves: list[jax.Array], fine: jax.Array) -> dict[int, Any]:
+    """`entries` with the shared values of explicit leaves for the users that are not fine."""
     return {
-        leaf: jax.tree.map(partial(choose, fine, other=leaves[leaf] if isinstance(entry, Explicit) else 0), entry)
+        leaf: Explicit(choose(fine, entry.value, leaves[leaf])) if isinstance(entry, Explicit) else entry
         for leaf, entry in entries.items()
     }
+
+
+def reset(entries: dict[int, Any], leaves: list[jax.Array], fine: jax.Array) -> dict[int, Any]:
+    """`entries` with the shared parameters for the users that are not fine."""
+    explicit = shared_where_failed(entries, leaves, fine)
+    return {leaf: _zeros_where_failed(entry, fine) for leaf, entry in explicit.items()}
+
+
+def settled(adapted: Adapted) -> Adapted:
+    """`adapted` with factored terms of 0 for the users that failed, at the price of a copy."""
+    return replace(adapted, leaves=tuple(_zeros_where_failed(entry, ~adapted.failed) for entry in adapted.leaves))
+
+
+def _zeros_where_failed(entry: Any, fine: jax.Array) -> Any:
+    return jax.tree.map(partial(choose, fine, other=0), entry) if isinstance(entry, Factored) else entry
 
 
 def healthy(support: Examples, fine: jax.Array) -> Examples:

@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import optax
 
 from metarec_jax.core import _trace
-from metarec_jax.core._loop import Adapted, Explicit, Factored, Loop, as_precision, with_precision
+from metarec_jax.core._loop import (
+    Adapted,
+    Explicit,
+    Factored,
+    Loop,
+    as_precision,
+    settled,
+    with_precision,
+)
 from metarec_jax.core._plan import PlainFormWarning, costs, make_plan, one_user
-from metarec_jax.core._trace import Program, Site
+from metarec_jax.core._trace import Site
 from metarec_jax.core.inner import partition
 from metarec_jax.core.outer import pieces
 from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss
@@ -113,20 +121,21 @@ def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) 
     }
     factored = {site.leaf for site in sites.values()}
 
-    def scores(entries: tuple[Explicit | Factored | None, ...], user: Features) -> jax.Array:
+    def scores(entries: tuple[Explicit | Factored | None, ...], failed: jax.Array, user: Features) -> jax.Array:
         values = [
-            w if entry is None or leaf in factored else _value(w, entry)
+            w if entry is None or leaf in factored else _value(w, entry, failed)
             for leaf, (w, entry) in enumerate(zip(leaves, entries, strict=True))
         ]
         env = {**program.consts, **dict(zip(program.inputs[0], values, strict=True))}
         env.update(zip(program.inputs[1], jax.tree.leaves(user), strict=True))
         replaced = with_precision(program, adapted.precision)
         for at, site in sites.items():
-            replaced[at] = partial(_layer, program, at, site, replaced.get(at), entries[site.leaf], adapted.precision)
+            product = replaced.get(at, lambda *operands, op=program.ops[at]: op(*operands)[0])
+            replaced[at] = partial(_layer, site, product, entries[site.leaf], failed, adapted.precision)
         program.run(range(len(program.ops)), env, replaced)
         return program.result(env)
 
-    return jax.vmap(scores)(adapted.leaves, features)
+    return jax.vmap(scores)(adapted.leaves, adapted.failed, features)
 
 
 def weights(params: Params, adapted: Adapted) -> Params:
@@ -135,7 +144,7 @@ def weights(params: Params, adapted: Adapted) -> Params:
     After a step or more this is what `inner.adapt` returns. For inspection and tests; `predict` never forms them.
     """
     full = [
-        None if entry is None else jax.vmap(partial(_value, w))(entry)
+        None if entry is None else jax.vmap(partial(_value, w))(entry, adapted.failed)
         for w, entry in zip(_matching(params, adapted), adapted.leaves, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(params), full)
@@ -166,7 +175,7 @@ def mean_change(params: Params, adapted: Adapted, share: jax.Array) -> Params:
         inputs, outputs = (a.reshape(-1, *a.shape[2:]) for a in (entry.inputs, outputs))
         return _change(w, Factored(inputs, outputs, entry.axes))
 
-    changes = map(change, _matching(params, adapted), adapted.leaves)
+    changes = map(change, _matching(params, adapted), settled(adapted).leaves)
     return jax.tree.unflatten(jax.tree.structure(params), changes)
 
 
@@ -180,9 +189,9 @@ def _matching(params: Params, adapted: Adapted) -> list[jax.Array]:
     return leaves
 
 
-def _value(w: jax.Array, entry: Explicit | Factored) -> jax.Array:
+def _value(w: jax.Array, entry: Explicit | Factored, failed: jax.Array) -> jax.Array:
     """One user's values of a leaf."""
-    return entry.value if isinstance(entry, Explicit) else w + _change(w, entry)
+    return entry.value if isinstance(entry, Explicit) else jnp.where(failed, w, w + _change(w, entry))
 
 
 def _change(w: jax.Array, entry: Factored) -> jax.Array:
@@ -197,8 +206,13 @@ def _change(w: jax.Array, entry: Factored) -> jax.Array:
     return jnp.matmul(entry.inputs.T, entry.outputs).reshape([w.shape[a] for a in order]).transpose(inverse)
 
 
-def _layer(program: Program, at: int, site: Site, product: Any, entry: Any, precision: Any, *operands: Any) -> Any:
-    """A layer of one user's adapted model: shared product plus correction."""
-    out = program.ops[at](*operands)[0] if product is None else product(*operands)
-    gram = site.gram(site.inputs(operands[1 - site.position]), entry.inputs, precision)
-    return out + site.unflat(jnp.matmul(gram, entry.outputs, precision=precision), out.shape).astype(out.dtype)
+def _layer(
+    site: Site, product: Any, entry: Factored, failed: jax.Array, precision: Any, *operands: jax.Array
+) -> jax.Array:
+    """A layer of one user's adapted model: shared product plus correction, which a user who failed has not."""
+    out, inputs = product(*operands), site.inputs(operands[1 - site.position])
+    if jnp.issubdtype(inputs.dtype, jnp.inexact):  # the same value, but no gradient through what may not be finite
+        inputs = jnp.where(failed, jax.lax.stop_gradient(inputs), inputs)
+    gram = site.gram(inputs, entry.inputs, precision)
+    correction = jnp.where(failed, 0, jnp.matmul(gram, entry.outputs, precision=precision))
+    return out + site.unflat(correction, out.shape).astype(out.dtype)

@@ -392,6 +392,29 @@ def test_a_user_who_diverges_is_counted_and_poisons_nobody(fault):
     assert distance(found, ENGINE(CASE.params, CASE.step_size, data._replace(support=without))) < 1e-6
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("shared", ["w0", "nothing"])
+def test_infinite_inputs_that_shared_layers_make_reach_no_shared_layer_through_the_query(steps, shared):
+    adapted = {name: name != shared for name in ("w0", "b0", "w1", "b1", "head")}
+    case = Case(run_tower, tower((INPUTS, 4, 3)), 1.0, {"steps": steps, "adapted": adapted})
+    data = task(5)
+    x = data.support.features["x"].at[1].set(jnp.inf)
+    broken = data._replace(support=data.support._replace(features={**data.support.features, "x": x}))
+    without = data._replace(support=data.support._replace(mask=data.support.mask.at[1].set(0)))
+    found = meta_gradient(fastweights, case, broken, form="dual")
+    assert distance(found, meta_gradient(inner, case, without)) < 1e-5
+    users = fastweights.adapt(run_tower, case.params, broken.support, form="dual", **case.options)
+    assert users.failed.tolist() == [False, True, False]
+    full = fastweights.weights(case.params, users)
+    jax.tree.map(
+        lambda own, w: np.testing.assert_array_equal(own[1], w),
+        full,
+        {**case.params, **({"w0": None} if shared == "w0" else {})},
+    )
+    of_one = fastweights.mean_change(case.params, users, jnp.array([0.0, 1.0, 0.0]))
+    assert all(not np.any(change) for change in jax.tree.leaves(of_one))
+
+
 def test_chunks_have_the_gradient_of_the_whole_batch():
     data = task(6)
     data = data._replace(query=data.query._replace(mask=data.query.mask.at[2].set(0)))

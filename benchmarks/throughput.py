@@ -1,10 +1,12 @@
 """Users per second through a second-order meta-gradient and through serving: engine, peers, limit.
 
-Run `python benchmarks/throughput.py`; `--help` lists the options. Without PyTorch its rows are skipped.
+Run `python benchmarks/throughput.py`; `--help` lists the options. Without PyTorch its rows are skipped. On a GPU where
+both do not fit, each library keeping the memory that it once had, run `--libraries jax` and `--libraries torch`.
 """
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -218,10 +220,10 @@ def torch_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> 
 def add_rows(
     table: Table, label: str, rows: Iterator[tuple[str, Timing]], limit: float | None, base: float | None = None
 ) -> float | None:
-    """Adds a system a row, with its ratio to plain JAX; a system that fails says why instead.
+    """Adds a system a row, with its ratio to the first; a system that fails says why instead.
 
     Returns:
-      Users a second of plain JAX, the first row: `base` for the rows of another library.
+      Users a second of the first row, plain JAX where it runs: `base` for the rows of another library.
     """
     while True:
         try:
@@ -234,6 +236,8 @@ def add_rows(
         base = base or timing.rate
         memory = "" if timing.memory is None else f"{timing.memory / 1e6:,.0f}"
         share = [] if limit is None else [f"{timing.rate / limit:.0%}"]
+        told = f"{name} {timing.rate:,.0f} users/s ({timing.spread}), {memory or '-'} MB"
+        print(f"{table.title}, {label}: {told}", file=sys.stderr, flush=True)
         table.add_row(label, name, f"{timing.rate:,.0f}", timing.spread, f"{timing.rate / base:.2f}", memory, *share)
 
 
@@ -247,6 +251,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=32 if cpu else 0, help="users at a time in this engine; 0: all")
     parser.add_argument("--kernel", action="store_true", help="show the Pallas kernel too (interpreted on a CPU)")
     parser.add_argument("--both", action="store_true", help="show plain JAX in the same chunks too")
+    parser.add_argument("--libraries", nargs="+", choices=["jax", "torch"], default=["jax", "torch"])
+    parser.add_argument("--serving", action=argparse.BooleanOptionalAction, default=True, help="the second table")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=not cpu, help="torch.compile row")
     parser.add_argument("--quick", action="store_true", help="the narrowest tower, one step, few users")
     args = parser.parse_args()
@@ -289,11 +295,14 @@ def main() -> None:
         for steps in args.steps:
             label = f"{name}, {users:,}, {steps}"
             limit = floor(params, steps, ceilings)
-            base = add_rows(training, label, jax_rows(params, data, steps, args), limit)
-            if torch:
+            base = None
+            if "jax" in args.libraries:
+                base = add_rows(training, label, jax_rows(params, data, steps, args), limit)
+            if torch and "torch" in args.libraries:
                 add_rows(training, label, torch_rows(params, data, steps, args), limit, base)
-            add_rows(serving, label, jax_serving(params, data, steps, args), None)
-    console.print(training, serving)
+            if args.serving and "jax" in args.libraries:
+                add_rows(serving, label, jax_serving(params, data, steps, args), None)
+    console.print(training, *([serving] if args.serving else []))
 
 
 if __name__ == "__main__":

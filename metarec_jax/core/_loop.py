@@ -14,7 +14,8 @@ from metarec_jax.core._plan import DUAL, EXPLICIT, MERGED, Plan, step_factors
 from metarec_jax.core._trace import Program
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, mean_loss
 
-UNROLLED = 2  # inner steps written out; more are a scan, which compiles faster and runs as fast, but for DUAL leaves
+UNROLLED = 2  # inner steps written out on a CPU; more are a scan, which compiles faster and runs as fast, but for DUAL
+UNROLLED_ELSEWHERE = 8  # leaves. A GPU copies what a scan keeps for the backward pass: with 5 steps a fifth of its time
 
 
 @jax.tree_util.register_dataclass
@@ -137,7 +138,8 @@ class Loop(NamedTuple):
             return (values, coordinates, state, fine), None
 
         carry = (values, coordinates, self.optimizer.init(self._tree(values, coordinates)), jnp.array(True))
-        looped = self.steps > UNROLLED and not blocks
+        unrolled = UNROLLED if jax.default_backend() == "cpu" else UNROLLED_ELSEWHERE
+        looped = self.steps > unrolled and not blocks
         for k in range(1 if looped else self.steps):  # the first step apart: its weights are still shared
             carry, _ = step(carry, k)
         if looped:

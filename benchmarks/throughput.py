@@ -180,6 +180,7 @@ def torch_adapt(params: dict[str, Any], x: Any, y: Any, steps: int) -> dict[str,
 
 def torch_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> Iterator[tuple[str, Timing]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as JAX multiplies there
     place = partial(torch.as_tensor, device=device)
     shared, batch = (
         {n: place(w) for n, w in params.items()},

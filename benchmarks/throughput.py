@@ -35,6 +35,7 @@ USERS = {  # tower: users on a CPU, on an accelerator
     "2048-2048-1024": (8, 1024),
 }
 squared = optax.losses.squared_error
+Row = tuple[str, Callable[[], "Timing"]]  # a system, and what measures it
 
 
 class Timing(NamedTuple):
@@ -134,35 +135,34 @@ def serve(engine: Any, steps: int, params: Any, support: Examples, candidates: j
     return engine.predict(tower, params, adapted, candidates)
 
 
-def jax_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> Iterator[tuple[str, Timing]]:
+def jax_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> Iterator[Row]:
     params = jax.tree.map(jnp.asarray, params)
     task = Task(
         *(Examples(jnp.asarray(x), jnp.asarray(y), jnp.ones(y.shape)) for x, y in (data["support"], data["query"]))
     )
     users = task.query.mask.shape[0]
-    for name, engine, chunk in (("plain JAX vmap", inner, 0), ("this engine", fastweights, args.chunk)):
+
+    def timed(engine: Any, chunk: int) -> Timing:
         loss = partial(meta_loss, engine, steps)
-        chunked = outer.chunked(loss, chunk) if chunk else loss
-        gradient = jax.value_and_grad(chunked, has_aux=True)
-        yield name, compiled(lambda p, t, g=gradient: g(p, t, None), (params, task), users, args.repeats)
-        if args.both and not chunk:
-            gradient = jax.value_and_grad(outer.chunked(loss, args.chunk or users), has_aux=True)
-            timing = compiled(lambda p, t, g=gradient: g(p, t, None), (params, task), users, args.repeats)
-            yield "plain JAX vmap in chunks", timing
+        gradient = jax.value_and_grad(outer.chunked(loss, chunk) if chunk else loss, has_aux=True)
+        return compiled(lambda p, t: gradient(p, t, None), (params, task), users, args.repeats)
+
+    yield "plain JAX vmap", partial(timed, inner, 0)
+    if args.both:
+        yield "plain JAX vmap in chunks", partial(timed, inner, args.chunk or users)
+    yield "this engine", partial(timed, fastweights, args.chunk)
     if args.kernel:
         gradient = jax.value_and_grad(partial(on_chip_loss, steps, jax.default_backend() == "cpu"))
-        yield "this engine, on chip", compiled(gradient, (params, task), users, args.repeats)
+        yield "this engine, on chip", partial(compiled, gradient, (params, task), users, args.repeats)
 
 
-def jax_serving(params: Any, data: Any, steps: int, args: argparse.Namespace) -> Iterator[tuple[str, Timing]]:
+def jax_serving(params: Any, data: Any, steps: int, args: argparse.Namespace) -> Iterator[Row]:
     params = jax.tree.map(jnp.asarray, params)
     x, y = map(jnp.asarray, data["support"])
     support, candidates = Examples(x, y, jnp.ones(y.shape)), jnp.asarray(data["candidates"][0])
     for name, engine in (("plain JAX vmap", inner), ("this engine", fastweights)):
-        yield (
-            name,
-            compiled(partial(serve, engine, steps), (params, support, candidates), len(x), args.repeats),
-        )
+        inputs = (params, support, candidates)
+        yield name, partial(compiled, partial(serve, engine, steps), inputs, len(x), args.repeats)
 
 
 # --- PyTorch rows
@@ -178,7 +178,7 @@ def torch_adapt(params: dict[str, Any], x: Any, y: Any, steps: int) -> dict[str,
     return params
 
 
-def torch_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> Iterator[tuple[str, Timing]]:
+def torch_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> Iterator[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as JAX multiplies there
     place = partial(torch.as_tensor, device=device)
@@ -207,39 +207,44 @@ def torch_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> 
         return timing._replace(memory=torch.cuda.max_memory_allocated() if device == "cuda" else None)
 
     gradient = torch.func.grad_and_value(batch_loss)
-    yield "torch.func vmap", timed(gradient, batch)
+    yield "torch.func vmap", partial(timed, gradient, batch)
     if args.compile:
-        yield "torch.func vmap, compiled", timed(torch.compile(gradient), batch)
+        yield "torch.func vmap, compiled", partial(timed, torch.compile(gradient), batch)
     few, single = min(users, 8), torch.func.grad_and_value(user_loss)
-    timing = clock(lambda: [finished(single, *(a[i] for a in batch)) for i in range(few)], few, args.repeats)
-    yield "one user after another", timing
+
+    def one_by_one() -> None:
+        for i in range(few):
+            finished(single, *(a[i] for a in batch))
+
+    yield "one user after another", partial(clock, one_by_one, few, args.repeats)
 
 
 # --- report
 
 
 def add_rows(
-    table: Table, label: str, rows: Iterator[tuple[str, Timing]], limit: float | None, base: float | None = None
+    table: Table, label: str, rows: Iterator[Row], limit: float | None, base: float | None = None
 ) -> float | None:
-    """Adds a system a row, with its ratio to the first; a system that fails says why instead.
+    """Measures and adds a system a row, with its ratio to the first; a system that fails says why instead.
 
     Returns:
       Users a second of the first row, plain JAX where it runs: `base` for the rows of another library.
     """
-    while True:
+    for name, measure in rows:
         try:
-            name, timing = next(rows)
-        except StopIteration:
-            return base
+            timing = measure()
         except Exception as error:  # out of memory, no compiler for torch.compile: a result too
-            table.add_row(label, type(error).__name__, str(error).splitlines()[0][:40] if str(error) else "")
-            return base
+            why = f"{type(error).__name__}: {str(error)[:60].splitlines()[0] if str(error) else ''}"
+            print(f"{table.title}, {label}: {name}: {why}", file=sys.stderr, flush=True)
+            table.add_row(label, name, why)
+            continue
         base = base or timing.rate
         memory = "" if timing.memory is None else f"{timing.memory / 1e6:,.0f}"
         share = [] if limit is None else [f"{timing.rate / limit:.0%}"]
         told = f"{name} {timing.rate:,.0f} users/s ({timing.spread}), {memory or '-'} MB"
         print(f"{table.title}, {label}: {told}", file=sys.stderr, flush=True)
         table.add_row(label, name, f"{timing.rate:,.0f}", timing.spread, f"{timing.rate / base:.2f}", memory, *share)
+    return base
 
 
 def arguments() -> argparse.Namespace:

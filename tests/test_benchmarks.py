@@ -44,3 +44,17 @@ def test_the_search_draws_the_same_settings_again_and_the_default_first(benchmar
         model = mr.models.MODELS[mr.strategies.DEFAULT_MODEL.get(name, "mlp")](mr.models.fields_of(synthetic))
         mr.STRATEGIES[name](model, **settings["own"])  # it knows what it is given
         assert 1e-3 <= settings["outer"]["learning_rate"] <= 1e-2
+
+
+def test_a_system_that_fails_leaves_a_row_and_the_next_is_measured(benchmark, capsys):
+    throughput = benchmark("throughput")
+    table = throughput.Table("label", "system", title="T")
+
+    def out_of_memory() -> None:
+        raise MemoryError("no room\nfor it")
+
+    rows = iter([("wide", out_of_memory), ("narrow", lambda: throughput.Timing([1.0, 2.0, 4.0], 8, None))])
+    assert throughput.add_rows(table, "label", rows, limit=None) == 4.0
+    assert table.row_count == 2
+    assert "wide: MemoryError: no room\n" in (told := capsys.readouterr().err)
+    assert "narrow 4 users/s (2 to 8)" in told

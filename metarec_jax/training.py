@@ -118,40 +118,30 @@ def fit(
     """
     optimizer = default_optimizer() if optimizer is None else optimizer
     short = SHORT[target.kind] if short is None else short
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
     lengths = np.clip(split.train.lengths - query, 1, max_support)
     widths = bucket_sizes(lengths, buckets) if isinstance(buckets, int) else buckets
+    sampling: dict[str, Any] = {
+        "query": query, "batch_size": batch_size, "unknown": unknown, "short": short, "noise": noise,
+    }  # fmt: skip
+    rng, key = np.random.default_rng(seed), jax.random.key(seed)
     # a copy, because steps write over what they are given
     params = jax.jit(strategy.init)(key) if params is None else jax.tree.map(jnp.array, params)
-    state = jax.jit(optimizer.init)(params)
-    averaged = jax.device_get(params)
-    sampling: dict[str, Any] = {
-        "query": query,
-        "batch_size": batch_size,
-        "unknown": unknown,
-        "short": short,
-        "noise": noise,
-        "statistics": statistics,
-    }
-    judged = (3, None) if short else (None,)
-    first = min(epochs // 3 if min_epochs is None else min_epochs, epochs - 1)
-    best, history = Fitted(averaged, -1, []), []
-    setting = {k: v for k, v in sampling.items() if k != "statistics"} | {"seed": seed, "average": average}
-    setting |= {"widths": [*map(int, widths)], "target": asdict(target)}
+    at = _State(
+        params, jax.jit(optimizer.init)(params), start := jax.device_get(params), Fitted(start, -1, []), rng, key
+    )
+    setting = sampling | {"seed": seed, "average": average, "widths": [*map(int, widths)], "target": asdict(target)}
     setting |= {"params": [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]}
     setting |= {"users": sha256(split.train.users.tobytes()).hexdigest()} | dict(told or {})
     if checkpoint is not None:
-        arrays = {"params": params, "state": state, "averaged": averaged, "best": averaged}
-        if found := read(checkpoint, arrays, setting):
-            arrays, past = found
-            params, state = jax.tree.map(jnp.array, (arrays["params"], arrays["state"]))
-            averaged, history, best = arrays["averaged"], past["history"], Fitted(arrays["best"], past["best"], [])
-            rng.bit_generator.state, key = past["rng"], jax.random.wrap_key_data(jnp.array(past["key"], jnp.uint32))
-    for epoch in range(len(history), epochs):
-        if epoch - 1 > first and epoch - 1 - best.epoch >= patience:
+        at = at.restored(checkpoint, setting)
+    first = min(epochs // 3 if min_epochs is None else min_epochs, epochs - 1)
+    validation = partial(batches, split.validation, target, query=query, batch_size=batch_size, buckets=widths[-1:])
+    for epoch in range(len(at.best.history), epochs):
+        if epoch - 1 > first and epoch - 1 - at.best.epoch >= patience:
             break
+        params, state, averaged, best, rng, key = at
         losses = []
-        for batch in batches(split.train, target, buckets=widths, rng=rng, **sampling):
+        for batch in batches(split.train, target, buckets=widths, statistics=statistics, rng=rng, **sampling):
             key, step_key = jax.random.split(key)
             params, state, aux = _step(
                 params, state, batch.task, step_key, loss=strategy.loss, optimizer=optimizer, chunk=chunk
@@ -164,23 +154,50 @@ def fit(
                 "size; inner Adam needs optax.adam(..., eps_root=1e-8)"
             )
         averaged = _average(averaged, params, average * (epoch > 0))
-        tables = []
-        for size in judged:
-            tasks = batches(
-                split.validation, target, query=query, support=size, batch_size=batch_size, buckets=widths[-1:]
-            )
-            tables.append(summarise(score_tasks(strategy, averaged, tasks, target), target.kind))
+        tables = [
+            summarise(score_tasks(strategy, averaged, validation(support=size), target), target.kind)
+            for size in ((3, None) if short else (None,))
+        ]
         entry = {"loss": loss} | {name: float(np.mean([table[name] for table in tables])) for name in tables[0]}
-        history.append(entry)
         if report is not None:
             report(epoch, entry)
-        if epoch <= first or entry[SELECT[target.kind]] < history[best.epoch][SELECT[target.kind]]:
-            best = Fitted(jax.device_get(averaged), epoch, [])
+        history, judged = [*best.history, entry], SELECT[target.kind]
+        if epoch <= first or entry[judged] < history[best.epoch][judged]:
+            best = Fitted(jax.device_get(averaged), epoch, history)
+        at = _State(params, state, averaged, best._replace(history=history), rng, key)
         if checkpoint is not None:
-            arrays = {"params": params, "state": state, "averaged": averaged, "best": best.params}
-            past = {"history": history, "best": best.epoch, "rng": rng.bit_generator.state}
-            write(checkpoint, arrays, past | {"key": jax.random.key_data(key).tolist()}, setting)
-    return best._replace(history=history)
+            at.save(checkpoint, setting)
+    return at.best
+
+
+class _State(NamedTuple):
+    """A training between two epochs: all that the next one depends on."""
+
+    params: Params
+    state: Any  # of the optimiser
+    averaged: Params
+    best: Fitted
+    rng: np.random.Generator
+    key: jax.Array
+
+    def save(self, path: str | Path, setting: dict[str, Any]) -> None:
+        past = {"history": self.best.history, "best": self.best.epoch, "rng": self.rng.bit_generator.state}
+        write(path, self._arrays(), past | {"key": jax.random.key_data(self.key).tolist()}, setting)
+
+    def restored(self, path: str | Path, setting: dict[str, Any]) -> "_State":
+        """What `save` kept; this one, a training's start, where the file is not there yet."""
+        found = read(path, self._arrays(), setting)
+        if not found:
+            return self
+        arrays, past = found
+        params, state = jax.tree.map(jnp.array, (arrays["params"], arrays["state"]))
+        best = Fitted(arrays["best"], past["best"], past["history"])
+        self.rng.bit_generator.state = past["rng"]
+        key = jax.random.wrap_key_data(jnp.array(past["key"], jnp.uint32))
+        return _State(params, state, arrays["averaged"], best, self.rng, key)
+
+    def _arrays(self) -> dict[str, Any]:
+        return {"params": self.params, "state": self.state, "averaged": self.averaged, "best": self.best.params}
 
 
 @partial(jax.jit, static_argnames=("loss", "optimizer", "chunk"), donate_argnames=("params", "state"))

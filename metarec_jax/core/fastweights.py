@@ -130,8 +130,9 @@ def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) 
         env.update(zip(program.inputs[1], jax.tree.leaves(user), strict=True))
         replaced = with_precision(program, adapted.precision)
         for at, site in sites.items():
-            product = replaced.get(at, lambda *operands, op=program.ops[at]: op(*operands)[0])
-            replaced[at] = partial(_layer, site, product, entries[site.leaf], failed, adapted.precision)
+            product, entry = replaced.get(at, partial(_first, program.ops[at])), entries[site.leaf]
+            assert isinstance(entry, Factored)  # `sites` has no other leaf
+            replaced[at] = partial(_layer, site, product, entry, failed, adapted.precision)
         program.run(range(len(program.ops)), env, replaced)
         return program.result(env)
 
@@ -204,6 +205,10 @@ def _change(w: jax.Array, entry: Factored) -> jax.Array:
     order = [*entry.axes, *free]
     inverse = [order.index(a) for a in range(w.ndim)]
     return jnp.matmul(entry.inputs.T, entry.outputs).reshape([w.shape[a] for a in order]).transpose(inverse)
+
+
+def _first(op: _trace.Op, *operands: jax.Array) -> jax.Array:
+    return op(*operands)[0]
 
 
 def _layer(

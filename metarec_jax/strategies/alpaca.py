@@ -101,65 +101,16 @@ def alpaca(
         z = jnp.where(keep[..., None], inputs(params, support.features), 0.0) @ prior  # d_u = L a, a ~ N(0, I)
         shared = jnp.where(keep, model.apply(params["model"], support.features), 0.0)
         target, weight = jnp.where(keep, support.target, 0.0), jnp.where(keep, support.mask, 0.0)
-        few = z.shape[1] <= width
-
-        def derivatives(at: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Gradient `[users, width + 1]` and example curvatures `[users, examples]` of the negative log posterior,
-            whose Hessian is H = z' diag(curvatures) z + I."""
-            scores = shared + jnp.einsum("unf,uf->un", z, at)
-            if kind == "gaussian":
-                curvature = jnp.full_like(scores, jnp.exp(-2 * params["log_noise"]))
-                slope = curvature * (scores - target)
-            else:
-                slope = jax.nn.sigmoid(scores) - target
-                curvature = jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores)
-            return jnp.einsum("unf,un->uf", z, weight * slope) + at, weight * curvature
-
-        def whitened(curvature: jax.Array) -> jax.Array:
-            """B with H^-1 = I - B' B, by Woodbury's identity in the space of the examples."""
-            there = curvature > 0
-            half = jnp.where(there, jnp.sqrt(jnp.where(there, curvature, 1.0)), 0.0)[..., None] * z
-            return inverse_cholesky(half @ jnp.swapaxes(half, 1, 2) + jnp.eye(z.shape[1])) @ half
-
-        def root(curvature: jax.Array) -> jax.Array:
-            """C with H^-1 = C' C."""
-            return inverse_cholesky(jnp.einsum("unf,un,ung->ufg", z, curvature, z) + jnp.eye(width + 1))
-
-        def solve(curvature: jax.Array, right: jax.Array) -> jax.Array:
-            """H^-1 times `right`."""
-            half = whitened(curvature) if few else root(curvature)
-            product = jnp.einsum("ugf,ugh,uh->uf", half, half, right)
-            return right - product if few else product
-
-        def shorten(at: jax.Array, step: jax.Array, gradient: jax.Array) -> jax.Array:
-            """`[users]` the first of 1, 1/2, 1/4 ... at which the negative log posterior falls enough (Armijo): a full
-            step from where all of a user's scores are wrong overshoots."""
-
-            def value(length: jax.Array) -> jax.Array:
-                new = at + length * step
-                scores = shared + jnp.einsum("unf,uf->un", z, new)
-                return (weight * loss(scores, target)).sum(-1) + 0.5 * jnp.square(new).sum(-1)
-
-            lengths, before = 0.5 ** jnp.arange(8), value(jnp.zeros(()))
-            fall = 0.1 * lengths[:, None] * (gradient * step).sum(-1) + 1e-5 * (
-                1 + jnp.abs(before)
-            )  # the last for rounding
-            enough = jax.vmap(value)(lengths) <= before + fall
-            return jax.lax.stop_gradient(lengths[jnp.argmax(enough, axis=0)])
-
-        def newton(at: jax.Array) -> jax.Array:
-            gradient, curvature = derivatives(at)
-            step = -solve(curvature, gradient)
-            return at + (step if kind == "gaussian" else shorten(at, step, gradient)[:, None] * step)
-
+        precision = jnp.exp(-2 * params["log_noise"]) if kind == "gaussian" else None
+        inner = _Inner(z, shared, target, weight, loss, precision)
         at = jnp.zeros((z.shape[0], width + 1), z.dtype)
         if kind == "bernoulli":  # no gradient passes through these, which may hence be a loop
-            at = jax.lax.fori_loop(0, steps - 1, lambda _, at: jax.lax.stop_gradient(newton(at)), at)
-        at = newton(jax.lax.stop_gradient(at))
-        _, curvature = derivatives(at)
-        if few:
-            return Posterior(at @ prior.T, None, whitened(curvature) @ prior.T)
-        return Posterior(at @ prior.T, jnp.einsum("fg,uhg->ufh", prior, root(curvature)), None)
+            at = jax.lax.fori_loop(0, steps - 1, lambda _, at: jax.lax.stop_gradient(inner.newton(at)), at)
+        at = inner.newton(jax.lax.stop_gradient(at))
+        _, curvature = inner.derivatives(at)
+        if inner.few:
+            return Posterior(at @ prior.T, None, inner.whitened(curvature) @ prior.T)
+        return Posterior(at @ prior.T, jnp.einsum("fg,uhg->ufh", prior, inner.root(curvature)), None)
 
     def moments(params: Params, posterior: Posterior, features: Features) -> tuple[jax.Array, jax.Array]:
         """Mean and variance of the score, without noise, `[users, examples]`."""
@@ -189,6 +140,81 @@ def alpaca(
         return query_loss(nll, task.query, lambda value, _: value), {}
 
     return Strategy(init, adapt, predict, meta_loss, deviation)
+
+
+class _Inner(NamedTuple):
+    """Each user's posterior density of `at` `[users, width + 1]`, in coordinates in which its prior is N(0, I).
+
+    Attributes:
+      z: `[users, examples, width + 1]` inputs; 0 where there is no example, as in all the others.
+      shared: `[users, examples]` scores of the shared model.
+      target, weight: `[users, examples]`.
+      loss: elementwise negative log-likelihood, of which `precision` is the factor.
+      precision: 1 / s^2 of a Gaussian, None where the target is Bernoulli.
+    """
+
+    z: jax.Array
+    shared: jax.Array
+    target: jax.Array
+    weight: jax.Array
+    loss: PointwiseLoss
+    precision: jax.Array | None
+
+    @property
+    def few(self) -> bool:
+        """No more examples than features: the smaller systems are those of the examples."""
+        return self.z.shape[1] < self.z.shape[2]
+
+    def scores(self, at: jax.Array) -> jax.Array:
+        return self.shared + jnp.einsum("unf,uf->un", self.z, at)
+
+    def derivatives(self, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gradient `[users, width + 1]` and example curvatures `[users, examples]` of the negative log posterior, whose
+        Hessian is H = z' diag(curvatures) z + I."""
+        scores = self.scores(at)
+        if self.precision is not None:
+            curvature = jnp.full_like(scores, self.precision)
+            slope = curvature * (scores - self.target)
+        else:
+            slope = jax.nn.sigmoid(scores) - self.target
+            curvature = jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores)
+        return jnp.einsum("unf,un->uf", self.z, self.weight * slope) + at, self.weight * curvature
+
+    def whitened(self, curvature: jax.Array) -> jax.Array:
+        """B with H^-1 = I - B' B, by Woodbury's identity in the space of the examples."""
+        there = curvature > 0
+        half = jnp.where(there, jnp.sqrt(jnp.where(there, curvature, 1.0)), 0.0)[..., None] * self.z
+        return inverse_cholesky(half @ jnp.swapaxes(half, 1, 2) + jnp.eye(self.z.shape[1])) @ half
+
+    def root(self, curvature: jax.Array) -> jax.Array:
+        """C with H^-1 = C' C."""
+        return inverse_cholesky(jnp.einsum("unf,un,ung->ufg", self.z, curvature, self.z) + jnp.eye(self.z.shape[2]))
+
+    def solve(self, curvature: jax.Array, right: jax.Array) -> jax.Array:
+        """H^-1 times `right`."""
+        half = self.whitened(curvature) if self.few else self.root(curvature)
+        product = jnp.einsum("ugf,ugh,uh->uf", half, half, right)
+        return right - product if self.few else product
+
+    def newton(self, at: jax.Array) -> jax.Array:
+        """A step from `at`: to the mode at once for a Gaussian, else towards it."""
+        gradient, curvature = self.derivatives(at)
+        step = -self.solve(curvature, gradient)
+        return at + (step if self.precision is not None else self.length(at, step, gradient)[:, None] * step)
+
+    def length(self, at: jax.Array, step: jax.Array, gradient: jax.Array) -> jax.Array:
+        """`[users]` the first of 1, 1/2, 1/4 ... at which the negative log posterior falls enough (Armijo): a full step
+        from where all of a user's scores are wrong overshoots."""
+
+        def value(length: jax.Array) -> jax.Array:
+            new = at + length * step
+            return (self.weight * self.loss(self.scores(new), self.target)).sum(-1) + 0.5 * jnp.square(new).sum(-1)
+
+        lengths, before = 0.5 ** jnp.arange(8), value(jnp.zeros(()))
+        rounding = 1e-5 * (1 + jnp.abs(before))
+        fall = 0.1 * lengths[:, None] * (gradient * step).sum(-1) + rounding
+        enough = jax.vmap(value)(lengths) <= before + fall
+        return jax.lax.stop_gradient(lengths[jnp.argmax(enough, axis=0)])
 
 
 @jax.custom_jvp

@@ -15,7 +15,7 @@ from metarec_jax.tasks import Examples, History, Task
 # Most of what the suite compiles runs a few times only. XLA reads this at its first use, after all imports; what the
 # caller set wins.
 QUICK = ["--xla_backend_optimization_level=0"]
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12):  # newer ones have no such emitters and no such flag
+if tuple(map(int, version("jaxlib").split(".")[:3])) < (0, 11, 1):  # newer ones stop at a flag that they do not know
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")])
 

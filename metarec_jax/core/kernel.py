@@ -29,7 +29,7 @@ backward. XLA's many small kernels take `fastweights` to 5.8. Hence this one is 
 
 What compilers say, without a device: Triton and Mosaic for TPUs take both kernels (lowered with jax 0.10.2 and 0.12,
 K = 1 and 5). `compiler_params` of `jax.experimental.pallas.triton` select Triton where jax would take Mosaic GPU, which
-does not take the kernel; jax 0.12 deprecates Triton. Compiled to the end with jax 0.12: for a TPU v5e K = 1 and 5; for
+does not take the kernel; jax 0.11 deprecates Triton. Compiled to the end with jax 0.12: for a TPU v5e K = 1 and 5; for
 an H100 K = 1 with three users a program, and K = 2 with one. There K = 2 with three users asks for 487 KB of shared
 memory and is refused, and K = 3 (one user) and 5 were not through after minutes: there it is for one or two steps.
 

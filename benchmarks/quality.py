@@ -204,6 +204,9 @@ def main() -> None:
     parser.add_argument("--short", type=float, help="share of short support sets in training (default: that of `fit`)")
     parser.add_argument("--strategies", nargs="+", default=list(mr.STRATEGIES), choices=list(mr.STRATEGIES))
     parser.add_argument("--tuned", type=Path, help="settings that tune.py wrote; without it the default ones")
+    parser.add_argument(
+        "--own", type=json.loads, default={}, help="options of all the strategies, as JSON: besides those"
+    )
     parser.add_argument("--log", type=Path, help="JSON lines: results are kept here, and what is here is not run again")
     given = parser.parse_args()
     if given.splits < 2 or given.first < 0:
@@ -211,6 +214,9 @@ def main() -> None:
     splits, data = range(given.first, given.first + given.splits), mr.data.load(given.data)
     protocol = mr.ColdUsers(target=given.target, train_on=given.train_on)
     tuned = json.loads(given.tuned.read_text()).get(given.target, {}) if given.tuned else {}
+    for name in given.strategies if given.own else ():
+        before = tuned.get(name, DEFAULT)
+        tuned[name] = before | {"own": before["own"] | given.own}
     rows = run(given.strategies, splits, data, protocol, given.epochs, given.log, tuned, given.short)
     print(f"\n{data.name}, {protocol}, splits {splits[0]} to {splits[-1]}")
     print(f"{platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}\n")

@@ -66,10 +66,11 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return (weight * jnp.where(kept, values, 0.0)).sum() / jnp.where(total > 0, total, 1.0)
 
 
-def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples) -> jax.Array:
+def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples, count: float | jax.Array = 0.0) -> jax.Array:
     """Mean loss of one user's real examples: scores, target and mask `[examples]`; 0 without examples.
 
-    Scores and targets under the mask reach neither the result nor its gradient, even when they are NaN or infinite.
+    A `count` adds to their number, as so many examples more whose loss is 0. Scores and targets under the mask reach
+    neither the result nor its gradient, even when they are NaN or infinite.
     """
     if scores.shape != examples.target.shape:
         raise ValueError(
@@ -77,7 +78,11 @@ def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples) -> jax
         )
     kept = examples.mask > 0
     values = loss(jnp.where(kept, scores, 0.0), jnp.where(kept, examples.target, 0.0))
-    return masked_mean(values, examples.mask)
+    mean = masked_mean(values, examples.mask)
+    if isinstance(count, int | float) and count == 0:
+        return mean
+    number = jnp.where(kept, examples.mask, 0.0).sum()
+    return mean * number / jnp.where(number > 0, number + count, 1.0)
 
 
 def normal_per_user(key: jax.Array, users: int, shape: tuple[int, ...]) -> jax.Array:

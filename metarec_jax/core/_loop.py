@@ -69,6 +69,7 @@ class Loop(NamedTuple):
     optimizer: optax.GradientTransformation
     steps: int
     first_order: bool
+    absent: float | jax.Array  # the `count` of `adapt`
     remat: bool
     precision: Any
 
@@ -200,7 +201,7 @@ class Loop(NamedTuple):
             products = {at: replaced[at] for at in sites if at in replaced}
             replaced.update({at: partial(layer, at) for at in sites})
             program.run(self.plan.moving, local, replaced)
-            value = mean_loss(self.loss, program.result(local), Examples((), target, mask))
+            value = mean_loss(self.loss, program.result(local), Examples((), target, mask), self.absent)
             return value, {site.operand: local[site.operand] for site in sites.values() if not site.fixed}
 
         outputs = {at: program.shapes[program.ops[at].outputs[0]] for at in sites}
@@ -353,6 +354,11 @@ def healthy(support: Examples, fine: jax.Array) -> Examples:
         return jnp.where(jnp.any(fine), taken, jnp.zeros((), a.dtype))  # zeros where all users failed
 
     return Examples(jax.tree.map(swap, support.features), swap(support.target), choose(fine, support.mask, 0))
+
+
+def check_count(count: float | jax.Array) -> None:
+    if isinstance(count, int | float) and not 0 <= count < float("inf"):
+        raise ValueError(f"count must be 0 or more examples, got {count}")
 
 
 def as_precision(precision: Any) -> Any:

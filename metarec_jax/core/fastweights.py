@@ -18,6 +18,7 @@ from metarec_jax.core._loop import (
     Factored,
     Loop,
     as_precision,
+    check_count,
     settled,
     with_precision,
 )
@@ -41,6 +42,7 @@ def adapt(
     adapted: Params = True,
     step_size: Params = 1.0,
     first_order: bool = False,
+    count: float | jax.Array = 0.0,
     form: Params = "auto",
     precision: Any = None,
     remat: bool = False,
@@ -69,6 +71,8 @@ def adapt(
       step_size: multiplies the updates; a scalar or array, or a pytree prefix of the adapted leaves. Layers
         stay factored with one per layer, per column `[out]` and per row `[in, 1]`; not with one per weight.
       first_order: drop the second-order terms of the meta-gradient (FOMAML).
+      count: adds to the number of a user's examples in that mean, as so many more whose loss nothing changes: with few
+        real ones a user moves less, as a posterior mean does. 0 or more; 0 is the published mean.
       form: "auto" (see `costs`), "dual", "plain" (per-user values), or a pytree prefix of the adapted leaves.
       precision: of the matrix products that are not inside loops or branches of `apply`: a `jax.lax.Precision`, or
         `jnp.bfloat16` for bfloat16 with float32 sums.
@@ -79,7 +83,7 @@ def adapt(
       `Adapted`, with the users' axis first in every array.
 
     Raises:
-      ValueError: for a negative number of steps or an unknown form.
+      ValueError: for a negative number of steps or count, or an unknown form.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
@@ -87,6 +91,7 @@ def adapt(
     """
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, got {steps}")
+    check_count(count)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be 1 or more, got {chunk}")
     optimizer = optax.sgd(0.1) if optimizer is None else optimizer
@@ -95,7 +100,7 @@ def adapt(
     if steps == 0 or not jax.tree.leaves(start):
         return Adapted((None,) * len(leaves), jnp.zeros(support.mask.shape[0], bool), precision)
     plan = make_plan(apply, params, support.features, start, optimizer, steps, adapted, step_size, form)
-    loop = Loop(plan, jax.tree.structure(start), loss, optimizer, steps, first_order, remat, precision)
+    loop = Loop(plan, jax.tree.structure(start), loss, optimizer, steps, first_order, count, remat, precision)
     if chunk is None or chunk >= support.mask.shape[0]:
         return loop.users(leaves, support)
     results = jax.lax.map(jax.checkpoint(lambda piece: loop.users(leaves, piece)), pieces(support, chunk))

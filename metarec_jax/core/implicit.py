@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metarec_jax.core._loop import Adapted, Explicit, Factored, Loop, as_precision, choose, healthy, reset
+from metarec_jax.core._loop import Adapted, Explicit, Factored, Loop, as_precision, check_count, choose, healthy, reset
 from metarec_jax.core._plan import EXPLICIT, MERGED, make_plan
 from metarec_jax.core.inner import partition
 from metarec_jax.tasks import Apply, Examples, Params, PointwiseLoss
@@ -52,6 +52,7 @@ def adapt(
     steps: int = 16,
     adapted: Params = True,
     iterations: int = 8,
+    count: float = 0.0,
     form: Params = "auto",
     precision: Any = None,
 ) -> Adapted:
@@ -76,13 +77,13 @@ def adapt(
       steps: inner steps.
       adapted: which leaves adapt: a pytree of Python bools, or a prefix of one.
       iterations: of conjugate gradients.
-      form, precision: as in `fastweights.adapt`.
+      count, form, precision: as in `fastweights.adapt`.
 
     Returns:
       `Adapted`, read with `fastweights.predict`; users that fail keep the shared parameters.
 
     Raises:
-      ValueError: if `damping` is not positive, `steps` is less than 1 or `iterations` is less than 0.
+      ValueError: if `damping` is not positive, `steps` is less than 1, or `iterations` or `count` less than 0.
 
     References:
       Rajeswaran et al., Meta-Learning with Implicit Gradients, NeurIPS 2019, eq. 6 and algorithm 2.
@@ -91,10 +92,11 @@ def adapt(
         raise ValueError(
             f"damping must be more than 0, steps 1 or more, iterations 0 or more; got {damping}, {steps}, {iterations}"
         )
+    check_count(count)
     start = partition(params, adapted)
     pulled = proximal(optax.sgd(0.1) if optimizer is None else optimizer, damping)
     plan = make_plan(apply, params, support.features, start, pulled, steps, adapted, 1.0, form, kept=(MERGED,))
-    loop = Loop(plan, jax.tree.structure(start), loss, pulled, steps, True, False, as_precision(precision))
+    loop = Loop(plan, jax.tree.structure(start), loss, pulled, steps, True, count, False, as_precision(precision))
     leaves = jax.tree.leaves(params)
     found, fine = _solve(_Problem(loop, damping, iterations), leaves, support)
     shared, still = loop.prepare(leaves, healthy(support, fine).features)

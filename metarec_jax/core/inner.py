@@ -41,6 +41,7 @@ def adapt(
     adapted: Params = True,
     step_size: Params = 1.0,
     first_order: bool = False,
+    count: float | jax.Array = 0.0,
 ) -> Params:
     """Fast weights of each user after `steps` optimiser steps on that user's support loss (MAML, eq. 1).
 
@@ -60,6 +61,8 @@ def adapt(
       step_size: multiplies the optimiser's updates; a scalar or array, or a pytree prefix of the adapted leaves.
         Make it a parameter to meta-learn it (Meta-SGD, Li et al., 2017).
       first_order: drop the second-order terms of the meta-gradient.
+      count: adds to the number of a user's examples in that mean, as so many more whose loss nothing changes: with few
+        real ones a user moves less, as a posterior mean does. 0 or more; 0 is the published mean.
 
     Returns:
       A pytree like `params`: `[users, ...]` where a leaf is adapted, None where it is shared. Read it with `predict`.
@@ -73,7 +76,7 @@ def adapt(
     start = partition(params, adapted)
 
     def support_loss(fast: Params, user: Examples) -> jax.Array:
-        return mean_loss(loss, apply(merge(fast, params), user.features), user)
+        return mean_loss(loss, apply(merge(fast, params), user.features), user, count)
 
     def adapt_user(user: Examples) -> Params:
         present = jnp.any(user.mask > 0)

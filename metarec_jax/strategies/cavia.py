@@ -20,6 +20,7 @@ def cavia(
     steps: int = 5,
     size: int = 16,
     learn_step_size: bool = True,
+    count: float = 0.0,
 ) -> Strategy:
     """Fast context adaptation: inner steps move context parameters only, which start at zero for every user.
 
@@ -32,6 +33,7 @@ def cavia(
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default SGD with 0.0625 over the loss's curvature).
       steps: inner steps.
+      count: see `maml`.
       size: of the context vector.
       learn_step_size: meta-learn one factor that multiplies the inner optimiser's updates.
 
@@ -56,7 +58,7 @@ def cavia(
     def solve(params: Params, support: Examples) -> tuple[jax.Array, jax.Array]:
         start = jnp.zeros((support.mask.shape[0], size))
         step_size = jnp.exp(params["log_step_size"]) if learn_step_size else 1.0
-        options = {"loss": loss, "optimizer": inner, "steps": steps, "step_size": step_size}
+        options = {"loss": loss, "optimizer": inner, "steps": steps, "step_size": step_size, "count": count}
         return adapt_context(network, params["network"], start, support, **options)
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:

@@ -35,6 +35,7 @@ def metaemb(
     steps: int = 1,
     alpha: float = 0.1,
     size: int = 32,
+    count: float = 0.0,
 ) -> Strategy:
     """Meta-Embedding: the ID embedding that the attributes z of a task generate is good at once and learns fast.
 
@@ -48,6 +49,7 @@ def metaemb(
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser (default `default_inner(loss)`); a learned factor multiplies its updates.
       steps: gradient steps on the support.
+      count: see `maml`.
       alpha: weight of the cold loss.
       size: of the embedding.
 
@@ -67,7 +69,7 @@ def metaemb(
     def start(params: Params, support: Examples) -> jax.Array:
         return jnp.tanh(profile_of(encoder, params["profile"], support) @ params["out"])
 
-    return from_generator(model, Generator(init, start), loss, inner, steps, alpha, size)
+    return from_generator(model, Generator(init, start), loss, inner, steps, alpha, size, count)
 
 
 def gme(
@@ -80,6 +82,7 @@ def gme(
     steps: int = 1,
     alpha: float = 0.1,
     size: int = 32,
+    count: float = 0.0,
 ) -> Strategy:
     """Graph Meta Embedding from neighbour attributes (GME-A): `metaemb` whose attributes graph attention refines.
 
@@ -91,7 +94,7 @@ def gme(
     `metaemb`.
 
     Args:
-      model, loss, inner, steps, alpha, size: see `metaemb`.
+      model, loss, inner, steps, alpha, size, count: see `metaemb`.
       existing: attributes of the training tasks as a batch has them, `{"user/genres": [tasks, ...], ...}`.
       neighbours: how many a task attends to.
 
@@ -141,7 +144,7 @@ def gme(
         weight = jax.nn.softmax(jax.nn.leaky_relu(to + of, 0.2), where=among)
         return jnp.tanh(jax.nn.elu(jnp.einsum("un,unf->uf", weight, value)) @ params["out"])
 
-    return from_generator(model, Generator(init, start), loss, inner, steps, alpha, size)
+    return from_generator(model, Generator(init, start), loss, inner, steps, alpha, size, count)
 
 
 def from_generator(
@@ -152,6 +155,7 @@ def from_generator(
     steps: int,
     alpha: float,
     size: int,
+    count: float,
 ) -> Strategy:
     """The strategy of `metaemb` with any generator of the first embedding; a task's adapted value is its embedding."""
     check(steps, size, alpha)
@@ -165,7 +169,8 @@ def from_generator(
     def solve(params: Params, support: Examples) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The embeddings before and after the steps, and who failed."""
         start = generator.apply(params["generator"], support)
-        options = {"loss": loss, "optimizer": inner, "steps": steps, "step_size": jnp.exp(params["log_step_size"])}
+        options = {"loss": loss, "optimizer": inner, "steps": steps, "count": count}
+        options |= {"step_size": jnp.exp(params["log_step_size"])}
         return start, *adapt_context(score, params["decoder"], start, support, **options)
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:

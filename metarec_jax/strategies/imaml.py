@@ -21,6 +21,7 @@ def imaml(
     steps: int = 16,
     iterations: int = 8,
     groups: Collection[str] = ALL,
+    count: float = 0.0,
 ) -> Strategy:
     """Implicit MAML: a proximal inner problem, and the meta-gradient of its solution by the implicit function theorem.
 
@@ -37,6 +38,7 @@ def imaml(
       inner: inner optimiser, any optax transformation.
       damping: lambda.
       steps: inner steps.
+      count: see `maml`.
       iterations: of conjugate gradients.
       groups: which groups of parameters adapt.
 
@@ -67,6 +69,7 @@ def imaml(
             steps=steps,
             adapted=adapted_leaves(params["model"]),
             iterations=iterations,
+            count=count,
         )
 
     return from_adapt(model, loss, lambda key: {"model": model.init(key)}, adapt)

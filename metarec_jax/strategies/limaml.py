@@ -22,6 +22,7 @@ def limaml(
     size: int = 16,
     hidden: int = 32,
     learn_step_size: bool = True,
+    count: float = 0.0,
 ) -> Strategy:
     """A meta block that is adapted as in MAML, read through a fixed-size embedding by a global network all users share.
 
@@ -36,6 +37,7 @@ def limaml(
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default SGD with 0.0625 over the loss's curvature).
       steps: inner steps.
+      count: see `maml`.
       size: of the meta embedding.
       hidden: width of the block's hidden layer.
       learn_step_size: meta-learn one factor for each array of the block, which multiplies the inner optimiser's
@@ -86,6 +88,7 @@ def limaml(
             step_size={"block": jax.tree.map(jnp.exp, params["log_step_size"]), "network": None}
             if learn_step_size
             else 1.0,
+            count=count,
             form="plain",  # the block is small, and as low-rank terms its steps would be compiled one by one
         )
         return core.predict(lambda params, own: block(params["block"], own), shared, adapted, own), adapted.failed

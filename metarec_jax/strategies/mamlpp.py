@@ -21,6 +21,7 @@ def mamlpp(
     steps: int = 3,
     multi_step: float = 0.1,
     groups: Collection[str] = ALL,
+    count: float = 0.0,
 ) -> Strategy:
     """MAML with what made it train stably: learned rates by layer and step, and the multi-step loss.
 
@@ -37,6 +38,7 @@ def mamlpp(
       inner: inner optimiser, any optax transformation, whose updates the rates multiply (default
         `default_inner(loss)`).
       steps: inner steps K.
+      count: see `maml`.
       multi_step: share s of the steps before the last in the meta-loss, 0 to less than 1.
       groups: which groups of parameters adapt.
 
@@ -55,10 +57,10 @@ def mamlpp(
     def learned(fast: Params) -> dict[str, Params]:
         return {"log_step_size": jax.tree.map(lambda _: jnp.zeros(steps), fast)}
 
-    def after(count: int) -> Strategy:
+    def after(k: int) -> Strategy:
         def options(params: Params) -> dict[str, Any]:
             rates = scale_by_step(jax.tree.map(jnp.exp, params["log_step_size"]))
-            return {"optimizer": optax.chain(inner, rates), "steps": count}
+            return {"optimizer": optax.chain(inner, rates), "steps": k, "count": count}
 
         return from_inner_loop(model, loss, groups, learned, options)
 

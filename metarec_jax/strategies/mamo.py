@@ -25,6 +25,7 @@ def mamo(
     size: int = 16,
     hidden: int = 32,
     tau: float = 1.0,
+    count: float = 0.0,
 ) -> Strategy:
     """Memory-augmented meta-optimisation: the inner loop of each user starts from what memories say of the profile.
 
@@ -39,7 +40,7 @@ def mamo(
     Args:
       model: needs `embed` and `width`; without `profile` all users have the same one.
       loss: elementwise loss of scores and targets, inner and outer.
-      inner, steps, learn_step_size, first_order: the inner loop, as in `maml`.
+      inner, steps, learn_step_size, first_order, count: the inner loop, as in `maml`.
       memories: how many kinds of users, the rows of each memory.
       size: of e_u.
       hidden: rows of the preference matrix.
@@ -94,6 +95,7 @@ def mamo(
             if learn_step_size
             else 1.0,
             first_order=first_order,
+            count=count,
         )
         return fast, user
 

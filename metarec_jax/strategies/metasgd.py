@@ -21,6 +21,7 @@ def meta_sgd(
     steps: int = 1,
     first_order: bool = False,
     groups: Collection[str] = ALL,
+    count: float = 0.0,
 ) -> Strategy:
     """MAML whose step is learned in size and direction, one factor for each adapted parameter.
 
@@ -36,6 +37,7 @@ def meta_sgd(
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps; the paper takes one.
+      count: see `maml`.
       first_order: treat inner gradients as constants.
       groups: which groups of parameters adapt.
 
@@ -53,6 +55,13 @@ def meta_sgd(
 
     def options(params: Params) -> dict[str, Any]:
         size = jax.tree.map(lambda a: 1 + a, params["step_size"])
-        return {"optimizer": inner, "steps": steps, "step_size": size, "first_order": first_order, "form": "plain"}
+        return {
+            "optimizer": inner,
+            "steps": steps,
+            "step_size": size,
+            "first_order": first_order,
+            "count": count,
+            "form": "plain",
+        }
 
     return from_inner_loop(model, loss, groups, learned, options)

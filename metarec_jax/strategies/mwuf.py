@@ -22,6 +22,7 @@ def mwuf(
     steps: int = 1,
     size: int = 32,
     hidden: int = 16,
+    count: float = 0.0,
 ) -> Strategy:
     """Meta warm-up: a cold embedding is scaled by what the attributes z say and shifted by who interacted.
 
@@ -33,7 +34,7 @@ def mwuf(
     paper's, since an interaction may speak against the item.
 
     Args:
-      model, loss, inner, steps, size: see `metarec_jax.metaemb`.
+      model, loss, inner, steps, size, count: see `metarec_jax.metaemb`.
       hidden: width of the hidden layers.
 
     Raises:
@@ -62,7 +63,8 @@ def mwuf(
 
     def warm(params: Params, support: Examples) -> tuple[jax.Array, jax.Array]:
         start = jnp.broadcast_to(params["common"], (support.mask.shape[0], size))
-        options = {"loss": loss, "optimizer": inner, "steps": steps, "step_size": jnp.exp(params["log_step_size"])}
+        options = {"loss": loss, "optimizer": inner, "steps": steps, "count": count}
+        options |= {"step_size": jnp.exp(params["log_step_size"])}
         cold, failed = adapt_context(score, params["decoder"], start, support, **options)
         keep = support.mask > 0
         phi = jnp.where(keep[..., None], embed(params["decoder"]["model"], support.features), 0.0)

@@ -19,6 +19,7 @@ def reptile(
     loss: PointwiseLoss = optax.losses.squared_error,
     inner: optax.GradientTransformation | None = None,
     steps: int = 5,
+    count: float = 0.0,
 ) -> Strategy:
     """First-order meta-learning without a query set.
 
@@ -33,6 +34,7 @@ def reptile(
       loss: elementwise loss of scores and targets.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps.
+      count: see `maml`.
 
     References:
       Nichol et al., On First-Order Meta-Learning Algorithms, 2018, Algorithm 2.
@@ -40,7 +42,9 @@ def reptile(
     inner, truth = default_inner(loss) if inner is None else inner, as_truth(loss)
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
-        return core.adapt(model.apply, params, support, loss=loss, optimizer=inner, steps=steps, first_order=True)
+        return core.adapt(
+            model.apply, params, support, loss=loss, optimizer=inner, steps=steps, first_order=True, count=count
+        )
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         return core.predict(model.apply, params, adapted, features)

@@ -30,6 +30,7 @@ def sparse_maml(
     groups: Collection[str] = ALL,
     masks: str = "row",
     start: float = 0.1,
+    count: float = 0.0,
 ) -> Strategy:
     """`maml` that learns which parameters adapt.
 
@@ -44,6 +45,7 @@ def sparse_maml(
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps.
+      count: see `maml`.
       groups: which groups of parameters may adapt.
       masks: one number for each "array", "row" of an array (an input of a layer, a code of a table), "column" (an
         output, a dimension of the embedding) or "weight". The paper has one for each weight, for which every user needs
@@ -80,7 +82,7 @@ def sparse_maml(
         mask = jax.tree.map(lambda m: straight_through(start + m), params["mask"])
         size = jax.tree.map(lambda m, s: m * jnp.exp(s), mask, params["log_step_size"])
         form = "plain" if masks == "weight" else "auto"
-        return {"optimizer": inner, "steps": steps, "step_size": size, "form": form}
+        return {"optimizer": inner, "steps": steps, "step_size": size, "count": count, "form": form}
 
     return from_inner_loop(model, loss, groups, learned, options)
 
@@ -98,6 +100,7 @@ def meta_reg(
     steps: int = 5,
     groups: Collection[str] = ALL,
     penalty: float = 0.1,
+    count: float = 0.0,
 ) -> Strategy:
     """`maml` with a meta-learned regulariser in the inner loss.
 
@@ -112,6 +115,7 @@ def meta_reg(
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps.
+      count: see `maml`.
       groups: which groups of parameters adapt.
       penalty: initial strength; the inner step size times it must stay below 2.
 
@@ -132,7 +136,7 @@ def meta_reg(
         size = jax.tree.map(jnp.exp, params["log_step_size"])
         # `proximal` counts moves before they are multiplied by the step size, so the step size multiplies the pull
         pull = jax.tree.map(lambda s, size: penalty * jnp.exp(s) * size, params["log_strength"], size)
-        return {"optimizer": core.implicit.proximal(inner, pull), "steps": steps, "step_size": size}
+        return {"optimizer": core.implicit.proximal(inner, pull), "steps": steps, "step_size": size, "count": count}
 
     return from_inner_loop(model, loss, groups, learned, options)
 
@@ -144,6 +148,7 @@ def gated(
     inner: optax.GradientTransformation | None = None,
     steps: int = 5,
     hidden: int = 32,
+    count: float = 0.0,
 ) -> Strategy:
     """A user is a set of switches: gates on shared features are all that adapts, besides the user's bias.
 
@@ -160,6 +165,7 @@ def gated(
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps.
+      count: see `maml`.
       hidden: how many features are learned on top of phi.
 
     Raises:
@@ -206,6 +212,7 @@ def gated(
             steps=steps,
             adapted=own,
             step_size={name: jnp.exp(params["log_step_size"][name]) if own[name] else 1.0 for name in own},
+            count=count,
         )
 
     return from_adapt(network, loss, init, adapt)

@@ -46,6 +46,7 @@ def finetune(
     inner: optax.GradientTransformation | None = None,
     steps: int = 2,
     groups: Collection[str] = ALL,
+    count: float = 0.0,
 ) -> Strategy:
     """`pretrain`, and each user's own copy is trained further on the user's support set.
 
@@ -59,12 +60,15 @@ def finetune(
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps. Training does not see them, so nothing keeps many of them from overfitting to a few examples;
         users with dozens of examples are served better by more.
+      count: see `maml`.
       groups: which groups of parameters adapt.
 
     Raises:
       ValueError: unknown groups, or a model without `groups` where they are needed.
     """
-    tuned = maml(model, loss=loss, inner=inner, steps=steps, learn_step_size=False, first_order=True, groups=groups)
+    tuned = maml(
+        model, loss=loss, inner=inner, steps=steps, learn_step_size=False, first_order=True, groups=groups, count=count
+    )
     return tuned._replace(loss=_loss_of_all(model, loss))
 
 
@@ -74,12 +78,13 @@ def finetune_head(
     loss: PointwiseLoss = optax.losses.squared_error,
     inner: optax.GradientTransformation | None = None,
     steps: int = 10,
+    count: float = 0.0,
 ) -> Strategy:
     """`finetune` of the head only: the layers below are features that were learned on everybody.
 
     A head alone moves the scores less by each step than the whole model does, so that it takes more of them.
     """
-    return finetune(model, loss=loss, inner=inner, steps=steps, groups=("head",))
+    return finetune(model, loss=loss, inner=inner, steps=steps, groups=("head",), count=count)
 
 
 class LowRank(NamedTuple):
@@ -99,6 +104,7 @@ def lora(
     rank: int = 4,
     groups: Collection[str] = ("decision", "head"),
     seed: int = 0,
+    count: float = 0.0,
 ) -> Strategy:
     """`finetune` that changes each weight matrix by one of low rank.
 
@@ -113,6 +119,7 @@ def lora(
       loss: elementwise loss of scores and targets.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps; the first moves B_u only, as the gradient of A_u is 0 where B_u is.
+      count: see `maml`.
       rank: columns of A_u.
       groups: which groups of parameters adapt. Tables are left out: A_u would have as many rows as they have.
       seed: draws A.
@@ -149,7 +156,7 @@ def lora(
         low, adapted = start(params)
         return core.adapt(
             apply, low, support, loss=loss, optimizer=inner, steps=steps, adapted=adapted, first_order=True,
-            form="plain",
+            count=count, form="plain",
         )  # fmt: skip
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:

@@ -119,17 +119,18 @@ OPTIMIZERS = {
     first_order=st.booleans(),
     remat=st.booleans(),
     size=st.sampled_from(["leaf", "column", "row"]),
+    count=st.sampled_from([0.0, 2.5]),
     seed=st.integers(0, 9),
 )
 def test_value_and_meta_gradient_are_the_plain_forms(
-    widths, steps, optimizer, activation, form, first_order, remat, size, seed
+    widths, steps, optimizer, activation, form, first_order, remat, size, count, seed
 ):
     params = tower((INPUTS, *widths), seed)
     shape = {"leaf": lambda w: (), "column": lambda w: w.shape[-1:], "row": lambda w: (w.shape[0], 1)}[size]
     step_size = {
         name: jnp.full(shape(w) if w.ndim == 2 else (), 0.5 + 0.1 * i) for i, (name, w) in enumerate(params.items())
     }
-    options = {"steps": steps, "optimizer": OPTIMIZERS[optimizer](), "first_order": first_order}
+    options = {"steps": steps, "optimizer": OPTIMIZERS[optimizer](), "first_order": first_order, "count": count}
     apply = partial(run_tower, activation=ACTIVATIONS[activation])
     agree(Case(apply, params, step_size, options), task(seed), form=form, remat=remat)
 
@@ -488,7 +489,18 @@ def test_the_cost_model_takes_the_form_that_measured_faster():
         assert (explicit > factored) == (ratio > 1), layer
 
 
+def test_a_count_may_be_learned():
+    def loss(engine: Any, count: jax.Array) -> jax.Array:
+        return meta_loss(engine, CASE._replace(options={"steps": 2, "count": count}), CASE.params, 1.0, task(3))
+
+    found, plain = (jax.jit(jax.value_and_grad(partial(loss, engine)))(2.0) for engine in (fastweights, inner))
+    assert distance(found, plain) < 1e-5
+    assert found[1] != 0
+
+
 def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="count must be 0 or more"):
+        fastweights.adapt(run_tower, CASE.params, task().support, count=-1.0)
     with pytest.raises(ValueError, match="steps must be 0 or more"):
         fastweights.adapt(run_tower, CASE.params, task().support, steps=-1)
     with pytest.raises(ValueError, match="form must be"):

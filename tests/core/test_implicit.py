@@ -61,11 +61,11 @@ def assert_close(a, b, tolerance):
     assert np.abs(a - b).max() < tolerance * np.abs(b).max()
 
 
-@pytest.mark.parametrize("form", ["dual", "plain"])
-def test_linear_regression_has_the_gradient_of_the_closed_form(form):
+@pytest.mark.parametrize(("form", "count"), [("dual", 0.0), ("plain", 0.0), ("dual", 3.0)])
+def test_linear_regression_has_the_gradient_of_the_closed_form(form, count):
     def closed(params, task):
         def user(x, y, mask):
-            n = mask.sum()
+            n = mask.sum() + count
             gram = 2 * (x * mask[:, None]).T @ x / n + DAMPING * jnp.eye(INPUTS)
             return jnp.linalg.solve(gram, 2 * (x * mask[:, None]).T @ y[:, None] / n + DAMPING * params["w"])
 
@@ -74,7 +74,7 @@ def test_linear_regression_has_the_gradient_of_the_closed_form(form):
         return outer.query_loss(scores, task.query, optax.losses.squared_error)
 
     params = {"w": jnp.ones((INPUTS, 1))}
-    found = jax.jit(jax.value_and_grad(partial(meta_loss, linear, steps=80, form=form)))(params, TASK)
+    found = jax.jit(jax.value_and_grad(partial(meta_loss, linear, steps=80, form=form, count=count)))(params, TASK)
     assert_close(found, jax.jit(jax.value_and_grad(closed))(params, TASK), 1e-4)
 
 

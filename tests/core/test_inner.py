@@ -46,6 +46,16 @@ def test_one_step_on_linear_regression_matches_the_hand_derived_meta_gradient():
     np.testing.assert_allclose(gradient["w"], expected, rtol=1e-12)
 
 
+def test_a_count_adds_examples_that_pull_nowhere():
+    w, task = linear_task(0)
+    x, y, mask = task.support
+    support = task.support._replace(mask=(mask * (np.arange(y.shape[1]) < [[1], [3], [6]])).astype(float))
+    fast = core.inner.adapt(linear, {"w": w}, support, loss=squared, optimizer=optax.sgd(0.1), count=2.0)["w"]
+    for u, n in enumerate((1, 3, 6)):
+        slope = 2 / (n + 2) * x[u, :n].T @ (x[u, :n] @ w - y[u, :n])
+        np.testing.assert_allclose(fast[u], w - 0.1 * slope, rtol=1e-5)
+
+
 def test_first_order_drops_exactly_the_second_order_factor():
     w, task = linear_task(1)
     rate, (x, y, _), (xq, yq, _) = 0.1, task.support, task.query

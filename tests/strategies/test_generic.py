@@ -1,5 +1,6 @@
 """What must hold for every strategy in the list; a new one is tested by being listed."""
 
+import inspect
 import warnings
 from functools import partial
 
@@ -175,3 +176,30 @@ def test_every_strategy_differentiates_through_every_kind_of_network(name, netwo
         params = jax.eval_shape(strategy.init, jax.random.key(0))
         gradient = jax.eval_shape(jax.grad(lambda p: strategy.loss(p, task, jax.random.key(0))[0]), params)
     assert jax.tree.map(lambda x: x.shape, gradient) == jax.tree.map(lambda x: x.shape, params)
+
+
+def takes(name, argument):
+    return argument in inspect.signature(mr.STRATEGIES[name]).parameters
+
+
+@pytest.mark.parametrize("name", [n for n in mr.STRATEGIES if takes(n, "inner") and n != "mwuf"])  # it reads them too
+def test_a_count_holds_users_of_few_examples_back(name, task_batch, tiny_model):
+    task, key = task_batch(), jax.random.key(1)
+    nothing = task.support._replace(mask=np.zeros_like(task.support.mask))
+
+    def moved(count):
+        strategy = mr.STRATEGIES[name](tiny_model, loss=LOGISTIC, count=count)
+        params = strategy.init(key)
+        scores = [
+            strategy.predict(params, strategy.adapt(params, support, key), task.query.features)
+            for support in (task.support, nothing)
+        ]
+        return float(jnp.abs(scores[0] - scores[1]).max())
+
+    assert moved(1e9) < 1e-3 * moved(0.0)
+    with pytest.raises(ValueError, match="count must be 0 or more"):
+        moved(-1.0)
+
+
+def test_every_strategy_with_inner_steps_takes_a_count():
+    assert all(takes(name, "count") for name in mr.STRATEGIES if takes(name, "inner"))

@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=list(mr.STRATEGIES), choices=list(mr.STRATEGIES))
     parser.add_argument("--tuned", type=Path, help="settings that tune.py wrote; without it the default ones")
     parser.add_argument(
-        "--own", type=json.loads, default={}, help="options of all the strategies, as JSON: besides those"
+        "--own", type=json.loads, default={}, help="options of all the strategies, as JSON, over the tuned ones"
     )
     parser.add_argument("--log", type=Path, help="JSON lines: results are kept here, and what is here is not run again")
     given = parser.parse_args()

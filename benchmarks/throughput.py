@@ -209,7 +209,7 @@ def torch_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> 
     gradient = torch.func.grad_and_value(batch_loss)
     yield "torch.func vmap", partial(timed, gradient, batch)
     if args.compile:
-        yield "torch.func vmap, compiled", partial(timed, torch.compile(gradient), batch)
+        yield "torch.func vmap, compiled", lambda: timed(torch.compile(gradient), batch)
     few, single = min(users, 8), torch.func.grad_and_value(user_loss)
 
     def one_by_one() -> None:
@@ -222,28 +222,40 @@ def torch_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> 
 # --- report
 
 
+def measured(rows: Iterator[Row]) -> Iterator[tuple[str, Timing | Exception]]:
+    """Each system's timing, or why it has none: out of memory or no compiler for torch.compile is a result too."""
+    try:
+        for name, measure in rows:
+            try:
+                yield name, measure()
+            except Exception as error:
+                yield name, error
+    except Exception as error:
+        yield "all that follow", error
+
+
 def add_rows(
     table: Table, label: str, rows: Iterator[Row], limit: float | None, base: float | None = None
 ) -> float | None:
-    """Measures and adds a system a row, with its ratio to the first; a system that fails says why instead.
+    """Measures and adds a system a row, with its ratio to `base` (default: the first).
 
     Returns:
-      Users a second of the first row, plain JAX where it runs: `base` for the rows of another library.
+      Users a second that the ratios are to; None where there is no base and the first system failed.
     """
-    for name, measure in rows:
-        try:
-            timing = measure()
-        except Exception as error:  # out of memory, no compiler for torch.compile: a result too
-            why = f"{type(error).__name__}: {str(error)[:60].splitlines()[0] if str(error) else ''}"
+    for place, (name, timing) in enumerate(measured(rows)):
+        if isinstance(timing, Exception):
+            why = f"{type(timing).__name__}: {str(timing)[:60].splitlines()[0] if str(timing) else ''}"
             print(f"{table.title}, {label}: {name}: {why}", file=sys.stderr, flush=True)
             table.add_row(label, name, why)
             continue
-        base = base or timing.rate
+        if base is None and place == 0:
+            base = timing.rate
         memory = "" if timing.memory is None else f"{timing.memory / 1e6:,.0f}"
         share = [] if limit is None else [f"{timing.rate / limit:.0%}"]
+        ratio = "" if base is None else f"{timing.rate / base:.2f}"
         told = f"{name} {timing.rate:,.0f} users/s ({timing.spread}), {memory or '-'} MB"
         print(f"{table.title}, {label}: {told}", file=sys.stderr, flush=True)
-        table.add_row(label, name, f"{timing.rate:,.0f}", timing.spread, f"{timing.rate / base:.2f}", memory, *share)
+        table.add_row(label, name, f"{timing.rate:,.0f}", timing.spread, ratio, memory, *share)
     return base
 
 

@@ -101,7 +101,8 @@ def fit(
       unknown: share of users and items whose identity is hidden in training, which trains the unknown rows.
       short: share of users whose support set is cut to a random length in training; where there are any, validation
         means over 3 and all support examples. Default: 0.8 for ratings, where it is much better for new users with few
-        of them and no worse with many; 0 for clicks, where it helps only strategies with inner gradient steps (0.5).
+        of them; strategies with inner gradient steps want a `count` with it, or lose with many. 0 for clicks, where it
+        helps only those strategies (0.5).
       noise: share of the support ratings that are replaced by random ones in training, so that adaptation learns how
         far to trust them; queries stay as they are.
       statistics: takes a training user's own interactions out of the item field that it made, when the data has it.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packaging.version import Version
 
 import metarec_jax as mr
 from metarec_jax.tasks import Examples, History, Task
@@ -15,7 +16,7 @@ from metarec_jax.tasks import Examples, History, Task
 # Most of what the suite compiles runs a few times only. XLA reads this at its first use, after all imports; what the
 # caller set wins.
 QUICK = ["--xla_backend_optimization_level=0"]
-if tuple(map(int, version("jaxlib").split(".")[:3])) < (0, 11, 1):  # newer ones stop at a flag that they do not know
+if Version(version("jaxlib")) < Version("0.11.1"):  # newer ones stop at a flag that they do not know
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")])
 

@@ -53,8 +53,15 @@ def test_a_system_that_fails_leaves_a_row_and_the_next_is_measured(benchmark, ca
     def out_of_memory() -> None:
         raise MemoryError("no room\nfor it")
 
-    rows = iter([("wide", out_of_memory), ("narrow", lambda: throughput.Timing([1.0, 2.0, 4.0], 8, None))])
-    assert throughput.add_rows(table, "label", rows, limit=None) == 4.0
-    assert table.row_count == 2
-    assert "wide: MemoryError: no room\n" in (told := capsys.readouterr().err)
+    def rows():
+        yield "wide", out_of_memory
+        yield "narrow", lambda: throughput.Timing([1.0, 2.0, 4.0], 8, None)
+        raise RuntimeError("no device")
+
+    assert throughput.add_rows(table, "label", rows(), limit=None) is None  # the first has no rate to compare with
+    assert table.row_count == 3
+    told = capsys.readouterr().err
+    assert "wide: MemoryError: no room\n" in told
     assert "narrow 4 users/s (2 to 8)" in told
+    assert "all that follow: RuntimeError: no device" in told
+    assert throughput.add_rows(table, "label", iter([("narrow", lambda: throughput.Timing([2.0], 8, None))]), None) == 4

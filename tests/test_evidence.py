@@ -90,3 +90,15 @@ def test_a_strategy_that_adapts_nothing_is_refused(task_batch, tiny_model):
     reads = mr.Strategy(reader.init, lambda params, support, key: ((), support), reader.predict, reader.loss)
     with pytest.raises(ValueError, match="adapts nothing"):
         change(reads, reader.init(jax.random.key(0)), task_batch().support)
+
+
+def test_copies_in_an_ensemble_move_as_far_as_their_members(tiny_model, task_batch):
+    both = mr.ensemble(mr.maml(tiny_model, loss=LOSS, form="dual"), members=2, weights="uniform", loss=LOSS)
+    params, support = both.init(jax.random.key(0)), task_batch().support
+    each = [
+        change(
+            mr.maml(tiny_model, loss=LOSS, form="dual"), jax.tree.map(lambda x, m=m: x[m], params["members"]), support
+        )
+        for m in range(2)
+    ]
+    np.testing.assert_allclose(change(both, params, support), np.hypot(*each), rtol=1e-5)

@@ -155,7 +155,8 @@ class Loop(NamedTuple):
     def _finite(self, entries: dict[int, Explicit | Factored], env: dict[int, Any]) -> jax.Array:
         """Whether every number of one user's entries is finite, read from as few numbers as tell.
 
-        A fixed layer's inputs may be far wider than its outputs, in which any of them that is not finite shows.
+        A fixed layer's inputs may be far wider than its outputs, in which any of them that is not finite shows, and so
+        does a sum of finite ones that is too large.
         """
         plan, numbers = self.plan, []
         for leaf, entry in entries.items():
@@ -166,7 +167,7 @@ class Loop(NamedTuple):
             numbers.append(entry.outputs)
             sites = {at: plan.sites[at] for at in plan.sites_of(leaf)}
             narrower = all(site.fixed and site.outputs < site.width for site in sites.values())
-            if narrower and self._step(leaf)[1] is None:
+            if entry.axes is not None and narrower and self._step(leaf)[1] is None:
                 numbers += [env[plan.program.ops[at].outputs[0]] for at in sites]
             else:
                 numbers.append(entry.inputs)
@@ -314,8 +315,8 @@ def isolated(run: Callable[..., Any], leaves: list[jax.Array], support: Examples
 
 
 def choose(fine: jax.Array, own: jax.Array, other: Any) -> jax.Array:
-    """`[users, ...]`: a user's own array where fine, else the other."""
-    return jnp.where(fine.reshape(len(fine), *(1,) * (own.ndim - 1)), own, jnp.asarray(other, own.dtype))
+    """`[users, ...]`: a user's own array where fine `[users]`, else the other; in copies `[users, members]` too."""
+    return jnp.where(fine.reshape(*fine.shape, *(1,) * (own.ndim - fine.ndim)), own, jnp.asarray(other, own.dtype))
 
 
 def shared_where_failed(entries: dict[int, Any], leaves: list[jax.Array], fine: jax.Array) -> dict[int, Any]:
@@ -354,11 +355,6 @@ def healthy(support: Examples, fine: jax.Array) -> Examples:
         return jnp.where(jnp.any(fine), taken, jnp.zeros((), a.dtype))  # zeros where all users failed
 
     return Examples(jax.tree.map(swap, support.features), swap(support.target), choose(fine, support.mask, 0))
-
-
-def check_count(count: float | jax.Array) -> None:
-    if isinstance(count, int | float) and not 0 <= count < float("inf"):
-        raise ValueError(f"count must be 0 or more examples, got {count}")
 
 
 def as_precision(precision: Any) -> Any:

@@ -18,13 +18,12 @@ from metarec_jax.core._loop import (
     Factored,
     Loop,
     as_precision,
-    check_count,
     settled,
     with_precision,
 )
 from metarec_jax.core._plan import PlainFormWarning, costs, make_plan, one_user
 from metarec_jax.core._trace import Site
-from metarec_jax.core.inner import partition
+from metarec_jax.core.inner import check_count, partition
 from metarec_jax.core.outer import pieces
 from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss
 
@@ -72,7 +71,8 @@ def adapt(
         stay factored with one per layer, per column `[out]` and per row `[in, 1]`; not with one per weight.
       first_order: drop the second-order terms of the meta-gradient (FOMAML).
       count: adds to the number of a user's examples in that mean, as so many more whose loss nothing changes: with few
-        real ones a user moves less, as a posterior mean does. 0 or more; 0 is the published mean.
+        real ones a user moves less, as a posterior mean does, unless the optimiser's steps do not depend on the size of
+        the gradient, as Adam's. 0 or more; 0 is the published mean.
       form: "auto" (see `costs`), "dual", "plain" (per-user values), or a pytree prefix of the adapted leaves.
       precision: of the matrix products that are not inside loops or branches of `apply`: a `jax.lax.Precision`, or
         `jnp.bfloat16` for bfloat16 with float32 sums.
@@ -110,7 +110,7 @@ def adapt(
 def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) -> jax.Array:
     """Scores `[users, examples]` of each user's adapted model on `features` `[users, examples, ...]`.
 
-    Differentiable in `params`, `adapted` and `features`.
+    Differentiable in `params`, `features` and `adapted`, in the last where no user failed.
 
     Raises:
       ValueError: `params` are not those that `adapted` came from.

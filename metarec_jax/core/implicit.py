@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metarec_jax.core._loop import Adapted, Explicit, Factored, Loop, as_precision, check_count, choose, healthy, reset
+from metarec_jax.core._loop import Adapted, Explicit, Factored, Loop, as_precision, choose, healthy, reset
 from metarec_jax.core._plan import EXPLICIT, MERGED, make_plan
-from metarec_jax.core.inner import partition
+from metarec_jax.core.inner import check_count, partition
 from metarec_jax.tasks import Apply, Examples, Params, PointwiseLoss
 
 

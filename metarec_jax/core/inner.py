@@ -15,6 +15,11 @@ import optax
 from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss, mean_loss
 
 
+def check_count(count: float | jax.Array) -> None:
+    if not isinstance(count, jax.Array) and not 0 <= count < float("inf"):
+        raise ValueError(f"count must be 0 or more examples, got {count}")
+
+
 def partition(params: Params, mask: Params) -> Params:
     """The leaves of `params` where `mask` (a pytree of bools, or a prefix of one) is True; None elsewhere."""
     for flag in jax.tree.leaves(mask):
@@ -62,16 +67,21 @@ def adapt(
         Make it a parameter to meta-learn it (Meta-SGD, Li et al., 2017).
       first_order: drop the second-order terms of the meta-gradient.
       count: adds to the number of a user's examples in that mean, as so many more whose loss nothing changes: with few
-        real ones a user moves less, as a posterior mean does. 0 or more; 0 is the published mean.
+        real ones a user moves less, as a posterior mean does, unless the optimiser's steps do not depend on the size of
+        the gradient, as Adam's. 0 or more; 0 is the published mean.
 
     Returns:
       A pytree like `params`: `[users, ...]` where a leaf is adapted, None where it is shared. Read it with `predict`.
+
+    Raises:
+      ValueError: for a negative number of steps or count.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
     """
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, got {steps}")
+    check_count(count)
     optimizer = optax.sgd(0.1) if optimizer is None else optimizer
     start = partition(params, adapted)
 

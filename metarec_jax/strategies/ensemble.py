@@ -208,12 +208,20 @@ def given(strategy: Strategy, params: Params) -> Strategy:
     )
 
 
-def mixture(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, weights: str = "gate") -> Strategy:
+def mixture(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    weights: str = "gate",
+    count: float = 0.0,
+) -> Strategy:
     """`ensemble` of `ridge`, `anil` and `melu`, each with a copy of the model; weights of each user's own by default.
 
     Args:
       model: needs `embed` and `groups`.
       loss: elementwise loss of scores and targets.
       weights: see `ensemble`.
+      count: of `anil` and `melu`, see `maml`.
     """
-    return ensemble([make(model, loss=loss) for make in (ridge, anil, melu)], weights=weights, loss=loss)
+    members = [ridge(model, loss=loss), *(make(model, loss=loss, count=count) for make in (anil, melu))]
+    return ensemble(members, weights=weights, loss=loss)

@@ -132,8 +132,8 @@ def maml(
       first_order: treat inner gradients as constants.
       groups: which groups of parameters adapt; the rest is shared by all users and never copied.
       count: adds to the number of examples in the mean of the support loss, so that a user moves the less the fewer
-        examples there are: a step size that suits thirty is far too long for one. 0 is the mean, as published; with 5
-        new users are served much better.
+        examples there are: a step size that suits thirty is far too long for one. 0 is the mean, as published; a count
+        of 5 serves users of few examples much better (benchmarks/RESULTS.md). Adam's steps it leaves as they are.
       form: how adapted weights are held, see `core.adapt`; the result is the same.
 
     The loss's aux has `failed`, how many users met a non-finite number in the inner loop and were not adapted.

@@ -366,6 +366,24 @@ def test_padding_never_changes_the_meta_gradient():
     assert distance(found, ENGINE(CASE.params, CASE.step_size, data)) < 1e-6
 
 
+def test_a_row_that_no_table_has_fails_nobody_under_the_mask():
+    params = {"table": jnp.arange(60.0).reshape(20, 3) / 60, "head": jnp.ones(3)}
+    support = Examples(jnp.array([[1, 2, 99]]), jnp.array([[1.0, 2.0, 0.0]]), jnp.array([[1.0, 1.0, 0.0]]))
+    found = [
+        fastweights.adapt(
+            lambda p, rows: jnp.take(p["table"], rows, axis=0) @ p["head"],
+            params,
+            support,
+            form=form,
+            adapted={"table": True, "head": False},
+        )
+        for form in ("dual", "plain")
+    ]
+    assert not any(users.failed.any() for users in found)
+    tables = [fastweights.weights(params, users)["table"] for users in found]
+    np.testing.assert_allclose(*tables, rtol=1e-6)
+
+
 def test_a_user_without_support_keeps_the_shared_parameters_exactly():
     data = task(4)
     empty = data._replace(support=data.support._replace(mask=data.support.mask.at[1].set(0)))

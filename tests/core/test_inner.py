@@ -165,6 +165,7 @@ def test_the_step_size_scales_updates_leaf_by_leaf(task_batch, tiny_model):
     )  # fmt: skip
 
 
-def test_a_negative_number_of_steps_is_refused(task_batch, tiny_model):
-    with pytest.raises(ValueError, match="steps must be 0 or more"):
-        core.inner.adapt(tiny_model.apply, tiny_model.init(jax.random.key(0)), task_batch().support, steps=-1)
+@pytest.mark.parametrize("bad", [{"steps": -1}, {"count": -1.0}, {"count": np.float32(-1)}, {"count": np.nan}])
+def test_a_negative_number_of_steps_or_count_is_refused(bad, task_batch, tiny_model):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be 0 or more"):
+        core.inner.adapt(tiny_model.apply, tiny_model.init(jax.random.key(0)), task_batch().support, **bad)

@@ -611,11 +611,14 @@ def train(
       DataError: the dataset has too few users for the protocol; all ratings of the training users are clicks, or none.
       ValueError: an unknown name; `start` was trained for another target, or with another strategy or model; `shared`
         without `start`.
-      TypeError: `start` is no recommender.
+      TypeError: `start` is no recommender; an argument that the protocol has, or that nothing has.
       FloatingPointError: the loss is no longer finite.
       ModelFileError: `checkpoint` is damaged or of another training.
       ModuleNotFoundError: `tensorboard` needs a package that is missing.
     """
+    for name in ("target", "query"):
+        if name in fit_options:
+            raise TypeError(f"`{name}` is the protocol's: train(..., protocol=mr.ColdUsers({name}=...))")
     protocol = protocol or ColdUsers()
     model = default_model(strategy) if model is None else model
     split = protocol.split(data, seed)

@@ -181,6 +181,12 @@ def test_every_strategy_trains_evaluates_saves_and_loads(strategy, target, synth
     assert_best_of_all_scores(loaded, explained=strategy in ("alpaca", "nlba", "tanp", "mwuf"))
 
 
+@pytest.mark.parametrize("given", [{"target": "rating"}, {"query": 5}])
+def test_what_the_protocol_says_is_not_said_twice(given, synthetic):
+    with pytest.raises(TypeError, match=rf"protocol=mr.ColdUsers\({next(iter(given))}"):
+        mr.train(synthetic, **given)
+
+
 def test_training_is_reproducible_and_learns(synthetic):
     one, two = (mr.train(synthetic, seed=5, **QUICK) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one.params, two.params)

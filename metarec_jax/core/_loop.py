@@ -14,8 +14,10 @@ from metarec_jax.core._plan import DUAL, EXPLICIT, MERGED, Plan, step_factors
 from metarec_jax.core._trace import Program
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, mean_loss
 
-UNROLLED = 2  # inner steps written out on a CPU; more are a scan, which compiles faster and runs as fast, but for DUAL
-UNROLLED_ELSEWHERE = 8  # leaves. A GPU copies what a scan keeps for the backward pass: with 5 steps a fifth of its time
+# Inner steps written out; more are a scan, but for DUAL leaves. On a CPU a scan compiles faster and runs as fast; a GPU
+# copies what it keeps for the backward pass.
+UNROLLED = 2
+UNROLLED_ELSEWHERE = 8
 
 
 @jax.tree_util.register_dataclass

@@ -211,6 +211,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.splits < 2 or given.first < 0:
         parser.error("--splits must be 2 or more, which an interval needs, and --first 0 or more")
+    if not isinstance(given.own, dict):
+        parser.error(f"--own must be a JSON object of options, as in '{{\"count\": 5}}', got {given.own!r}")
     splits, data = range(given.first, given.first + given.splits), mr.data.load(given.data)
     protocol = mr.ColdUsers(target=given.target, train_on=given.train_on)
     tuned = json.loads(given.tuned.read_text()).get(given.target, {}) if given.tuned else {}

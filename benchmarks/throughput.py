@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.pallas import triton
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +36,6 @@ USERS = {  # tower: users on a CPU, on an accelerator
     "2048-2048-1024": (8, 1024),
 }
 squared = optax.losses.squared_error
-Row = tuple[str, Callable[[], "Timing"]]  # a system, and what measures it
 
 
 class Timing(NamedTuple):
@@ -52,6 +52,9 @@ class Timing(NamedTuple):
     @property
     def spread(self) -> str:
         return f"{self.users / max(self.seconds):,.0f} to {self.users / min(self.seconds):,.0f}"
+
+
+Row = tuple[str, Callable[[], Timing]]  # a system, and what measures it
 
 
 def arrays(sizes: list[int], users: int, rows: dict[str, int]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -123,10 +126,14 @@ def meta_loss(engine: Any, steps: int, params: Any, task: Task, key: Any = None)
     return outer.query_loss(engine.predict(tower, params, adapted, task.query.features), task.query, squared), {}
 
 
-def on_chip_loss(steps: int, interpret: bool, params: Any, task: Task) -> jax.Array:
+def on_chip_loss(steps: int, params: Any, task: Task) -> jax.Array:
+    backend = jax.default_backend()
+    through = triton.CompilerParams(num_warps=4) if backend == "gpu" else None  # else jax takes Mosaic, see `kernel`
     layers = [(params[f"w{i}"], params[f"b{i}"]) for i in range(len(params) // 2)]
-    options = {"loss": squared, "step_size": RATE, "steps": steps, "interpret": interpret}
-    scores = kernel.inner_loop(jax.nn.relu, layers, task.support, task.query.features, **options)
+    options = {"loss": squared, "step_size": RATE, "steps": steps, "interpret": backend == "cpu"}
+    scores = kernel.inner_loop(
+        jax.nn.relu, layers, task.support, task.query.features, compiler_params=through, **options
+    )
     return outer.query_loss(scores, task.query, squared)
 
 
@@ -152,7 +159,7 @@ def jax_rows(params: Any, data: Any, steps: int, args: argparse.Namespace) -> It
         yield "plain JAX vmap in chunks", partial(timed, inner, args.chunk or users)
     yield "this engine", partial(timed, fastweights, args.chunk)
     if args.kernel:
-        gradient = jax.value_and_grad(partial(on_chip_loss, steps, jax.default_backend() == "cpu"))
+        gradient = jax.value_and_grad(partial(on_chip_loss, steps))
         yield "this engine, on chip", partial(compiled, gradient, (params, task), users, args.repeats)
 
 

@@ -58,12 +58,12 @@ class History(NamedTuple):
     own: jax.Array
 
 
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `values`, each as often as `mask` says; 0 where nothing is."""
+def masked_mean(values: jax.Array, mask: jax.Array, count: float | jax.Array = 0.0) -> jax.Array:
+    """Mean of `values`, each as often as `mask` says, and of `count` zeros; 0 where nothing is."""
     kept = mask > 0
     weight = jnp.where(kept, mask, 0).astype(jnp.result_type(values, jnp.float32))
     total = weight.sum()
-    return (weight * jnp.where(kept, values, 0.0)).sum() / jnp.where(total > 0, total, 1.0)
+    return (weight * jnp.where(kept, values, 0.0)).sum() / jnp.where(total > 0, total + count, 1.0)
 
 
 def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples, count: float | jax.Array = 0.0) -> jax.Array:
@@ -78,11 +78,7 @@ def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples, count:
         )
     kept = examples.mask > 0
     values = loss(jnp.where(kept, scores, 0.0), jnp.where(kept, examples.target, 0.0))
-    mean = masked_mean(values, examples.mask)
-    if isinstance(count, int | float) and count == 0:
-        return mean
-    number = jnp.where(kept, examples.mask, 0.0).sum()
-    return mean * number / jnp.where(number > 0, number + count, 1.0)
+    return masked_mean(values, examples.mask, count)
 
 
 def normal_per_user(key: jax.Array, users: int, shape: tuple[int, ...]) -> jax.Array:

@@ -127,9 +127,8 @@ def fit(
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     # a copy, because steps write over what they are given
     params = jax.jit(strategy.init)(key) if params is None else jax.tree.map(jnp.array, params)
-    at = _State(
-        params, jax.jit(optimizer.init)(params), start := jax.device_get(params), Fitted(start, -1, []), rng, key
-    )
+    start = jax.device_get(params)
+    at = _State(params, jax.jit(optimizer.init)(params), start, Fitted(start, -1, []), rng, key)
     setting = sampling | {"seed": seed, "average": average, "widths": [*map(int, widths)], "target": asdict(target)}
     setting |= {"params": [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]}
     setting |= {"users": sha256(split.train.users.tobytes()).hexdigest()} | dict(told or {})

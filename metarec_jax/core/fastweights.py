@@ -12,22 +12,25 @@ import jax.numpy as jnp
 import optax
 
 from metarec_jax.core import _trace
-from metarec_jax.core._loop import (
-    Adapted,
-    Explicit,
-    Factored,
-    Loop,
-    as_precision,
-    settled,
-    with_precision,
-)
+from metarec_jax.core._loop import Adapted, Explicit, Factored, Loop, as_precision, settled, with_precision
 from metarec_jax.core._plan import PlainFormWarning, costs, make_plan, one_user
 from metarec_jax.core._trace import Site
 from metarec_jax.core.inner import check_count, partition
 from metarec_jax.core.outer import pieces
 from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss
 
-__all__ = ["Adapted", "Explicit", "Factored", "PlainFormWarning", "adapt", "costs", "mean_change", "predict", "weights"]
+__all__ = [
+    "Adapted",
+    "Explicit",
+    "Factored",
+    "PlainFormWarning",
+    "adapt",
+    "costs",
+    "mean_change",
+    "predict",
+    "settled",
+    "weights",
+]
 
 
 def adapt(

@@ -5,6 +5,7 @@ engines are compared with. Parameters that every user shares are never copied: o
 users axis.
 """
 
+from numbers import Real
 from typing import Any
 
 import jax
@@ -16,8 +17,11 @@ from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss, 
 
 
 def check_count(count: float | jax.Array) -> None:
-    if not isinstance(count, jax.Array) and not 0 <= count < float("inf"):
-        raise ValueError(f"count must be 0 or more examples, got {count}")
+    """Refuses a number of examples that is none; an array, which may be traced, is taken as it is."""
+    if isinstance(count, jax.Array | np.ndarray):
+        return
+    if not isinstance(count, Real) or not 0 <= count < float("inf"):
+        raise ValueError(f"count must be 0 or more examples, got {count!r}")
 
 
 def partition(params: Params, mask: Params) -> Params:

@@ -23,9 +23,8 @@ Counted for 256-64-64, n = 20, q = 10, float32, three users a program (64 + 32 r
       K = 5                about 900 (one user: 350), more than its shared memory and registers together (483).
                            A TPU's VMEM (v5e: 128 MB) holds either; `block` can then be larger
 
-So bytes bound K = 1 and arithmetic K = 5. These are limits on paper. On an H100, through Triton, K = 1 runs at 1.9 to
-2.0 million users/s with three users a program and 2.2 with one (four warps): a quarter of the time forward, the rest
-backward. XLA's many small kernels take `fastweights` to 5.8. Hence this one is off.
+So bytes bound K = 1 and arithmetic K = 5. These are limits on paper. On an H100, through Triton, K = 1 runs at 1.9
+million users/s where XLA's many small kernels take `fastweights` to 5.8 (benchmarks/RESULTS.md). Hence it is off.
 
 What compilers say, without a device: Triton and Mosaic for TPUs take both kernels (lowered with jax 0.10.2 and 0.12,
 K = 1 and 5). `compiler_params` of `jax.experimental.pallas.triton` select Triton where jax would take Mosaic GPU, which
@@ -34,9 +33,8 @@ an H100 K = 1 with three users a program, and K = 2 with one. There K = 2 with t
 memory and is refused, and K = 3 (one user) and 5 were not through after minutes: there it is for one or two steps.
 
 Sides of matrices are padded to powers of two of at least 16, which Triton asks for; padding is exact. Products take the
-ambient precision: TF32 on a GPU and bfloat16 on a TPU, unless under `jax.default_matmul_precision("highest")`, with
-which Triton was not through with the backward kernel for an H100 after a minute. A user whose loop meets a non-finite
-number spoils the others of its block, as it would spoil any mean over users.
+ambient precision: TF32 on a GPU and bfloat16 on a TPU, unless under `jax.default_matmul_precision("highest")`. A user
+whose loop meets a non-finite number spoils the others of its block, as it would spoil any mean over users.
 """
 
 from collections.abc import Callable, Sequence

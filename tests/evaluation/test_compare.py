@@ -128,10 +128,10 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(1)
     for metric in ("auc", "within_user_auc", "precision@5"):
         covered = 0
-        for _ in range(60):
-            found = intervals.difference(made(rng, 60, gain=0.0), "better", "worse", metric, draws=200, level=0.8)
+        for _ in range(120):
+            found = intervals.difference(made(rng, 60, gain=0.0), "better", "worse", metric, draws=300, level=0.8)
             covered += found.low <= 0 <= found.high
-        assert 0.64 < covered / 60 < 0.96, metric  # 0.8, give or take three deviations
+        assert 0.68 < covered / 120 < 0.92, metric  # 0.8, give or take three deviations
 
 
 def test_a_weighted_auc_is_the_auc_of_the_repeated_users():

@@ -12,9 +12,13 @@ from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
 from metarec_jax.data.target import Target
 from metarec_jax.models import MODELS, Model, fields_of
-from metarec_jax.strategies import DEFAULT_MODEL, STRATEGIES, Strategy, with_history, with_labels
+from metarec_jax.strategies import DEFAULT_MODEL, RANKING, STRATEGIES, Strategy, ranked, with_history, with_labels
 
-LOSSES = {"click": optax.losses.sigmoid_binary_cross_entropy, "rating": optax.losses.squared_error}
+LOSSES = {  # of a user's own examples
+    "click": optax.losses.sigmoid_binary_cross_entropy,
+    "ranking": optax.losses.sigmoid_binary_cross_entropy,
+    "rating": optax.losses.squared_error,
+}
 Options = Mapping[str, Any] | None
 Labels = tuple[tuple[float, ...], tuple[float, ...]] | None  # knots of `with_labels` and the values there
 
@@ -42,7 +46,7 @@ def build(
     Raises:
       ValueError: an unknown name.
     """
-    make_strategy, make_model = _named(STRATEGIES, strategy, "strategy"), _named(MODELS, model, "model")
+    make_strategy, make_model = _named(STRATEGIES | RANKING, strategy, "strategy"), _named(MODELS, model, "model")
     fields, labels = fields_of(data), None
     if target.levels is not None:
         levels = np.array(target.levels)
@@ -63,7 +67,11 @@ def default_model(strategy: str | Callable[..., Strategy]) -> str:
     `STRATEGIES` that it is or binds arguments of by `functools.partial`."""
     while isinstance(strategy, partial):
         strategy = strategy.func
-    names = [strategy] if isinstance(strategy, str) else [n for n, make in STRATEGIES.items() if make is strategy]
+    names = (
+        [strategy]
+        if isinstance(strategy, str)
+        else [n for n, make in (STRATEGIES | RANKING).items() if make is strategy]
+    )
     return next((DEFAULT_MODEL[n] for n in names if n in DEFAULT_MODEL), "mlp")
 
 
@@ -92,6 +100,10 @@ def _built(
     network = model(fields)
     built = strategy(network, loss=LOSSES[kind])
     built = with_history(built) if network.history else built
+    if kind == "ranking":  # a history holds what a user did, and no negatives
+        built = ranked(built._replace(contrast=built.contrast and not network.history))
+    elif built.ranks:
+        raise ValueError(f'a strategy that ranks cannot predict a {kind}: objective="ranking"')
     return built if labels is None or built.labelled else with_labels(built, *labels)
 
 

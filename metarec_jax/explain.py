@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.models.profile import Blend
-from metarec_jax.ranking import Known, Ranker, adapt, features, score
+from metarec_jax.ranking import Ranker
 from metarec_jax.strategies import Strategy
+from metarec_jax.strategies.catalogue import Known, adapt, features, score
 from metarec_jax.tasks import Params
 
 STEPS = 32  # of the integral

@@ -10,7 +10,7 @@ import numpy as np
 from jax import export as jax_export
 
 from metarec_jax.files import write_whole
-from metarec_jax.ranking import Known, adapt, score
+from metarec_jax.strategies.catalogue import Known, adapt, score
 
 if TYPE_CHECKING:
     from metarec_jax.recommender import Recommender

@@ -12,38 +12,14 @@ from metarec_jax.core.staged import Staged, staged
 from metarec_jax.data.fields import Field
 from metarec_jax.stock import Stock
 from metarec_jax.strategies import Strategy
-from metarec_jax.tasks import Examples, Params
+from metarec_jax.strategies.catalogue import Known, adapt, last, score, score_one
+from metarec_jax.tasks import Params
 
 USERS = 256  # ranked at once, at most
 BYTES = 1 << 26  # of the largest array that scoring a tile of items for so many users makes
 STEP = 256  # tiles are multiples of this long
 GROUP = 64  # items whose largest score is found first
 Explore = Literal["ucb", "thompson"]
-
-
-class Known(NamedTuple):
-    """What is known of a batch of users.
-
-    Attributes:
-      items: `[users, examples]` int32 rows of the stock, what they did something with.
-      target: `[users, examples]` float32, what that says, as `Target.grade`.
-      weight: `[users, examples]` float32 of each; 0 for padding.
-      user: encoded attributes of the users, each `[users, ...]`.
-      context: encoded contexts in which items are to be recommended, each `[users, ...]`.
-    """
-
-    items: Any  # arrays, on the host or within a jitted function
-    target: Any
-    weight: Any
-    user: dict[str, Any]
-    context: dict[str, Any]
-
-    @classmethod
-    def blank(cls, users: int, width: int, user: Sequence[Field], context: Sequence[Field]) -> "Known":
-        """Users about whom nothing is known, to be filled in."""
-        rows = [{f.name: np.repeat(f.unknown()[None], users, 0) for f in fields} for fields in (user, context)]
-        shape = (users, width)
-        return cls(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32), *rows)
 
 
 class Ranked(NamedTuple):
@@ -58,9 +34,9 @@ class Ranked(NamedTuple):
 class Ranker:
     """Adapts to users and ranks a stock for them; keeps what the network computes of the items alone.
 
-    What that is is read from the strategy's own `predict` (`metarec_jax.core.staged`), so that every strategy and every
-    network gains what its form allows: of a factorisation all but one product a user, of an MLP over joined fields the
-    look-ups only.
+    A strategy may say what that is (`Strategy.items`). Of the others it is read from `predict`
+    (`metarec_jax.core.staged`), so that every network gains what its form allows: of a factorisation all but one product
+    a user, of an MLP over joined fields the look-ups only.
     """
 
     def __init__(
@@ -155,9 +131,7 @@ class Ranker:
         key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), deviation)
         if key not in self._sides:
             user = (*one, jax.ShapeDtypeStruct((), jnp.int32))
-            self._sides[key] = _ItemSide.of(
-                partial(_one_user, self.strategy, deviation), self.params, self.tables, user
-            )
+            self._sides[key] = _ItemSide.of(self.strategy, deviation, self.params, self.tables, user)
         return self._sides[key]
 
 
@@ -181,16 +155,16 @@ class _ItemSide(NamedTuple):
     top: Any
 
     @classmethod
-    def of(cls, function: Any, params: Params, tables: dict[str, jax.Array], user: Any) -> "_ItemSide":
+    def of(
+        cls, strategy: Strategy, deviation: bool, params: Params, tables: dict[str, jax.Array], user: Any
+    ) -> "_ItemSide":
         rows = len(tables["item_id"])
 
         def stage_of(length: int) -> Staged:
-            return staged(
-                function,
-                params,
-                {n: jax.ShapeDtypeStruct((length, *t.shape[1:]), t.dtype) for n, t in tables.items()},
-                user,
-            )
+            items = {n: jax.ShapeDtypeStruct((length, *t.shape[1:]), t.dtype) for n, t in tables.items()}
+            if strategy.items is not None and not deviation:
+                return _explicit(strategy, params, items, user)
+            return staged(partial(score_one, strategy, deviation), params, items, user)
 
         widest = -(-stage_of(STEP).widest // STEP)  # values an item and user
         longest = max(BYTES // (4 * USERS * widest) // STEP * STEP, STEP)
@@ -225,6 +199,25 @@ class _ItemSide(NamedTuple):
                 moved = np.moveaxis(value, axes[0], 1)
                 found.append(moved.reshape(moved.shape[0] * self.length, -1)[:rows])
         return np.concatenate(found, -1)
+
+
+def _explicit(strategy: Strategy, params: Params, items: Any, user: Any) -> Staged:
+    """The two stages of a strategy that says itself what it computes of the items alone."""
+    assert strategy.items is not None and strategy.score is not None
+    make, score_side = strategy.items, strategy.score
+    own = jax.tree.structure(params)
+    side = jax.eval_shape(make, params, items)
+    of_items = jax.tree.structure(side)
+
+    def first(params: Params, items: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+        return jax.tree.leaves(params), jax.tree.leaves(make(params, items))
+
+    def second(fixed: list[jax.Array], values: list[jax.Array], user: Any) -> Any:
+        adapted = jax.tree.map(lambda x: x[None], user[0])
+        return score_side(jax.tree.unflatten(own, fixed), adapted, jax.tree.unflatten(of_items, values))[0], None
+
+    length = items["item_id"].shape[0]
+    return Staged(first, second, length)
 
 
 def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -272,48 +265,6 @@ def _in_tiles(table: jax.Array, length: int) -> jax.Array:
     return filled.reshape(count, length, *table.shape[1:])
 
 
-def features(
-    items: dict[str, jax.Array], user: dict[str, jax.Array], context: dict[str, jax.Array], order: jax.Array
-) -> dict[str, jax.Array]:
-    """As `metarec_jax.data.features`, of item features `[users, n, ...]` and what each user has once."""
-    shape, found = items["item_id"].shape, dict(items)
-    for prefix, values in (("user", user), ("context", context)):
-        for name, value in values.items():
-            found[f"{prefix}/{name}"] = jnp.broadcast_to(value[:, None], shape + value.shape[1:])
-    return found | {"order": jnp.broadcast_to(order, shape)}
-
-
-def adapt(strategy: Strategy, params: Params, tables: dict[str, jax.Array], known: Known) -> Any:
-    """Each user's adapted values."""
-    items = {name: table[known.items] for name, table in tables.items()}
-    nowhere = jax.tree.map(jnp.zeros_like, known.context)  # the contexts of what users did are not known
-    place = jnp.arange(known.items.shape[1], dtype=jnp.int32)
-    support = Examples(features(items, known.user, nowhere, place), known.target, known.weight)
-    return strategy.adapt(params, support, jax.random.key(0))
-
-
-def score(
-    strategy: Strategy, params: Params, tables: dict[str, jax.Array], adapted: Any, known: Known, rows: jax.Array
-) -> jax.Array:
-    """`[users, n]` scores of the items in `rows` `[users, n]`."""
-    items = {name: table[rows] for name, table in tables.items()}
-    last = (known.weight > 0).sum(1, keepdims=True).astype(jnp.int32)
-    return strategy.predict(params, adapted, features(items, known.user, known.context, last))
-
-
-def _one_user(
-    strategy: Strategy, deviation: bool, params: Params, items: dict[str, jax.Array], user: Any
-) -> tuple[jax.Array, jax.Array | None]:
-    """One user's scores of a tile of items, `[length]`, and their deviations."""
-    adapted, own, context, last = jax.tree.map(lambda x: x[None], user)
-    whole = features({name: table[None] for name, table in items.items()}, own, context, last)
-    scores = strategy.predict(params, adapted, whole)[0]
-    if not deviation:
-        return scores, None
-    assert strategy.deviation is not None
-    return scores, strategy.deviation(params, adapted, whole)[0]
-
-
 def _top(
     stage: Staged,
     length: int,
@@ -333,7 +284,7 @@ def _top(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The top `k` rows `[users, k]`, their scores and deviations; what must not be recommended has score -inf."""
     users, count = len(seen), tiles[0].shape[0]
-    user = (adapted, known.user, known.context, (known.weight > 0).sum(1).astype(jnp.int32))
+    user = (adapted, known.user, known.context, last(known))
     best = partial(jax.lax.approx_max_k, recall_target=0.95) if approximate else top_k
 
     def tile(number: Any) -> list[jax.Array]:

@@ -19,6 +19,7 @@ from metarec_jax.data.candidates import candidates as draw
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.histories import History, encode_attributes, encode_history, is_one_user
 from metarec_jax.data.protocols import PROTOCOLS, Protocol
+from metarec_jax.data.ranking_protocols import NextItem, StrongGeneralisation
 from metarec_jax.data.splits import ColdUsers, Split
 from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.target import Target
@@ -26,6 +27,8 @@ from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.evaluation.evaluate import Scores, score_baselines, score_tasks, summarise
 from metarec_jax.evaluation.protocol import fingerprint
+from metarec_jax.evaluation.ranking import SIZES, Lists, by_support, rank
+from metarec_jax.evaluation.ranking_baselines import ranking_baselines
 from metarec_jax.evidence import evidence
 from metarec_jax.explain import Cause, Explanation, effects, rank_correlation
 from metarec_jax.export import export, export_vectors
@@ -33,16 +36,19 @@ from metarec_jax.feedback import LONGEST, checked, checked_id, taste
 from metarec_jax.models import MODELS, Model, fields_of
 from metarec_jax.progress import epochs_bar
 from metarec_jax.progress import tensorboard as event_files
-from metarec_jax.ranking import USERS, Explore, Known, Ranker, diversify
+from metarec_jax.ranking import USERS, Explore, Ranker, diversify
 from metarec_jax.stock import Stock
 from metarec_jax.store import Event, SqliteStore, Store, UserId, open_store
-from metarec_jax.strategies import STRATEGIES, Strategy, reweighted
+from metarec_jax.strategies import RANKING, STRATEGIES, Ranking, Strategy, reweighted
+from metarec_jax.strategies.catalogue import Known
 from metarec_jax.strategies.labels import shifts_of_labels
+from metarec_jax.strategies.ranked import TABLES
 from metarec_jax.tasks import Params
 from metarec_jax.training import EPOCHS, fit
 from metarec_jax.transfer import carry_over
 
 Where = Mapping[str, Any]
+DEFAULT_STRATEGY = {"ranking": "stack", "click": "alpaca", "rating": "alpaca"}
 CELLS = 1 << 20  # users x items scored at once
 
 
@@ -320,7 +326,7 @@ class Recommender:
         Args:
           data: the dataset of the training; may be left out unless the model was loaded.
           support: largest support size (default: all that a user has besides the query).
-          candidates: among what the query is ranked: "query", its own items; a number, so many sampled items besides
+          candidates: of clicks, among what the query is ranked: "query", its own items; a number, so many sampled items besides
             that the user has no interaction with; "all", all such items. They count as not clicked.
           baselines: compute two means, ALS fold-in and item-kNN too; where clicks are made from ratings, also the same
             three of ratings.
@@ -332,8 +338,45 @@ class Recommender:
           DataError: a loaded model without `data`, or data that do not fit.
           ValueError: `candidates` other than "query" for ratings, or an unknown one.
         """
+        if self.target.kind == "ranking":
+            return self._ranking_table(data, support, baselines)
         scores = self.scores(data, support=support, candidates=candidates, baselines=baselines)
         return {learner: summarise(found, self.target.kind) for learner, found in scores.items()}
+
+    def rankings(
+        self, data: Dataset | None = None, *, sizes: Sequence[int | None] = SIZES, baselines: bool = True
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """`[users]` of each metric of a ranking, by learner: every test user, and all items but the support.
+
+        Args:
+          data: the dataset of the training; may be left out unless the model was loaded.
+          sizes: support sizes, None for all; see `metarec_jax.evaluation.ranking.by_support`.
+          baselines: popularity, item-kNN, EASE and iALS too, each with a popularity term, tuned on the validation users.
+
+        Raises:
+          DataError: a loaded model without `data`, or data that do not fit.
+          ValueError: the recommender does not rank.
+        """
+        if self.target.kind != "ranking":
+            raise ValueError('this recommender predicts clicks or ratings: train with objective="ranking"')
+        split, query = self.split(data, "evaluate(data)"), getattr(self.protocol, "query", 10)
+        name = self.recipe["strategy"]["name"] or "strategy"
+
+        def ours(size: int | None) -> Lists:
+            return rank(self.strategy, self.params, split.test, self.target, query=query, support=size)
+
+        found = {name: by_support(ours, sizes)}
+        if baselines:
+            found |= ranking_baselines(split, self.target, sizes=sizes, query=query)
+        return found
+
+    def _ranking_table(self, data: Dataset | None, support: int | None, baselines: bool) -> dict[str, dict[str, float]]:
+        sizes = SIZES if support is None else (support,)
+        found = self.rankings(data, sizes=sizes, baselines=baselines)
+        return {
+            learner: {name: float(np.nanmean(values)) for name, values in table.items()}
+            for learner, table in found.items()
+        }
 
     def scores(
         self,
@@ -344,6 +387,8 @@ class Recommender:
         baselines: bool = True,
     ) -> dict[str, Scores]:
         """What `evaluate` summarises: every test user's scores by learner; arguments as there."""
+        if self.target.kind == "ranking":
+            raise ValueError("this recommender ranks the catalogue: see rankings(), or train for clicks or ratings")
         split, query = self.split(data, "evaluate(data)"), self.protocol.query
         test, longest = split.test, int(np.maximum(split.test.lengths - query, 1).max())
         width = -(-longest // 32) * 32  # splits and support sizes share their shapes, hence what is compiled
@@ -367,6 +412,10 @@ class Recommender:
         those of the test users.
         """
         test = self.split(data, "adaptation_cost(data)").test
+        if self.target.kind == "ranking":
+            raise ValueError(
+                "the cost of adapting is measured on clicks and ratings; benchmarks/serving.py has rankings"
+            )
         width = -(-int(np.maximum(test.lengths - self.protocol.query, 1).max()) // 32) * 32
         options: dict[str, Any] = {"query": self.protocol.query, "batch_size": len(test), "buckets": (width,)}
         (batch,) = batches(test, self.target, **options)
@@ -571,9 +620,10 @@ class _Person(NamedTuple):
 
 def train(
     data: Dataset,
-    strategy: str | Callable[..., Strategy] = "alpaca",
+    strategy: str | Callable[..., Strategy] | None = None,
     model: str | Callable[..., Model] | None = None,
     *,
+    objective: str | Ranking | None = None,
     seed: int = 0,
     protocol: Protocol | None = None,
     graded: bool = True,
@@ -589,11 +639,15 @@ def train(
 
     Args:
       data: from `metarec_jax.data`.
-      strategy: a name in `metarec_jax.strategies.STRATEGIES`, or a function `(model, loss=...) -> Strategy`.
+      strategy: a name in `metarec_jax.strategies.STRATEGIES` or `RANKING`, or a function `(model, loss=...) ->
+        Strategy`; by default "stack" to rank and "alpaca" for clicks and ratings.
       model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model`; by default what
         `metarec_jax.strategies.DEFAULT_MODEL` says of the strategy, else "mlp".
+      objective: "ranking", which item of the whole catalogue a user chooses, or a `Ranking` with settings of it;
+        "click", the probability that a shown item is liked; "rating". Default: the protocol's target, and "ranking"
+        without a protocol.
       seed: of the split, the parameters and the sampling; same seed, same machine: same model.
-      protocol: which users train, validate and test, and what is predicted (default: clicks of cold users).
+      protocol: which users train, validate and test (default: `StrongGeneralisation` to rank, else `ColdUsers`).
       graded: where clicks are made from ratings, learn what each rating of a support set tells of the user, and show
         the mean rating of an item beside its share of clicks; else a rating counts as a click or none.
       strategy_options, model_options: keyword arguments of the two.
@@ -619,7 +673,11 @@ def train(
     for name in ("target", "query"):
         if name in fit_options:
             raise TypeError(f"`{name}` is the protocol's: train(..., protocol=mr.ColdUsers({name}=...))")
-    protocol = protocol or ColdUsers()
+    protocol, ranking = _asked(objective, protocol)
+    if ranking is not None:
+        fit_options["objective"] = ranking
+    if strategy is None:
+        strategy = DEFAULT_STRATEGY[protocol.target]
     model = default_model(strategy) if model is None else model
     split = protocol.split(data, seed)
     target = Target.fit(protocol, split.train, graded)
@@ -636,7 +694,8 @@ def train(
         if start.target.kind != target.kind:
             raise ValueError(f"start predicts a {start.target.kind}, this training a {target.kind}; use one target")
         fresh = jax.jit(built.init)(jax.random.key(seed))
-        fit_options["params"] = carry_over(start.params, fresh, fields_of(start.catalogue), fields_of(data), shared)
+        learned = {name: value for name, value in start.params.items() if name != TABLES}
+        fit_options["params"] = carry_over(learned, fresh, fields_of(start.catalogue), fields_of(data), shared)
     told = [fit_options.pop("report", None)]
     with (
         epochs_bar(progress, fit_options.get("epochs", EPOCHS), target.kind) as bar,
@@ -652,7 +711,7 @@ def train(
             built,
             split,
             target,
-            query=protocol.query,
+            query=getattr(protocol, "query", 10),
             statistics=statistics,
             seed=seed,
             report=report,
@@ -671,6 +730,22 @@ def train(
         (float(rating.min()), float(rating.max())),
         fitted.history,
     )
+
+
+def _asked(objective: str | Ranking | None, protocol: Protocol | None) -> tuple[Protocol, Ranking | None]:
+    """The protocol and the ranking objective that are meant; None of the latter for clicks and ratings."""
+    kind = "ranking" if isinstance(objective, Ranking) else objective
+    if kind not in (None, "ranking", "click", "rating"):
+        raise ValueError(f'objective is "ranking", "click", "rating" or a Ranking, got {objective!r}')
+    if protocol is None:
+        protocol = StrongGeneralisation() if kind in (None, "ranking") else ColdUsers(target=kind)  # type: ignore[arg-type]
+    elif kind is not None and kind != protocol.target:
+        if isinstance(protocol, StrongGeneralisation | NextItem):
+            raise ValueError(f'{type(protocol).__name__} judges rankings; objective="{kind}" needs another protocol')
+        protocol = replace(protocol, target=kind)  # type: ignore[arg-type]
+    if protocol.target != "ranking":
+        return protocol, None
+    return protocol, objective if isinstance(objective, Ranking) else Ranking()
 
 
 def load(
@@ -696,7 +771,7 @@ def load(
     levels = config["target"].get("levels")
     recipe, target = config["recipe"], Target(**config["target"] | {"levels": levels and tuple(levels)})
     chosen: dict[str, Any] = {}
-    choices: list[Any] = [("strategy", strategy, STRATEGIES), ("model", model, MODELS)]
+    choices: list[Any] = [("strategy", strategy, STRATEGIES | RANKING), ("model", model, MODELS)]
     for what, given, known in choices:
         name = recipe[what]["name"]
         if given is None and name not in known:
@@ -711,6 +786,8 @@ def load(
     if target.levels is not None:
         arrays |= shifts_of_labels(arrays, target.encode(np.array(target.levels)))
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
+    if target.kind == "ranking":
+        params = {**params, TABLES: saving.restore_tree(arrays, f"params[{TABLES!r}]", path)}
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
     protocol = PROTOCOLS[settings.pop("name", "ColdUsers")](**settings)
     found = Recommender(

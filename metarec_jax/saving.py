@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -119,6 +120,29 @@ def restore_params(arrays: Mapping[str, np.ndarray], like: Params, path: str | P
         return arrays[name]
 
     return jax.tree_util.tree_map_with_path(one, like)
+
+
+def restore_tree(arrays: Mapping[str, np.ndarray], name: str, path: str | Path) -> Params:
+    """The dicts and lists of arrays that `write` kept under `name`."""
+    found: Any = {}
+    for key, value in arrays.items():
+        if not key.startswith(name):
+            continue
+        at, keys = found, [json.loads(k.replace("'", '"')) for k in re.findall(r"\[([^\]]*)\]", key[len(name) :])]
+        for k in keys[:-1]:
+            at = at.setdefault(k, {})
+        at[keys[-1]] = value
+    if not found:
+        raise ModelFileError(f"{path}: holds no {name}; train and save the model again")
+    return _lists(found)
+
+
+def _lists(tree: Any) -> Any:
+    """Dicts whose keys are 0, 1, ... as lists."""
+    if not isinstance(tree, dict):
+        return tree
+    values = {k: _lists(v) for k, v in tree.items()}
+    return [values[k] for k in sorted(values)] if values and all(isinstance(k, int) for k in values) else values
 
 
 def part(choice: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:

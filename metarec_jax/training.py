@@ -1,8 +1,10 @@
 """Training: meta-train a strategy on the training users, keep the parameters that the validation users like best."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +21,19 @@ from metarec_jax.data.splits import Split
 from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.target import Target
 from metarec_jax.evaluation.evaluate import score_tasks, summarise
+from metarec_jax.evaluation.ranking import by_support, rank
+from metarec_jax.factorise import one_thread
+from metarec_jax.ranking_tasks import drawn, observe, widths_of
+from metarec_jax.strategies.observed import tables
+from metarec_jax.strategies.ranked import TABLES, Ranking, ranking_loss
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Params, Task
 
 EPOCHS = 60
 SHORT = {"click": 0.0, "rating": 0.8}  # share of short support sets in training
-SELECT = {"click": "log_loss", "rating": "rmse"}  # what validation minimises
+SELECT = {"click": "log_loss", "rating": "rmse", "ranking": "ndcg@100"}  # what validation looks at
+HIGHEST = ("ranking",)  # targets of which that is to be high
+VALIDATED = 1024  # validation users of a ranking that are looked at after each epoch
 
 
 class Fitted(NamedTuple):
@@ -73,6 +82,7 @@ def fit(
     statistics: ItemStatistics | None = None,
     seed: int = 0,
     params: Params | None = None,
+    objective: Ranking | None = None,
     checkpoint: str | Path | None = None,
     told: Mapping[str, Any] | None = None,
     report: Callable[[int, dict[str, float]], Any] | None = None,
@@ -108,6 +118,9 @@ def fit(
       statistics: takes a training user's own interactions out of the item field that it made, when the data has it.
       seed: of the initial parameters and of the sampling.
       params: initial parameters (default: those of `strategy.init`).
+      objective: of a ranking (default `Ranking()`), whose own `query`, `unknown` and `short` count; `noise` is for
+        clicks and ratings. An epoch has 4,096 training users at most and looks at the nDCG@100 of 1,024 validation
+        users among all items, a mean over 1, 3, 5, 10 and all support positives.
       checkpoint: a file that holds the training after each epoch; the same call goes on from it, with the same result
         as one that was never stopped. Of the optimiser only the shapes of its state are compared: give the same.
       told: what else tells this training from others, kept in the checkpoint and compared, as JSON holds it.
@@ -118,33 +131,35 @@ def fit(
       ModelFileError: `checkpoint` is damaged or of another training.
     """
     optimizer = default_optimizer() if optimizer is None else optimizer
-    short = SHORT[target.kind] if short is None else short
-    lengths = np.clip(split.train.lengths - query, 1, max_support)
-    widths = bucket_sizes(lengths, buckets) if isinstance(buckets, int) else buckets
-    sampling: dict[str, Any] = {
-        "query": query, "batch_size": batch_size, "unknown": unknown, "short": short, "noise": noise,
-    }  # fmt: skip
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    key = jax.random.key(seed)
+    if target.kind == "ranking":
+        objective = Ranking() if objective is None else objective
+        source = _ranking(strategy, split, target, objective, query, batch_size, max_support, buckets, statistics, seed)
+    else:
+        short = SHORT[target.kind] if short is None else short
+        sampling = {"query": query, "batch_size": batch_size, "unknown": unknown, "short": short, "noise": noise}
+        source = _pointwise(strategy, split, target, sampling, max_support, buckets, statistics)
     # a copy, because steps write over what they are given
     params = jax.jit(strategy.init)(key) if params is None else jax.tree.map(jnp.array, params)
     start = jax.device_get(params)
-    at = _State(params, jax.jit(optimizer.init)(params), start, Fitted(start, -1, []), rng, key)
-    setting = sampling | {"seed": seed, "average": average, "widths": [*map(int, widths)], "target": asdict(target)}
+    at = _State(params, jax.jit(optimizer.init)(params), start, Fitted(start, -1, []), np.random.default_rng(seed), key)
+    setting = source.setting | {"seed": seed, "average": average, "target": asdict(target)}
     setting |= {"params": [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]}
     setting |= {"users": sha256(split.train.users.tobytes()).hexdigest()} | dict(told or {})
     if checkpoint is not None:
         at = at.restored(checkpoint, setting)
-    first = min(epochs // 3 if min_epochs is None else min_epochs, epochs - 1)
-    validation = partial(batches, split.validation, target, query=query, batch_size=batch_size, buckets=widths[-1:])
+    share = 10 if target.kind == "ranking" else 3
+    first = min(epochs // share if min_epochs is None else min_epochs, epochs - 1)
+    judged, sign = SELECT[target.kind], -1 if target.kind in HIGHEST else 1
     for epoch in range(len(at.best.history), epochs):
         if epoch - 1 > first and epoch - 1 - at.best.epoch >= patience:
             break
         params, state, averaged, best, rng, key = at
         losses = []
-        for batch in batches(split.train, target, buckets=widths, statistics=statistics, rng=rng, **sampling):
+        for task, tables in source.batches(rng):
             key, step_key = jax.random.split(key)
             params, state, aux = _step(
-                params, state, batch.task, step_key, loss=strategy.loss, optimizer=optimizer, chunk=chunk
+                params, state, tables, task, step_key, loss=source.loss, optimizer=optimizer, chunk=chunk
             )
             losses.append(aux["loss"])
         loss = float(np.mean(jax.device_get(losses)))
@@ -154,20 +169,117 @@ def fit(
                 "size; inner Adam needs optax.adam(..., eps_root=1e-8)"
             )
         averaged = _average(averaged, params, average * (epoch > 0))
-        tables = [
-            summarise(score_tasks(strategy, averaged, validation(support=size), target), target.kind)
-            for size in ((3, None) if short else (None,))
-        ]
-        entry = {"loss": loss} | {name: float(np.mean([table[name] for table in tables])) for name in tables[0]}
+        entry = {"loss": loss} | source.validate(averaged)
         if report is not None:
             report(epoch, entry)
-        history, judged = [*best.history, entry], SELECT[target.kind]
-        if epoch <= first or entry[judged] < history[best.epoch][judged]:
+        history = [*best.history, entry]
+        if epoch <= first or sign * entry[judged] < sign * history[best.epoch][judged]:
             best = Fitted(jax.device_get(averaged), epoch, history)
         at = _State(params, state, averaged, best._replace(history=history), rng, key)
         if checkpoint is not None:
             at.save(checkpoint, setting)
-    return at.best
+    return at.best._replace(params=source.whole(at.best.params))
+
+
+class _Source(NamedTuple):
+    """What a training of one kind of target draws and looks at.
+
+    Attributes:
+      batches: `batches(rng)`, one epoch of tasks, each with the tables that its loss reads.
+      loss: `loss(params, task, key) -> (scalar, aux)`, where `params` hold the tables.
+      validate: `validate(params)`, metrics of the validation users.
+      whole: `whole(params)`, the parameters with the tables of all training users.
+      setting: what a checkpoint compares.
+    """
+
+    batches: Callable[[np.random.Generator], Iterator[tuple[Any, Params]]]
+    loss: Callable[..., Any]
+    validate: Callable[[Params], dict[str, float]]
+    whole: Callable[[Params], Params]
+    setting: dict[str, Any]
+
+
+def _pointwise(
+    strategy: Strategy,
+    split: Split,
+    target: Target,
+    sampling: dict[str, Any],
+    max_support: int,
+    buckets: int | tuple[int, ...],
+    statistics: ItemStatistics | None,
+) -> _Source:
+    """Clicks and ratings: tasks of support and query, the loss of the strategy."""
+    lengths = np.clip(split.train.lengths - sampling["query"], 1, max_support)
+    widths = bucket_sizes(lengths, buckets) if isinstance(buckets, int) else buckets
+
+    def epoch(rng: np.random.Generator) -> Iterator[tuple[Any, Params]]:
+        for batch in batches(split.train, target, buckets=widths, statistics=statistics, rng=rng, **sampling):
+            yield batch.task, {}
+
+    def validate(params: Params) -> dict[str, float]:
+        shape = {"query": sampling["query"], "batch_size": sampling["batch_size"], "buckets": widths[-1:]}
+        tables = []
+        for size in (3, None) if sampling["short"] else (None,):
+            tasks = batches(split.validation, target, support=size, **shape)
+            tables.append(summarise(score_tasks(strategy, params, tasks, target), target.kind))
+        return {name: float(np.mean([table[name] for table in tables])) for name in tables[0]}
+
+    return _Source(epoch, strategy.loss, validate, lambda params: params, sampling | {"widths": [*map(int, widths)]})
+
+
+def _ranking(
+    strategy: Strategy,
+    split: Split,
+    target: Target,
+    objective: Ranking,
+    query: int,
+    batch_size: int,
+    max_support: int,
+    buckets: int | tuple[int, ...],
+    statistics: ItemStatistics | None,
+    seed: int,
+) -> _Source:
+    """A ranking: supports and queries among all items, tables of the other folds of the training users."""
+    widths = widths_of(split.train, max_support, buckets) if isinstance(buckets, int) else buckets
+    users, place = np.unique(split.train.users, return_inverse=True)
+    fold_of = np.random.default_rng([seed, 1]).permutation(len(users)) % objective.folds
+    fold, observed = fold_of[place], observe(split.train, target)
+
+    def without(k: int) -> Params:
+        """The tables of the users outside a fold."""
+        kept = np.flatnonzero(fold_of != k)
+        part = observed.of(kept)
+        if statistics is not None:
+            histories = split.train.take(np.flatnonzero(fold != k))
+            part = part._replace(features=observe(histories, target, ItemStatistics.fit(histories, target)).features)
+        return tables(strategy, part)
+
+    with one_thread(), ThreadPoolExecutor(os.cpu_count()) as threads:
+        made = threads.map(lambda k: tables(strategy, observed) if k < 0 else without(k), range(-1, objective.folds))
+        everybody, *folds = (jax.device_put(found) for found in made)
+    loss = _ranking_loss(strategy, objective)
+    some = split.validation.take(np.arange(min(len(split.validation), VALIDATED)))
+
+    def epoch(rng: np.random.Generator) -> Iterator[tuple[Any, Params]]:
+        for task, k in drawn(split.train, target, objective, batch_size=batch_size, widths=widths, fold=fold, rng=rng):
+            yield task, folds[k]
+
+    def whole(params: Params) -> Params:
+        return {**params, TABLES: everybody}
+
+    def validate(params: Params) -> dict[str, float]:
+        found = by_support(lambda size: rank(strategy, whole(params), some, target, query=query, support=size))
+        ndcg = [float(np.nanmean(values)) for name, values in found.items() if name.startswith("ndcg@100")]
+        return {"ndcg@100": float(np.mean(ndcg))}
+
+    setting = {"objective": asdict(objective), "batch_size": batch_size, "widths": [*map(int, widths)]}
+    return _Source(epoch, loss, validate, whole, setting)
+
+
+@lru_cache(maxsize=64)
+def _ranking_loss(strategy: Strategy, objective: Ranking) -> Callable[..., Any]:
+    """The same function for the same arguments, so that `jit` knows it again."""
+    return ranking_loss(strategy, objective)
 
 
 class _State(NamedTuple):
@@ -202,10 +314,25 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnames=("loss", "optimizer", "chunk"), donate_argnames=("params", "state"))
 def _step(
-    params: Params, state: Any, task: Task, key: jax.Array, *, loss: Any, optimizer: Any, chunk: int | None
+    params: Params,
+    state: Any,
+    tables: Params,
+    task: Task,
+    key: jax.Array,
+    *,
+    loss: Any,
+    optimizer: Any,
+    chunk: int | None,
 ) -> Any:
-    """`meta_step`, compiled once for each loss, optimiser and shape, also over several calls of `fit`."""
-    return meta_step(loss, optimizer, chunk=chunk)(params, state, task, key)
+    """`meta_step`, compiled once for each loss, optimiser and shape, also over several calls of `fit`.
+
+    The loss finds the tables among the parameters; no gradient and no optimiser reaches them.
+    """
+
+    def of_tables(params: Params, task: Task, key: jax.Array) -> Any:
+        return loss({**params, TABLES: tables} if tables else params, task, key)
+
+    return meta_step(of_tables, optimizer, chunk=chunk)(params, state, task, key)
 
 
 @jax.jit

@@ -1,12 +1,13 @@
-"""Protocols besides cold users: split in time, and MeLU's four scenarios. Each is a value with a `split`."""
+"""Protocols besides cold users: split in time, MeLU's four scenarios, and the table of all. Each has a `split`."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from metarec_jax.data.dataset import Dataset
-from metarec_jax.data.splits import ColdUsers, Histories, Split
+from metarec_jax.data.ranking_protocols import NextItem, StrongGeneralisation
+from metarec_jax.data.splits import KINDS, ColdUsers, Histories, Kind, Split
 from metarec_jax.errors import DataError
 
 
@@ -25,7 +26,8 @@ class TimeSplit:
         moment that their query must follow: cold users.
       query: size of the query set; a tested user has so many interactions after the moment, and one more.
       maximum: a task holds at most so many interactions, the latest.
-      target: "click" (1 where the rating is at least `threshold`, else 0) or "rating".
+      target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (the clicks of the
+        query are to be found among all items).
       threshold: the lowest rating that counts as a click.
     """
 
@@ -34,12 +36,12 @@ class TimeSplit:
     users: Literal["all", "new"] = "all"
     query: int = 10
     maximum: int = 500
-    target: Literal["click", "rating"] = "click"
+    target: Kind = "click"
     threshold: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.users not in ("all", "new") or self.target not in ("click", "rating"):
-            raise ValueError(f'users is "all" or "new", target "click" or "rating"; got {self}')
+        if self.users not in ("all", "new") or self.target not in KINDS:
+            raise ValueError(f'users is "all" or "new", target "click", "rating" or "ranking"; got {self}')
         if not 1 <= self.query < self.maximum:
             raise ValueError(f"need 1 <= query < maximum, got query={self.query}, maximum={self.maximum}")
         if len(self.fractions) != 3 or min(self.fractions) <= 0 or not abs(sum(self.fractions) - 1) <= 1e-6:
@@ -97,7 +99,8 @@ class Scenario:
       new: share of the users, and of the items, that are new.
       query: size of the query set.
       minimum, maximum: interactions that a task must have.
-      target: "click" (1 where the rating is at least `threshold`, else 0) or "rating".
+      target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (the clicks of the
+        query are to be found among all items).
       threshold: the lowest rating that counts as a click.
 
     References:
@@ -109,12 +112,15 @@ class Scenario:
     query: int = 10
     minimum: int = 13
     maximum: int = 100
-    target: Literal["click", "rating"] = "rating"
+    target: Kind = "rating"
     threshold: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("warm", "cold user", "cold item", "cold both") or self.target not in ("click", "rating"):
-            raise ValueError(f'kind is "warm", "cold user", "cold item" or "cold both"; got {self}')
+        if self.kind not in ("warm", "cold user", "cold item", "cold both") or self.target not in KINDS:
+            raise ValueError(
+                'kind is "warm", "cold user", "cold item" or "cold both", target "click", "rating" or "ranking"; '
+                f"got {self}"
+            )
         if not (0 < self.new < 1 and 1 <= self.query < self.minimum <= self.maximum):
             raise ValueError(f"need 0 < new < 1 and 1 <= query < minimum <= maximum, got {self}")
 
@@ -154,5 +160,5 @@ class Scenario:
         return histories.take(np.flatnonzero((length >= self.minimum) & (length <= self.maximum)))
 
 
-PROTOCOLS: dict[str, Any] = {protocol.__name__: protocol for protocol in (ColdUsers, TimeSplit, Scenario)}
-Protocol = ColdUsers | TimeSplit | Scenario
+Protocol = ColdUsers | TimeSplit | Scenario | StrongGeneralisation | NextItem
+PROTOCOLS: dict[str, Any] = {protocol.__name__: protocol for protocol in get_args(Protocol)}

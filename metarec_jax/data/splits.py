@@ -1,12 +1,15 @@
 """Splits: which users meta-train, which validate and which test, as a protocol that is a value."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.errors import DataError
+
+Kind = Literal["click", "rating", "ranking"]  # what a protocol's `target` may be
+KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +26,7 @@ class Histories:
       index: `[interactions]` positions in the dataset's arrays.
       ordered: each user's interactions are there from the latest to the first, and tasks keep that order: support
         before query, also in training.
+      queries: `[n]` how many of each user's first interactions are its query; None: as many as the caller asks for.
     """
 
     data: Dataset
@@ -30,6 +34,7 @@ class Histories:
     starts: np.ndarray
     index: np.ndarray
     ordered: bool = False
+    queries: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -50,23 +55,39 @@ class Histories:
 
     def take(self, positions: np.ndarray, most: int | None = None) -> "Histories":
         """The users at these positions, each with its interactions, or with the first `most` of them, in the same
-        order."""
+        order; `queries` are cut to `most` as well."""
         length = self.lengths[positions] if most is None else np.minimum(self.lengths[positions], most)
         starts = np.concatenate([[0], np.cumsum(length)]).astype(int)
         within = np.arange(starts[-1]) - np.repeat(starts[:-1], length)
         index = self.index[np.repeat(self.starts[positions], length) + within]
-        return replace(self, users=self.users[positions], starts=starts, index=index)
+        queries = None if self.queries is None else np.minimum(self.queries[positions], length)
+        return replace(self, users=self.users[positions], starts=starts, index=index, queries=queries)
 
     def latest_first(self) -> "Histories":
-        """The same users, each with its interactions from the latest to the first, as tasks in time take them."""
-        owner = np.repeat(np.arange(len(self)), self.lengths)
-        by_time = np.lexsort((-self.data.order[self.index], owner))
-        return replace(self, index=self.index[by_time], ordered=True)
+        """The same users, each with its interactions from the latest to the first, as tasks in time take them.
+
+        Raises:
+          ValueError: the histories have `queries`.
+        """
+        return self._sorted(-self.data.order[self.index], ordered=True)
 
     def shuffled(self, rng: np.random.Generator) -> "Histories":
-        """The same users, each with its interactions in random order."""
+        """The same users, each with its interactions in random order.
+
+        Raises:
+          ValueError: the histories have `queries`.
+        """
+        return self._sorted(rng.random(len(self.index)))
+
+    def _sorted(self, key: np.ndarray, **changes: Any) -> "Histories":
+        """The same users, each with its interactions by ascending `key` `[interactions]`."""
+        if self.queries is not None:
+            raise ValueError(
+                "these histories say how many of the first interactions are a user's query (`queries`), and another "
+                "order would mix query and support; drop the counts first: dataclasses.replace(histories, queries=None)"
+            )
         owner = np.repeat(np.arange(len(self)), self.lengths)
-        return replace(self, index=self.index[np.lexsort((rng.random(len(owner)), owner))])
+        return replace(self, index=self.index[np.lexsort((key, owner))], **changes)
 
 
 class Split(NamedTuple):
@@ -75,6 +96,17 @@ class Split(NamedTuple):
     train: Histories
     validation: Histories
     test: Histories
+
+
+def check_fractions(fractions: tuple[float, ...]) -> None:
+    """Raise a ValueError unless `fractions` are three shares that sum to 1."""
+    if len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1) <= 1e-6:
+        raise ValueError(f"fractions must be three shares that sum to 1, got {fractions}")
+
+
+def divide(users: np.ndarray, fractions: tuple[float, ...], rng: np.random.Generator) -> list[np.ndarray]:
+    """Permute `users` and cut them into three parts of these `fractions`."""
+    return np.split(rng.permutation(users), np.round(np.cumsum(fractions[:2]) * len(users)).astype(int))
 
 
 @dataclass(frozen=True)
@@ -88,7 +120,8 @@ class ColdUsers:
       minimum, maximum: interactions that a user must have to be split.
       query: size of the query set.
       fractions: train, validation, test; they sum to 1.
-      target: "click" (1 where the rating is at least `threshold`, else 0) or "rating".
+      target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (the clicks of the
+        query are to be found among all items).
       threshold: the lowest rating that counts as a click.
       train_on: "window" trains on the split's training users only; "all" adds every user outside the window
         (those with at least two interactions), who are never validation or test users.
@@ -98,7 +131,7 @@ class ColdUsers:
     maximum: int = 100
     query: int = 10
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    target: Literal["click", "rating"] = "click"
+    target: Kind = "click"
     threshold: float = 4.0
     train_on: Literal["window", "all"] = "window"
 
@@ -108,10 +141,9 @@ class ColdUsers:
                 "need 1 <= query < minimum <= maximum, so that every user has a support set; got "
                 f"query={self.query}, minimum={self.minimum}, maximum={self.maximum}"
             )
-        if len(self.fractions) != 3 or min(self.fractions) < 0 or not abs(sum(self.fractions) - 1) <= 1e-6:
-            raise ValueError(f"fractions must be three shares that sum to 1, got {self.fractions}")
-        if self.target not in ("click", "rating") or self.train_on not in ("window", "all"):
-            raise ValueError(f'target is "click" or "rating", train_on "window" or "all"; got {self}')
+        check_fractions(self.fractions)
+        if self.target not in KINDS or self.train_on not in ("window", "all"):
+            raise ValueError(f'target is "click", "rating" or "ranking", train_on "window" or "all"; got {self}')
 
     def split(self, data: Dataset, seed: int = 0) -> Split:
         """Split the users of a dataset; the same seed gives the same split and the same queries.
@@ -122,8 +154,7 @@ class ColdUsers:
         rng = np.random.default_rng(seed)
         counts = np.bincount(data.user, minlength=len(data.users))
         window = np.flatnonzero((counts >= self.minimum) & (counts <= self.maximum))
-        cuts = np.round(np.cumsum(self.fractions[:2]) * len(window)).astype(int)
-        parts = np.split(rng.permutation(window), cuts)
+        parts = divide(window, self.fractions, rng)
         if any(len(part) == 0 for part in parts):
             raise DataError(
                 f"{data.name}: {len(window)} users have {self.minimum} to {self.maximum} interactions, too "

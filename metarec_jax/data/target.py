@@ -17,7 +17,7 @@ class Target:
     """Ratings to what the model predicts, and back; `encode`, `grade` and `decode` take arrays of numpy or of JAX.
 
     Attributes:
-      kind: "click" or "rating".
+      kind: "click", "rating" or "ranking".
       threshold: lowest rating that is a click.
       mean, scale: a rating is standardised by these.
       levels: of clicks, ratings in ascending order, all there are or some between the lowest and the highest: support
@@ -41,7 +41,15 @@ class Target:
         if protocol.target == "rating":
             return cls("rating", protocol.threshold, float(rating.mean()), float(rating.std()) or 1.0)
         found = np.unique(rating)
-        if found[0] >= protocol.threshold or found[-1] < protocol.threshold:
+        if protocol.target == "ranking":
+            if len(found) == 1 or protocol.threshold is None:  # all that users did is positive
+                return cls("ranking", float("-inf"))
+            if found[-1] < protocol.threshold:
+                raise DataError(
+                    f"rating: the highest of the training users is {found[-1]:g}, so that none is positive (threshold "
+                    f"{protocol.threshold:g}); give the protocol another threshold"
+                )
+        elif found[0] >= protocol.threshold or found[-1] < protocol.threshold:
             raise DataError(
                 f"rating: all of the training users go from {found[0]:g} to {found[-1]:g}, so that "
                 f"{'each' if found[0] >= protocol.threshold else 'none'} is a click (threshold {protocol.threshold:g}) "
@@ -50,11 +58,12 @@ class Target:
             )
         if len(found) > MOST_LEVELS:
             found = np.unique(np.quantile(found, np.linspace(0, 1, MOST_LEVELS)))
-        return cls("click", protocol.threshold, levels=tuple(found.tolist()) if graded and len(found) > 2 else None)
+        levels = tuple(found.tolist()) if graded and len(found) > 2 else None
+        return cls(protocol.target, protocol.threshold, levels=levels)
 
     def encode(self, rating: Any) -> Any:
         """float32 targets of ratings."""
-        if self.kind == "click":
+        if self.kind != "rating":
             return (rating >= self.threshold).astype(np.float32)
         return ((rating - self.mean) / self.scale).astype(np.float32)
 
@@ -71,7 +80,9 @@ class Target:
         return np.stack([self.encode(rating)] + [self.grade(rating)] * (self.levels is not None), -1)
 
     def decode(self, scores: Any) -> Any:
-        """Model scores as click probabilities (scores are logits) or as ratings."""
+        """Model scores as click probabilities (scores are logits), as ratings, or, of a ranking, as they are."""
+        if self.kind == "ranking":
+            return scores
         if self.kind == "click":
             array = scores.__array_namespace__()
             return 1 / (1 + array.exp(-array.clip(scores, -60, 60)))

@@ -83,9 +83,14 @@ def precision_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) 
     return _defined(_top(k, scores, target, mask).sum(1) / k, mask)
 
 
-def recall_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[users]` share of a user's positives that are in the top k; NaN for users without positives."""
-    return _top(k, scores, target, mask).sum(1) / _or_nan(_kept(target, mask).sum(1))
+def recall_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array, normalised: bool = False) -> jax.Array:
+    """`[users]` share of a user's positives that are in the top k; NaN for users without positives.
+
+    With `normalised` the denominator is min(k, positives), so that the best possible list has 1: Recall@R of Liang et
+    al. (WWW 2018, section 4).
+    """
+    positives = _kept(target, mask).sum(1)
+    return _top(k, scores, target, mask).sum(1) / _or_nan(jnp.minimum(k, positives) if normalised else positives)
 
 
 def f1_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
@@ -113,7 +118,8 @@ def ndcg_at(
     """`[users]` discounted cumulative gain over the best possible one; NaN for users without gain.
 
     The discount is 1 / log2(1 + rank); the gain is the target (Järvelin and Kekäläinen, 2002) or 2^target - 1
-    (Burges et al., 2005). For clicks the two are the same.
+    (Burges et al., 2005). For clicks the two are the same, and equal nDCG@R of Liang et al. (WWW 2018, section 4): the
+    best possible list has min(k, positives) positives at the top.
     """
     gains = target if gain == "linear" else jnp.exp2(jnp.asarray(target, jnp.float32)) - 1
     gained = _kept(gains, mask)
@@ -180,6 +186,19 @@ def rating_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dic
         "rmse": rmse(scores, target, mask),
         "mae": mae(scores, target, mask),
         "ndcg@5": mean_defined(ndcg_at(5, scores, target, mask)),
+    }
+
+
+@jax.jit
+def ranking_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """The ranking table of 0/1 targets: nDCG@10 and @100, normalised recall@20 and @50, hit rate@10, MRR@10."""
+    return {
+        "ndcg@10": mean_defined(ndcg_at(10, scores, target, mask)),
+        "ndcg@100": mean_defined(ndcg_at(100, scores, target, mask)),
+        "recall@20": mean_defined(recall_at(20, scores, target, mask, normalised=True)),
+        "recall@50": mean_defined(recall_at(50, scores, target, mask, normalised=True)),
+        "hit_rate@10": mean_defined(hit_rate_at(10, scores, target, mask)),
+        "mrr@10": mean_defined(mrr_at(10, scores, target, mask)),
     }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
 from metarec_jax.models.attention import hstu, transformer
+from metarec_jax.models.design import design
 from metarec_jax.models.factorisation import deepfm, fm
 from metarec_jax.models.mlp import linear, mlp
 from metarec_jax.models.model import Encoder, Model, from_nnx
@@ -21,6 +22,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "gru": gru,
     "transformer": transformer,
     "hstu": hstu,
+    "design": design,
 }
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Encoder",
     "Model",
     "deepfm",
+    "design",
     "fields_of",
     "fm",
     "from_nnx",

@@ -23,6 +23,7 @@ class Model(NamedTuple):
       width: of what `embed` returns; strategies with networks of their own on top of `embed` need it.
       profile: reads the task's own fields (a user's attributes); strategies that start from them need it.
       history: whether `apply` and `embed` read `History` features; `with_history` makes a strategy pass them.
+      items: rows of the catalogue; strategies with a parameter for each item need it.
     """
 
     init: Callable[[jax.Array], Params]
@@ -32,6 +33,7 @@ class Model(NamedTuple):
     width: int | None = None
     profile: Encoder | None = None
     history: bool = False
+    items: int | None = None
 
 
 class Encoder(NamedTuple):

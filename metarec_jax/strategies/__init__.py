@@ -9,9 +9,11 @@ from collections.abc import Callable
 from metarec_jax.strategies.alpaca import alpaca
 from metarec_jax.strategies.cavia import cavia
 from metarec_jax.strategies.cold_items import gme, metaemb
+from metarec_jax.strategies.ease import ease
 from metarec_jax.strategies.ensemble import ensemble, fit_weights, given, mixture
 from metarec_jax.strategies.gradient import anil, fomaml, maml, melu
 from metarec_jax.strategies.history import with_history
+from metarec_jax.strategies.ials import ials
 from metarec_jax.strategies.imaml import imaml
 from metarec_jax.strategies.in_context import in_context
 from metarec_jax.strategies.labels import with_labels
@@ -22,9 +24,12 @@ from metarec_jax.strategies.metasgd import meta_sgd
 from metarec_jax.strategies.metric import lwa, nlba, prototypes
 from metarec_jax.strategies.mwuf import mwuf
 from metarec_jax.strategies.process import anp, cnp, tanp
+from metarec_jax.strategies.ranked import Ranking, ranked
 from metarec_jax.strategies.reptile import reptile
 from metarec_jax.strategies.reweight import reweighted
 from metarec_jax.strategies.ridge import ridge
+from metarec_jax.strategies.softmax_ridge import softmax_ridge
+from metarec_jax.strategies.stack import stack
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.structure import gated, meta_reg, sparse_maml
 from metarec_jax.strategies.transfer import finetune, finetune_head, lora, pretrain
@@ -63,6 +68,14 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "lora": lora,
 }
 
+RANKING: dict[str, Callable[..., Strategy]] = {  # those that only rank
+    "ials": ials,
+    "ease": ease,
+    "softmax_ridge": softmax_ridge,
+    "stack": stack,
+}
+
+
 DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
     "ridge": "linear",
     "cnp": "linear",
@@ -72,17 +85,24 @@ DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
     "lwa": "linear",
     "nlba": "linear",
     "in_context": "transformer",
+    "ials": "design",
+    "ease": "design",
+    "softmax_ridge": "linear",
+    "stack": "design",
 }
 
 __all__ = [
     "DEFAULT_MODEL",
+    "RANKING",
     "STRATEGIES",
+    "Ranking",
     "Strategy",
     "alpaca",
     "anil",
     "anp",
     "cavia",
     "cnp",
+    "ease",
     "ensemble",
     "finetune",
     "finetune_head",
@@ -91,6 +111,7 @@ __all__ = [
     "gated",
     "given",
     "gme",
+    "ials",
     "imaml",
     "in_context",
     "limaml",
@@ -108,10 +129,13 @@ __all__ = [
     "nlba",
     "pretrain",
     "prototypes",
+    "ranked",
     "reptile",
     "reweighted",
     "ridge",
+    "softmax_ridge",
     "sparse_maml",
+    "stack",
     "tanp",
     "with_history",
     "with_labels",

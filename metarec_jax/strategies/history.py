@@ -30,7 +30,9 @@ def with_history(strategy: Strategy) -> Strategy:
         own, support = adapted
         return strategy.deviation(params, own, reading_all(support, features))
 
-    return Strategy(strategy.init, adapt, predict, loss, deviation if strategy.deviation else None)
+    return strategy._replace(
+        adapt=adapt, predict=predict, loss=loss, deviation=deviation if strategy.deviation else None
+    )
 
 
 def reading_the_others(support: Examples) -> Examples:

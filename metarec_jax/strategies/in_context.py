@@ -55,4 +55,4 @@ def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
             value += dense * query_loss(predict(params, (), task.support.features), truth(task.support), loss)
         return value, {}
 
-    return with_history(Strategy(init, adapt, predict, meta_loss))
+    return with_history(Strategy(init, adapt, predict, meta_loss, contrast=False))

@@ -1,6 +1,7 @@
 """Labels: what each rating of a support set is worth as evidence of a click, learned by the meta-gradient."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,24 @@ def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float])
         assert strategy.deviation is not None
         return strategy.deviation(own(params), adapted, features)
 
-    return Strategy(init, adapt, predict, loss, deviation if strategy.deviation else None, labelled=True)
+    def items(params: Params, features: Features) -> Any:
+        assert strategy.items is not None
+        return strategy.items(own(params), features)
+
+    def score(params: Params, adapted: Adapted, side: Any) -> jax.Array:
+        assert strategy.score is not None
+        return strategy.score(own(params), adapted, side)
+
+    return strategy._replace(
+        init=init,
+        adapt=adapt,
+        predict=predict,
+        loss=loss,
+        deviation=deviation if strategy.deviation else None,
+        labelled=True,
+        items=items if strategy.items else None,
+        score=score if strategy.score else None,
+    )
 
 
 def shifts_of_labels(arrays: Mapping[str, np.ndarray], start: np.ndarray) -> dict[str, np.ndarray]:

@@ -177,4 +177,4 @@ def from_classes(
         scores = predict(params, adapt(params, task.support, key), task.query.features)
         return query_loss(scores, task.query, loss), {}
 
-    return Strategy(init, adapt, predict, meta_loss)
+    return Strategy(init, adapt, predict, meta_loss, contrast=False)

@@ -54,7 +54,7 @@ def cnp(
         scores = score.apply(params, adapt(params, task.support, key), task.query.features)
         return query_loss(scores, task.query, loss), {}
 
-    return Strategy(init, adapt, score.apply, meta_loss)
+    return Strategy(init, adapt, score.apply, meta_loss, contrast=False)
 
 
 def anp(
@@ -138,7 +138,7 @@ def anp(
         scores = predict(params, adapted | {"z": z}, task.query.features)
         return query_loss(scores, task.query, loss) + kl * divergence, {"kl": divergence}
 
-    return Strategy(init, adapt, predict, meta_loss)
+    return Strategy(init, adapt, predict, meta_loss, contrast=False)
 
 
 def tanp(
@@ -232,7 +232,7 @@ def tanp(
         grouping = clustering_loss(log_c, jnp.any(batch.query.mask > 0, axis=1))
         return fit + kl * divergence + clustering * grouping, {"kl": divergence, "clustering": grouping}
 
-    return Strategy(init, adapt, predict, meta_loss)
+    return Strategy(init, adapt, predict, meta_loss, contrast=False)
 
 
 def pairs(model: Model, params: Params, examples: Examples) -> jax.Array:

@@ -60,4 +60,4 @@ def reptile(
         surrogate = -sum(jax.tree.leaves(jax.tree.map(jnp.vdot, params, jax.lax.stop_gradient(change))))
         return value + surrogate - jax.lax.stop_gradient(surrogate), {"failed": adapted.failed.sum()}
 
-    return Strategy(model.init, adapt, predict, meta_loss)
+    return Strategy(model.init, adapt, predict, meta_loss, outer="own")

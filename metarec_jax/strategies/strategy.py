@@ -1,7 +1,7 @@
 """Strategy: a way to adapt a shared recommender to each user, as a value of pure functions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -21,6 +21,16 @@ class Strategy(NamedTuple):
       deviation: `deviation(params, adapted, features) -> [users, examples]`, the predictive standard deviation of a
         rating (its noise included) or of a click's logit; None where the strategy does not know it.
       labelled: whether it has labels of its own for the grades of support targets (`with_labels`).
+      items: `items(params, features) -> side`: what it computes of items alone, features `[n, ...]` without an axis of
+        users, arrays `[n, ...]`. Computed once a step in training and once a model version in serving. None: read from
+        `predict` instead.
+      score: `score(params, adapted, side) -> [users, n]`, given with `items`: the scores of `predict` from them.
+      fit: `fit(observed) -> arrays`, what it learns from the training users in closed form; `adapt` and all else find
+        it in `params["tables"]["fitted"]`, where no gradient reaches it.
+      ranks: whether it adapts to positives alone and scores the whole catalogue; the others learn to by `ranked`.
+      contrast: whether it fits the support targets and hence needs negatives among them, which `ranked` draws.
+      outer: what its loss differentiates, which `ranked` keeps: "query", the query loss after adapting; "shared", that
+        of the shared model, before adapting; "own", a rule that cannot be written as a loss of query scores.
     """
 
     init: Callable[[jax.Array], Params]
@@ -29,3 +39,9 @@ class Strategy(NamedTuple):
     loss: Callable[[Params, Task, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     deviation: Callable[[Params, Adapted, Features], jax.Array] | None = None
     labelled: bool = False
+    items: Callable[[Params, Features], Any] | None = None
+    score: Callable[[Params, Adapted, Any], jax.Array] | None = None
+    fit: Callable[[Any], Params] | None = None
+    ranks: bool = False
+    contrast: bool = True
+    outer: Literal["query", "shared", "own"] = "query"

@@ -36,7 +36,14 @@ def pretrain(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error) 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         return model.apply(params["model"], features)
 
-    return Strategy(lambda key: {"model": model.init(key)}, adapt, predict, _loss_of_all(model, loss))
+    return Strategy(
+        lambda key: {"model": model.init(key)},
+        adapt,
+        predict,
+        _loss_of_all(model, loss),
+        contrast=False,
+        outer="shared",
+    )
 
 
 def finetune(
@@ -69,7 +76,7 @@ def finetune(
     tuned = maml(
         model, loss=loss, inner=inner, steps=steps, learn_step_size=False, first_order=True, groups=groups, count=count
     )
-    return tuned._replace(loss=_loss_of_all(model, loss))
+    return tuned._replace(loss=_loss_of_all(model, loss), outer="shared")
 
 
 def finetune_head(
@@ -162,7 +169,7 @@ def lora(
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         return core.predict(apply, start(params)[0], adapted, features)
 
-    return pretrain(model, loss=loss)._replace(adapt=adapt, predict=predict)
+    return pretrain(model, loss=loss)._replace(adapt=adapt, predict=predict, contrast=True)
 
 
 def _loss_of_all(model: Model, loss: PointwiseLoss) -> Loss:

@@ -1,10 +1,12 @@
 """Metrics of recommended lists equal plain loops over the definitions."""
 
+import itertools
 import math
 
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from sklearn.metrics.pairwise import cosine_distances
 
 from metarec_jax.evaluation import lists as metrics
@@ -36,6 +38,37 @@ def test_novelty_is_the_mean_surprise_in_bits(lists):
     for value, row in zip(found, lists, strict=True):
         bits = [-math.log2(share[i]) for i in row if i >= 0]
         np.testing.assert_allclose(value, np.mean(bits) if bits else math.nan, rtol=1e-5)
+
+
+def test_the_popularity_rank_is_the_mean_rank_of_a_lists_items(lists):
+    popularity = np.random.default_rng(0).integers(0, 5, ITEMS)  # with ties
+    found = np.asarray(metrics.popularity_rank(lists, popularity))
+    rank = scipy.stats.rankdata(-popularity)
+    for value, row in zip(found, lists, strict=True):
+        np.testing.assert_allclose(value, rank[row[row >= 0]].mean() if row.max() >= 0 else math.nan, rtol=1e-6)
+    np.testing.assert_allclose(metrics.popularity_rank(np.arange(3)[:, None], np.array([0.3, 0.9, 0.3])), [2.5, 1, 2.5])
+
+
+def jaccard(lists) -> float:
+    """Mean over the pairs of which one list is not empty."""
+    sets = [set(row[row >= 0].tolist()) for row in np.asarray(lists)]
+    values = [len(a & b) / len(a | b) for a, b in itertools.combinations(sets, 2) if a | b]
+    return np.mean(values) if values else math.nan
+
+
+@pytest.mark.parametrize("users", [2, metrics.BLOCK - 1, metrics.BLOCK, 2 * metrics.BLOCK + 7])
+def test_likeness_is_the_mean_jaccard_index_of_all_pairs(users):
+    rng = np.random.default_rng(users)
+    lists = np.where(rng.random((users, 5)) < 0.8, rng.integers(0, 40, (users, 5)), -1)  # some items twice
+    lists[:: max(2, users // 3)] = -1
+    np.testing.assert_allclose(metrics.likeness(lists), jaccard(lists), rtol=1e-5)
+    np.testing.assert_allclose(metrics.likeness(np.tile([4, 7, 9], (users, 1))), 1)
+    np.testing.assert_allclose(metrics.likeness(np.arange(3 * users).reshape(users, 3)), 0)
+
+
+def test_likeness_without_a_pair_is_nan():
+    assert np.isnan(metrics.likeness(np.array([[1, 2]])))
+    assert np.isnan(metrics.likeness(np.full((3, 2), -1)))
 
 
 def test_diversity_is_the_mean_cosine_distance_of_pairs(lists):

@@ -20,10 +20,10 @@ RANKING = ("precision_at", "recall_at", "f1_at", "hit_rate_at", "map_at", "ndcg_
 SEEDS = range(3)
 
 
-def case(seed: int, ties: bool = True, stars: bool = False):
+def case(seed: int, ties: bool = True, stars: bool = False, candidates: int = CANDIDATES):
     """Scores in (0, 1), targets and a random mask; of some users nothing or one class is left."""
     rng = np.random.default_rng(seed)
-    scores = rng.random((USERS, CANDIDATES))
+    scores = rng.random((USERS, candidates))
     if ties:
         scores = (np.floor(scores * 5) + 0.5) / 5  # 0.5 among them
     target = rng.integers(1, 6, scores.shape) if stars else rng.random(scores.shape) < 0.4
@@ -170,23 +170,73 @@ TREC = {  # trec_eval's names: ours
 }
 
 
+def trec(measures, scores, target, mask, depth=None):
+    """trec_eval's measures of the users with a positive, and the rows of these users.
+
+    Ties are broken by the order of the candidates, as ours are. With `depth` only so many are retrieved.
+    """
+    users = {str(i): user for i, user in enumerate(kept(scores, target, mask)) if any(t for _, t in user)}
+    qrels = {u: {str(j): int(t) for j, (_, t) in enumerate(user)} for u, user in users.items()}
+    best = {u: sorted(range(len(user)), key=lambda j: -user[j][0])[:depth] for u, user in users.items()}
+    run = {u: {str(j): -float(rank) for rank, j in enumerate(order)} for u, order in best.items()}
+    expected = pytrec_eval.RelevanceEvaluator(qrels, set(measures)).evaluate(run)
+    return {name: np.array([expected[u][name] for u in users]) for name in measures}, [int(u) for u in users]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("gains", ["click", "linear", "exponential"])
-def test_ranking_metrics_equal_trec_eval_where_nothing_is_tied(seed, gains):
-    scores, target, mask = case(seed, ties=False, stars=gains != "click")
+def test_ranking_metrics_equal_trec_eval(seed, gains):
+    scores, target, mask = case(seed, stars=gains != "click")
     graded = np.exp2(target) - 1 if gains == "exponential" else target
-    users = {str(i): user for i, user in enumerate(kept(scores, graded, mask)) if any(t for _, t in user)}
-    qrels = {u: {str(j): int(t) for j, (_, t) in enumerate(user)} for u, user in users.items()}
-    run = {u: {str(j): s for j, (s, _) in enumerate(user)} for u, user in users.items()}
-    expected = pytrec_eval.RelevanceEvaluator(qrels, set(TREC)).evaluate(run)
-    rows = [int(u) for u in users]
+    expected, rows = trec(TREC, scores, graded, mask)
     if gains == "click":
         for theirs, ours in TREC.items():
             found = np.asarray(ours(scores, target, mask))[rows]
-            np.testing.assert_allclose(found, [expected[u][theirs] for u in users], rtol=1e-6, err_msg=theirs)
+            np.testing.assert_allclose(found, expected[theirs], rtol=1e-6, err_msg=theirs)
     else:
         found = np.asarray(metrics.ndcg_at(5, scores, target, mask, gain=gains))[rows]
-        np.testing.assert_allclose(found, [expected[u]["ndcg_cut_5"] for u in users], rtol=1e-6)
+        np.testing.assert_allclose(found, expected["ndcg_cut_5"], rtol=1e-6)
+
+
+def liang(user, k):
+    """Recall@R and nDCG@R of 0/1 targets by the formulas of Liang et al. (WWW 2018, section 4)."""
+    found, positives = np.array(ranked(user)[:k]), int(sum(t for _, t in user))
+    if not positives:
+        return math.nan, math.nan
+    discount = np.log2(np.arange(len(found)) + 2)
+    best = (1 / np.log2(np.arange(min(k, positives)) + 2)).sum()
+    return found.sum() / min(k, positives), ((2**found - 1) / discount).sum() / best
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("k", [1, 5, CANDIDATES, CANDIDATES + 3])
+def test_normalised_recall_and_ndcg_equal_the_formulas_of_liang_et_al(seed, k):
+    arrays = case(seed)
+    expected = np.array([liang(user, k) for user in kept(*arrays)])
+    np.testing.assert_allclose(metrics.recall_at(k, *arrays, normalised=True), expected[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(metrics.ndcg_at(k, *arrays), expected[:, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_ranking_table_equals_trec_eval(seed):
+    arrays = case(seed, candidates=250)
+    arrays[1][::2] *= arrays[1][::2].cumsum(1) <= 15  # users with few positives and with many: both sides of min(k, .)
+    expected, rows = trec(["ndcg_cut_10", "ndcg_cut_100", "recall_20", "recall_50", "success_10"], *arrays)
+    positives = (arrays[1] * arrays[2]).sum(1)[rows]
+    assert positives.min() < 20
+    assert positives.max() > 50
+    wanted = {
+        "ndcg@10": expected["ndcg_cut_10"],
+        "ndcg@100": expected["ndcg_cut_100"],
+        "recall@20": expected["recall_20"] * positives / np.minimum(20, positives),
+        "recall@50": expected["recall_50"] * positives / np.minimum(50, positives),
+        "hit_rate@10": expected["success_10"],
+        "mrr@10": trec(["recip_rank"], *arrays, depth=10)[0]["recip_rank"],
+    }
+    table = metrics.ranking_metrics(*arrays)
+    assert set(table) == set(wanted)
+    for name, values in wanted.items():
+        np.testing.assert_allclose(table[name], values.mean(), rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -224,7 +274,7 @@ def test_mrr_within_all_candidates_equals_scikit_learn_where_one_item_is_right(s
 def every_metric(scores, target, mask):
     values = {name: getattr(metrics, name)(scores, target, mask) for name in (*POINTWISE, "within_user_auc")}
     values |= {name: getattr(metrics, name)(5, scores, target, mask) for name in RANKING}
-    tables = {"click": metrics.click_metrics, "rating": metrics.rating_metrics}
+    tables = {"click": metrics.click_metrics, "rating": metrics.rating_metrics, "ranking": metrics.ranking_metrics}
     for kind, table in tables.items():
         values |= {f"{kind} {name}": value for name, value in table(scores, target, mask).items()}
     return values

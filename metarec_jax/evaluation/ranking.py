@@ -1,0 +1,184 @@
+"""Ranking: how well a learner finds what a user chose among all items, by how many positives it is shown."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metarec_jax.data.batches import bucket_sizes
+from metarec_jax.data.splits import Histories
+from metarec_jax.data.target import Target
+from metarec_jax.strategies.catalogue import Known, adapt, score_shared
+from metarec_jax.strategies.ranked import TABLES, Chosen, RankingTask
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.tasks import Params
+
+SIZES = (1, 3, 5, 10, None)  # support sizes; None is all
+DEPTH = 100  # of the lists that are judged
+CELLS = 1 << 24  # users x items scored at once
+LONGEST = 512  # support examples
+
+
+class Lists(NamedTuple):
+    """What was recommended, and what of it was right.
+
+    Attributes:
+      rows: `[users, depth]` item rows, best first; -1 where no item is left.
+      hits: `[users, depth]` bool, whether each is one of the user's query items.
+      positives: `[users]` number of query items.
+    """
+
+    rows: np.ndarray
+    hits: np.ndarray
+    positives: np.ndarray
+
+
+def known_of(
+    histories: Histories, target: Target, positions: np.ndarray, begin: np.ndarray, count: np.ndarray, width: int
+) -> Known:
+    """What is known of some users: the interactions `begin : begin + count` of each, from the earliest to the latest.
+
+    Args:
+      histories: the users.
+      target: ratings to targets.
+      positions: `[users]` which of them.
+      begin, count: `[users]`.
+      width: of the arrays; the examples that do not fit are left out from the end.
+    """
+    data, column = histories.data, np.arange(width)
+    mask = column < np.minimum(count, width)[:, None]
+    index = histories.index[np.where(mask, begin[:, None] + column, 0)]
+    by_time = np.argsort(np.where(mask, data.order[index], np.iinfo(np.int32).max), axis=1, kind="stable")
+    index = np.take_along_axis(index, by_time, 1)
+    users = histories.users[positions]
+    return Known(
+        np.where(mask, data.item[index], 0).astype(np.int32),
+        np.where(mask, target.grade(data.rating[index]), 0).astype(np.float32),
+        mask.astype(np.float32),
+        {name: table[users] for name, table in data.user_features.items()},
+        {f.name: np.repeat(f.unknown()[None], len(users), 0) for f in data.context_fields},
+    )
+
+
+def queries_of(histories: Histories, query: int) -> np.ndarray:
+    """`[users]` number of each user's first interactions that are the query."""
+    if histories.queries is not None:
+        return histories.queries
+    return np.minimum(query, np.maximum(histories.lengths - 1, 0))
+
+
+def tasks(
+    histories: Histories, target: Target, *, query: int = 10, support: int | None = None, batch_size: int = 256
+) -> Iterator[RankingTask]:
+    """All users in their order, as batches of one shape; the last is filled with users whose masks are 0.
+
+    Args:
+      histories: the users; the first interactions of each are the query, of which the positives are to be found.
+      target: ratings to targets.
+      query: largest query size, where `histories` have none of their own.
+      support: largest support size (None: all).
+      batch_size: users a batch.
+    """
+    data, queries = histories.data, queries_of(histories, query)
+    supports = np.minimum(histories.lengths - queries, LONGEST if support is None else min(support, LONGEST))
+    (width,) = bucket_sizes(np.maximum(supports, 16), 1)
+    (wide,) = bucket_sizes(queries, 1)
+    for start in range(0, len(histories), batch_size):
+        at = np.arange(start, min(start + batch_size, len(histories)))
+        begin = histories.starts[at]
+        known = known_of(histories, target, at, begin + queries[at], supports[at], width)
+        column = np.arange(wide)
+        mask = column < queries[at, None]
+        index = histories.index[np.where(mask, begin[:, None] + column, 0)]
+        mask &= data.rating[index] >= target.threshold
+        rows = np.where(mask, data.item[index], 0).astype(np.int32)
+        context = {name: table[index[:, 0]] for name, table in data.context_features.items()}
+        found = RankingTask(known._replace(context=context), Chosen(rows, mask.astype(np.float32)))
+        yield jax.tree.map(partial(_filled, batch_size), found)
+
+
+def _filled(size: int, x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)]) if len(x) < size else x
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def best(strategy: Strategy, params: Params, known: Known, depth: int) -> jax.Array:
+    """`[users, depth]` rows of the best items that are not in the support, -1 where none is left."""
+    items = params[TABLES]["items"]
+    scores = score_shared(strategy, params, adapt(strategy, params, items, known), known, items)
+    return top_rows(scores, jnp.where(known.weight > 0, known.items, 0), depth)
+
+
+def top_rows(scores: jax.Array, seen: jax.Array, depth: int) -> jax.Array:
+    """`[users, depth]` the best columns of `scores` `[users, items]` but `seen` `[users, n]` and column 0."""
+    low = scores.at[:, 0].set(-jnp.inf).at[jnp.arange(len(scores))[:, None], seen].set(-jnp.inf)
+    value, rows = jax.lax.top_k(jnp.where(jnp.isnan(low), -jnp.inf, low), min(depth, scores.shape[1]))
+    return jnp.where(value > -jnp.inf, rows, -1)
+
+
+def rank(
+    strategy: Strategy,
+    params: Params,
+    histories: Histories,
+    target: Target,
+    *,
+    query: int = 10,
+    support: int | None = None,
+    depth: int = DEPTH,
+) -> Lists:
+    """The lists of a strategy that ranks; arguments as in `tasks`."""
+    return lists_of(
+        lambda task: best(strategy, params, task.known, depth), histories, target, query=query, support=support
+    )
+
+
+def lists_of(
+    recommend: Callable[[RankingTask], Any],
+    histories: Histories,
+    target: Target,
+    *,
+    query: int = 10,
+    support: int | None = None,
+) -> Lists:
+    """The lists of anything that gives rows `[users, depth]` for a batch of users."""
+    items = len(histories.data.items)
+    size = int(np.clip(CELLS // items, 1, 256))
+    parts: list[Any] = []
+    for task in tasks(histories, target, query=query, support=support, batch_size=size):
+        rows = np.asarray(recommend(task))
+        wanted = np.where(task.query.mask > 0, task.query.rows, -2)
+        parts.append((rows, (rows[:, :, None] == wanted[:, None, :]).any(2), (wanted > 0).sum(1)))
+    return Lists(*(np.concatenate(x)[: len(histories)] for x in zip(*parts, strict=True)))
+
+
+def list_metrics(lists: Lists) -> dict[str, np.ndarray]:
+    """`[users]` of each metric; NaN for users without a query item.
+
+    nDCG and recall are those of Liang et al. (WWW 2018): the ideal list and the denominator hold min(k, positives).
+    """
+    hits, positives = lists.hits, lists.positives
+    depth = hits.shape[1]
+    discount = 1 / np.log2(np.arange(2, depth + 2))
+    ideal = np.concatenate([[0.0], np.cumsum(discount)])
+    defined = np.where(positives > 0, 1.0, np.nan)
+    found = {}
+    for k in (10, 100):
+        gain = (hits[:, :k] * discount[:k]).sum(1)
+        found[f"ndcg@{k}"] = defined * gain / np.maximum(ideal[np.minimum(np.minimum(k, depth), positives)], 1e-9)
+    for k in (20, 50):
+        found[f"recall@{k}"] = defined * hits[:, :k].sum(1) / np.maximum(np.minimum(k, positives), 1)
+    found["hit_rate@10"] = defined * hits[:, :10].any(1)
+    found["mrr@10"] = defined * np.where(hits[:, :10].any(1), 1 / (1.0 + hits[:, :10].argmax(1)), 0)
+    return found
+
+
+def by_support(make: Callable[[int | None], Lists], sizes: Sequence[int | None] = SIZES) -> dict[str, np.ndarray]:
+    """`[users]` of nDCG@100 with each support size, "ndcg@100, 5 known" and "ndcg@100"; recall and the rest with all."""
+    found: dict[str, np.ndarray] = {}
+    for size in sizes:
+        table = list_metrics(make(size))
+        found |= table if size is None else {f"ndcg@100, {size} known": table["ndcg@100"]}
+    return found

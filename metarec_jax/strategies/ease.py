@@ -1,0 +1,108 @@
+"""EASE: the closed-form item-item model, with weights of items, of dislikes and of popularity that are meta-learned."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax import factorise
+from metarec_jax.models.model import Model
+from metarec_jax.models.profile import look_up
+from metarec_jax.strategies.ials import need_design, only_ranks
+from metarec_jax.strategies.observed import Observed, popularity
+from metarec_jax.strategies.smooth import at, positives, smooth
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+
+MEMORY = 1 << 31  # bytes
+
+
+class Weighed(NamedTuple):
+    """A user's scores of all items `[users, items]`, or vector `[users, rank]`; and the weight of popularity."""
+
+    own: jax.Array
+    popularity: jax.Array
+
+
+def ease(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    penalty: float = 400.0,
+    rank: int | None = None,
+    memory: int = MEMORY,
+) -> Strategy:
+    """Linear autoencoder without hidden units, from support to scores.
+
+        score(x_j) = tau sum_{i in S} w_i t_i B_ij + c log p(x_j)
+
+    B is fitted to the training users (`metarec_jax.factorise.ease`); t is an example's label, w = exp(weight of the
+    item + d (1 - t)), tau and c are smooth functions of the number n of positives, all learned by the loss of
+    `Ranking`. A new item, which no column of B knows, has its popularity.
+
+    Args:
+      model: `design`; only the size of its catalogue is read.
+      loss: not used: the strategy ranks.
+      penalty: of B.
+      rank: keep B in this many components (`metarec_jax.factorise.low_rank_ease`) instead of in `items^2` numbers.
+      memory: bytes that B may take; five copies of it are made while training (one a fold).
+
+    Raises:
+      ValueError: the model is another; a number is not positive.
+      DataError: from `fit`, before anything is allocated: B needs more than `memory`.
+
+    References:
+      Steck, Embarrassingly Shallow Autoencoders for Sparse Data, WWW 2019.
+    """
+    need_design(model, "ease")
+    if penalty <= 0 or (rank is not None and rank < 1):
+        raise ValueError(f"need penalty > 0 and rank >= 1, got {penalty=}, {rank=}")
+
+    def fit(observed: Observed) -> Params:
+        confidences = observed.confidences()
+        if rank is None:
+            what = f"ease over {observed.items - 1:,} items"
+            instead = 'give it a rank, strategy_options={"rank": 256}, or take strategy="ials"'
+            factorise.check_memory(what, factorise.dense_bytes(observed.items, 3), memory, instead)
+            return {"weights": factorise.ease(confidences, penalty)}
+        left, right = factorise.low_rank_ease(confidences, rank, penalty)
+        return {"left": left, "right": right}
+
+    def init(key: jax.Array) -> Params:
+        return {"scale": smooth(), "popularity": smooth(), "weight": jnp.zeros(model.items), "dislike": jnp.zeros(())}
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Weighed:
+        fitted, count, keep = params["tables"]["fitted"], positives(support), support.mask > 0
+        target, ids = jnp.where(keep, support.target, 0.0), support.features["item_id"]
+        log_weight = params["weight"][ids] + (10 * params["dislike"] - 0.7) * (1 - target)
+        weight = jnp.where(keep, support.mask * jnp.exp(log_weight), 0.0) * target
+        scale = 4 * jnp.exp(at(params["scale"], count))[:, None]
+        if rank is None:
+            rows = jnp.zeros((len(ids), fitted["weights"].shape[0])).at[jnp.arange(len(ids))[:, None], ids].add(weight)
+            own = rows @ fitted["weights"]
+        else:
+            own = jnp.einsum("un,unf->uf", weight, fitted["left"][ids])
+        return Weighed(scale * own, 0.1 + at(params["popularity"], count))
+
+    def predict(params: Params, adapted: Weighed, features: Features) -> jax.Array:
+        if rank is None:
+
+            def column(ids: jax.Array) -> jax.Array:
+                return jnp.take_along_axis(adapted.own, ids, 1)[..., None]
+
+            own = look_up(column, features["item_id"], "categorical")[..., 0]
+        else:
+            right = look_up(params["tables"]["fitted"]["right"].__getitem__, features["item_id"], "categorical")
+            own = jnp.einsum("unf,uf->un", right, adapted.own)
+        return own + adapted.popularity[:, None] * popularity(params, features)
+
+    def items(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
+        ids = features["item_id"]
+        return ids if rank is None else params["tables"]["fitted"]["right"][ids], popularity(params, features)
+
+    def score(params: Params, adapted: Weighed, side: tuple[jax.Array, jax.Array]) -> jax.Array:
+        own = adapted.own[:, side[0]] if rank is None else adapted.own @ side[0].T
+        return own + adapted.popularity[:, None] * side[1]
+
+    return Strategy(init, adapt, predict, only_ranks("ease"), items=items, score=score, fit=fit, ranks=True)

@@ -1,0 +1,262 @@
+"""Ranked: any strategy trained to rank the catalogue, by a softmax over all items or a sample that the batch shares."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax.strategies.catalogue import Known, adapt, features, last, score, score_shared
+from metarec_jax.strategies.observed import popularity
+from metarec_jax.strategies.smooth import at, positives, smooth
+from metarec_jax.strategies.strategy import Adapted, Strategy
+from metarec_jax.tasks import Examples, Features, Params, Task
+
+TABLES = "tables"  # among the parameters: what is known of the catalogue, which no gradient changes
+OWN = "ranking"  # among the parameters: those of `ranked`
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The ranking objective: which item of the whole catalogue does a user choose?
+
+        loss = -mean_u sum_j w_uj log softmax(scores of u over all items but the support)_j / sum_j w_uj
+
+    j runs over the query positives of u, and w_uj is p_uj^focus, held constant: a positive that will not come near the
+    top of the list counts less, as it does for nDCG.
+
+    Attributes:
+      sample: how many items the softmax runs over, drawn once a step for the whole batch and corrected by the log of
+        how likely each is to be drawn; None: all, where the catalogue has at most `FULL` items, else 2,048.
+      by: how they are drawn: "uniform", "popularity", or "batch", the other users' query items.
+      focus: exponent of the weights; 0 is the plain log-likelihood.
+      short: share of training users whose support is cut to a random length, log-uniform to all, or to nothing.
+      dislikes: share of training users whose support shows the interactions below the threshold too.
+      unknown: share of users, and of items, whose identity is hidden in a step, so that what is new is trained too.
+      folds: closed-form parts that meta-training sees are fitted to the users of the other folds.
+      query: most query positives of a training user.
+
+    References:
+      Liang et al., Variational Autoencoders for Collaborative Filtering, WWW 2018, equation 2 (multinomial likelihood).
+      Bengio and Senécal, Adaptive Importance Sampling, IEEE TNN 2008 (sampled softmax).
+    """
+
+    sample: int | None = None
+    by: Literal["uniform", "popularity", "batch"] = "uniform"
+    focus: float = 0.5
+    short: float = 0.7
+    dislikes: float = 0.5
+    unknown: float = 0.05
+    folds: int = 4
+    query: int = 64
+
+    def __post_init__(self) -> None:
+        if self.by not in ("uniform", "popularity", "batch"):
+            raise ValueError(f'by is "uniform", "popularity" or "batch", got {self.by!r}')
+        if (self.sample is not None and self.sample < 1) or self.focus < 0 or self.folds < 2 or self.query < 1:
+            raise ValueError(f"need sample >= 1, focus >= 0, folds >= 2 and query >= 1, got {self}")
+        if not all(0 <= share <= 1 for share in (self.short, self.dislikes, self.unknown)):
+            raise ValueError(f"short, dislikes and unknown are shares from 0 to 1, got {self}")
+
+
+FULL = 20_000  # items up to which the softmax runs over all
+SAMPLE = 2_048
+
+
+class Chosen(NamedTuple):
+    """What users chose: item rows `[users, query]` int32, and a mask of the same shape, 0 for padding."""
+
+    rows: Any
+    mask: Any
+
+
+class RankingTask(NamedTuple):
+    """A batch of users: adapt to what is known, find the query among all items."""
+
+    known: Known
+    query: Chosen
+
+
+def ranked(strategy: Strategy, *, negatives: int = 32, ratio: float = 1.0) -> Strategy:
+    """`strategy`, whose scores rank the catalogue: popularity, bent by what it learns of a user.
+
+        score(x) = f_u(x) + c(n) log p(x)
+
+    Where it fits the support (`Strategy.contrast`), sampled negatives are put beside the positives, `ratio` times their
+    weight in all: the support loss has both classes. c is learned as a smooth function of the number n of positives,
+    from 1, so that a user without a history gets popularity at the start.
+
+    Args:
+      strategy: one whose parameters are a dict.
+      negatives: drawn uniformly once for the whole batch.
+      ratio: weight of all negatives over that of all positives.
+    """
+    if strategy.ranks:
+        return strategy
+    count = negatives if strategy.contrast else 0
+
+    def init(key: jax.Array) -> Params:
+        params = strategy.init(key)
+        if not isinstance(params, dict) or {OWN, TABLES} & params.keys():
+            raise TypeError(f"the parameters must be a dict without {OWN!r} and {TABLES!r}")
+        return {**params, OWN: {"popularity": smooth()}}
+
+    def own(params: Params) -> Params:
+        return {name: value for name, value in params.items() if name not in (OWN, TABLES)}
+
+    def extended(params: Params, support: Examples, key: jax.Array) -> Examples:
+        return support if not count else with_negatives(support, params[TABLES]["items"], key, count, ratio)
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        draw, rest = jax.random.split(key)
+        weight = 1.0 + at(params[OWN]["popularity"], positives(support))
+        return strategy.adapt(own(params), extended(params, support, draw), rest), weight
+
+    def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        inner, weight = adapted
+        return strategy.predict(own(params), inner, features) + weight[:, None] * popularity(params, features)
+
+    def loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The strategy's own loss, with negatives beside the positives of support and query."""
+        one, two, rest = jax.random.split(key, 3)
+        items = params[TABLES]["items"]
+        both = (with_negatives(e, items, k, negatives, ratio) for e, k in zip(task, (one, two), strict=True))
+        return strategy.loss(own(params), Task(*both), rest)
+
+    def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        assert strategy.deviation is not None
+        return strategy.deviation(own(params), adapted[0], features)
+
+    return strategy._replace(
+        init=init,
+        adapt=adapt,
+        predict=predict,
+        loss=loss,
+        deviation=deviation if strategy.deviation else None,
+        ranks=True,
+    )
+
+
+def with_negatives(
+    examples: Examples, items: dict[str, jax.Array], key: jax.Array, count: int, ratio: float
+) -> Examples:
+    """The examples and `count` items drawn uniformly, with target 0; what a user has is masked.
+
+    Args:
+      examples: `[users, n, ...]`, whose "item_id" are rows of `items`.
+      items: features of the catalogue, each `[rows, ...]`; row 0 is no item.
+      key: of the draw.
+      count: drawn for all users together.
+      ratio: weight of a user's negatives over that of the positives.
+    """
+    users, width = examples.mask.shape
+    rows = jax.random.randint(key, (count,), 1, len(items["item_id"]))
+    has = (examples.features["item_id"][:, :, None] == rows) & (examples.mask > 0)[:, :, None]
+    weight = ratio * positives(examples)[:, None] / count * ~has.any(1)
+    found = {}
+    for name, value in examples.features.items():
+        if name in items:
+            new = jnp.broadcast_to(items[name][rows], (users, count, *items[name].shape[1:]))
+        else:  # of the user, or the place in time
+            new = jnp.broadcast_to(value[:, :1], (users, count, *value.shape[2:]))
+        found[name] = jnp.concatenate([value, new.astype(value.dtype)], 1)
+    target = jnp.concatenate([examples.target, jnp.zeros((users, count), examples.target.dtype)], 1)
+    return Examples(found, target, jnp.concatenate([examples.mask, weight.astype(examples.mask.dtype)], 1))
+
+
+def ranking_loss(strategy: Strategy, objective: Ranking) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """`loss(params, task, key)` of a strategy that ranks, `task` a `RankingTask`; see `Ranking`."""
+
+    def loss(params: Params, task: RankingTask, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hide, draw, rest = jax.random.split(key, 3)
+        items = dict(params[TABLES]["items"])
+        rows = len(items["item_id"])
+        hidden = jax.random.bernoulli(hide, objective.unknown, (rows,))  # the same items for the whole batch
+        items["item_id"] = jnp.where(hidden, 0, items["item_id"])
+        known = task.known
+        if strategy.outer == "own":
+            return strategy.loss(params, _pointwise(items, task), rest)
+        if strategy.outer == "shared":
+            known = known._replace(weight=jnp.zeros_like(known.weight))
+        adapted = adapt(strategy, params, items, known, rest)
+        mask = task.query.mask * ~_contains(task.known, task.query.rows)
+        sample = objective.sample if objective.sample is not None else (None if rows <= FULL else SAMPLE)
+        if sample is None or sample >= rows:
+            scores = score_shared(strategy, params, adapted, known, items)
+            users = jnp.arange(len(scores))[:, None]
+            seen = jnp.where(task.known.weight > 0, task.known.items, 0)  # row 0 is no item
+            scores = scores.at[:, 0].set(-jnp.inf).at[users, seen].set(-jnp.inf)
+            chosen = jnp.take_along_axis(scores, task.query.rows, 1)
+            total = jax.nn.logsumexp(scores, axis=1)
+        else:
+            drawn, log_chance = _drawn(objective.by, sample, params[TABLES]["log_popularity"], task, draw)
+            others = score_shared(strategy, params, adapted, known, {name: x[drawn] for name, x in items.items()})
+            taken = _contains(task.known, drawn) | _is_query(task, drawn)
+            others = jnp.where(taken, -jnp.inf, others - log_chance - jnp.log(len(drawn)))
+            chosen = score(strategy, params, items, adapted, known, task.query.rows)
+            both = jnp.concatenate([others, jnp.where(mask > 0, chosen, -jnp.inf)], 1)
+            total = jax.nn.logsumexp(both, axis=1)
+        log_chosen = jnp.where(mask > 0, chosen - total[:, None], 0.0)
+        weight = mask * jax.lax.stop_gradient(jnp.exp(objective.focus * log_chosen))
+        per_user = -(weight * log_chosen).sum(1) / jnp.maximum(weight.sum(1), 1e-20)
+        real = (mask > 0).any(1)
+        return jnp.where(real, per_user, 0.0).sum() / jnp.maximum(real.sum(), 1), {}
+
+    return loss
+
+
+def _pointwise(items: dict[str, jax.Array], task: RankingTask) -> Task:
+    """Support and query as examples, every query item a positive."""
+    known, place = task.known, jnp.arange(task.known.items.shape[1], dtype=jnp.int32)
+    nowhere = jax.tree.map(jnp.zeros_like, known.context)
+    support, query = ({name: x[rows] for name, x in items.items()} for rows in (known.items, task.query.rows))
+    return Task(
+        Examples(features(support, known.user, nowhere, place), known.target, known.weight),
+        Examples(
+            features(query, known.user, known.context, last(known)[:, None]),
+            jnp.ones_like(task.query.mask),
+            task.query.mask,
+        ),
+    )
+
+
+def _contains(known: Known, rows: jax.Array) -> jax.Array:
+    """`[users, n]` whether each of `rows`, `[users, n]` or `[n]` for all users, is in a user's support."""
+    return _among(jnp.where(known.weight > 0, known.items, -1), rows)
+
+
+def _is_query(task: RankingTask, rows: jax.Array) -> jax.Array:
+    return _among(jnp.where(task.query.mask > 0, task.query.rows, -1), rows)
+
+
+def _among(own: jax.Array, rows: jax.Array) -> jax.Array:
+    """`[users, n]` whether each of `rows` is one of `own` `[users, m]`, by a search in the sorted ones."""
+    sorted_own = jnp.sort(own, 1)
+
+    def one(own: jax.Array, rows: jax.Array) -> jax.Array:
+        place = jnp.minimum(jnp.searchsorted(own, rows), own.shape[0] - 1)
+        return own[place] == rows
+
+    return jax.vmap(one, (0, 0 if rows.ndim == 2 else None))(sorted_own, rows)
+
+
+def _drawn(
+    by: str, sample: int, log_popularity: jax.Array, task: RankingTask, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Item rows `[sample]` and the log of how likely a draw is to give each."""
+    rows = len(log_popularity)
+    if by == "uniform":
+        drawn = jax.random.randint(key, (sample,), 1, rows)
+        return drawn, jnp.full(sample, -jnp.log(rows - 1.0))
+    log_share = log_popularity.at[0].set(-jnp.inf)
+    log_share -= jax.nn.logsumexp(log_share)
+    if by == "popularity":
+        cumulated = jnp.cumsum(jnp.exp(log_share))
+        drawn = jnp.searchsorted(cumulated, jax.random.uniform(key, (sample,)) * cumulated[-1]).astype(jnp.int32)
+    else:
+        flat, weight = task.query.rows.ravel(), task.query.mask.ravel()
+        place = jax.random.choice(key, flat.shape[0], (sample,), p=weight / jnp.maximum(weight.sum(), 1e-20))
+        drawn = flat[place]
+    drawn = jnp.clip(drawn, 1, rows - 1)
+    return drawn, log_share[drawn]

@@ -1,0 +1,98 @@
+"""Stack: one ranking from several, weighed by how much is known of a user."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax.models.model import Model
+from metarec_jax.strategies.ease import ease
+from metarec_jax.strategies.ials import ials, only_ranks
+from metarec_jax.strategies.observed import Observed
+from metarec_jax.strategies.smooth import at, positives, smooth
+from metarec_jax.strategies.strategy import Adapted, Strategy
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+
+MEMBERS: dict[str, Callable[..., Strategy]] = {"ials": ials, "ease": ease}
+
+
+def stack(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    members: Sequence[str | Strategy] = ("ials", "ease"),
+    options: Sequence[dict[str, Any]] | None = None,
+) -> Strategy:
+    """Sum of the members' scores, with weights that are smooth functions of the number n of positives.
+
+        score(x) = sum_m g_m(n) score_m(x),   g_m = exp(delta_m(n)) / members
+
+    `deviation` is that of the members that know theirs. Members and weights are trained together by the loss of `Ranking`. What a member learns in closed form (its `fit`)
+    comes from the other folds of the training users, so that no weight is learned on scores of a member that has seen
+    the user.
+
+    Args:
+      model: of the members given by name.
+      loss: not used: the strategy ranks.
+      members: names ("ials", "ease") or strategies that rank.
+      options: keyword arguments of the members given by name, one dict a member.
+
+    Raises:
+      ValueError: an unknown name, or a member that does not rank; another number of options.
+
+    References:
+      Wolpert, Stacked Generalization, Neural Networks 1992 (weights from held-out scores).
+    """
+    settings = [{}] * len(members) if options is None else list(options)
+    if len(settings) != len(members) or not members:
+        raise ValueError(f"need a member and a dict of options for each, got {len(members)} and {len(settings)}")
+    if unknown := [m for m in members if isinstance(m, str) and m not in MEMBERS]:
+        raise ValueError(f"member {unknown[0]!r} is unknown; choose from {', '.join(MEMBERS)}, or give a strategy")
+    made = [MEMBERS[m](model, **o) if isinstance(m, str) else m for m, o in zip(members, settings, strict=True)]
+    if not all(m.ranks for m in made):
+        raise ValueError("every member of a stack must rank; wrap others in `ranked`")
+
+    def init(key: jax.Array) -> Params:
+        keys = jax.random.split(key, len(made))
+        return {"members": [m.init(k) for m, k in zip(made, keys, strict=True)], "weights": [smooth() for _ in made]}
+
+    def of_members(params: Params) -> list[Params]:
+        """Each member's parameters with the tables it knows."""
+        tables = params["tables"]
+        fitted = tables.get("fitted", [{}] * len(made))
+        return [{**p, "tables": {**tables, "fitted": f}} for p, f in zip(params["members"], fitted, strict=True)]
+
+    def fit(observed: Observed) -> list[Params]:
+        return [m.fit(observed) if m.fit else {} for m in made]
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        count, keys = positives(support), jax.random.split(key, len(made))
+        weights = jnp.stack([jnp.exp(at(w, count)) / len(made) for w in params["weights"]], 1)
+        return [m.adapt(p, support, k) for m, p, k in zip(made, of_members(params), keys, strict=True)], weights
+
+    def weighed(scores: list[jax.Array], weights: jax.Array) -> jax.Array:
+        return jnp.einsum("mun,um->un", jnp.stack(scores), weights)
+
+    def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        each = zip(made, of_members(params), adapted[0], strict=True)
+        return weighed([m.predict(p, a, features) for m, p, a in each], adapted[1])
+
+    def items(params: Params, features: Features) -> list[Any]:
+        each = zip(made, of_members(params), strict=True)
+        return [m.items(p, features) for m, p in each if m.items]
+
+    def score(params: Params, adapted: Adapted, side: list[Any]) -> jax.Array:
+        each = zip(made, of_members(params), adapted[0], side, strict=True)
+        return weighed([m.score(p, a, s) for m, p, a, s in each if m.score], adapted[1])
+
+    def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        each = zip(made, of_members(params), adapted[0], adapted[1].T, strict=True)
+        return sum(g[:, None] * m.deviation(p, a, features) for m, p, a, g in each if m.deviation)  # type: ignore[return-value]
+
+    explicit = all(m.items is not None for m in made)
+    return Strategy(
+        init, adapt, predict, only_ranks("stack"), deviation if any(m.deviation for m in made) else None, items=items if explicit else None,
+        score=score if explicit else None, fit=fit, ranks=True,
+    )  # fmt: skip

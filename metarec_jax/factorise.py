@@ -1,7 +1,7 @@
 """Factorise: the plain models of implicit feedback, fitted in closed form on the host: iALS, EASE, item-kNN.
 
-All take a sparse matrix `[users, items]` of confidences, 0 where there is no interaction. Strategies start from them, and
-they are the baselines of every ranking table.
+All take a sparse matrix `[users, items]` of confidences, 0 where there is no interaction. Strategies start from them,
+and they are the baselines of every ranking table.
 """
 
 from typing import NamedTuple

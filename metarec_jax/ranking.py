@@ -35,8 +35,8 @@ class Ranker:
     """Adapts to users and ranks a stock for them; keeps what the network computes of the items alone.
 
     A strategy may say what that is (`Strategy.items`). Of the others it is read from `predict`
-    (`metarec_jax.core.staged`), so that every network gains what its form allows: of a factorisation all but one product
-    a user, of an MLP over joined fields the look-ups only.
+    (`metarec_jax.core.staged`), so that every network gains what its form allows: of a factorisation all but one
+    product a user, of an MLP over joined fields the look-ups only.
     """
 
     def __init__(
@@ -203,8 +203,9 @@ class _ItemSide(NamedTuple):
 
 def _explicit(strategy: Strategy, params: Params, items: Any, user: Any) -> Staged:
     """The two stages of a strategy that says itself what it computes of the items alone."""
-    assert strategy.items is not None and strategy.score is not None
     make, score_side = strategy.items, strategy.score
+    assert make is not None
+    assert score_side is not None
     own = jax.tree.structure(params)
     side = jax.eval_shape(make, params, items)
     of_items = jax.tree.structure(side)

@@ -64,8 +64,9 @@ def drawn(
 ) -> Iterator[tuple[RankingTask, int]]:
     """Training users once, in batches whose users are of one fold, each with a support and a query drawn anew.
 
-    A user's positives are shuffled, or, where histories are ordered, cut at a random moment. `Ranking.short` of the users
-    show a number of positives that is log-uniform from 1, or now and then 0, the others four fifths; the rest is the query.
+    A user's positives are shuffled, or, where histories are ordered, cut at a random moment. `Ranking.short` of the
+    users show a number of positives that is log-uniform from 1, or now and then 0, the others four fifths; the rest is
+    the query.
 
     Args:
       histories: training users; those with fewer than two positives are left out.

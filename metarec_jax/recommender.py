@@ -326,8 +326,8 @@ class Recommender:
         Args:
           data: the dataset of the training; may be left out unless the model was loaded.
           support: largest support size (default: all that a user has besides the query).
-          candidates: of clicks, among what the query is ranked: "query", its own items; a number, so many sampled items besides
-            that the user has no interaction with; "all", all such items. They count as not clicked.
+          candidates: of clicks, among what the query is ranked: "query", its own items; a number, so many sampled
+            items besides that the user has no interaction with; "all", all such items. They count as not clicked.
           baselines: compute two means, ALS fold-in and item-kNN too; where clicks are made from ratings, also the same
             three of ratings.
 
@@ -351,7 +351,7 @@ class Recommender:
         Args:
           data: the dataset of the training; may be left out unless the model was loaded.
           sizes: support sizes, None for all; see `metarec_jax.evaluation.ranking.by_support`.
-          baselines: popularity, item-kNN, EASE and iALS too, each with a popularity term, tuned on the validation users.
+          baselines: popularity, item-kNN, EASE and iALS too, tuned on the validation users; see `ranking_baselines`.
 
         Raises:
           DataError: a loaded model without `data`, or data that do not fit.
@@ -359,7 +359,7 @@ class Recommender:
         """
         if self.target.kind != "ranking":
             raise ValueError('this recommender predicts clicks or ratings: train with objective="ranking"')
-        split, query = self.split(data, "evaluate(data)"), getattr(self.protocol, "query", 10)
+        split, query = self.split(data, "evaluate(data)"), self.protocol.query
         name = self.recipe["strategy"]["name"] or "strategy"
 
         def ours(size: int | None) -> Lists:
@@ -711,7 +711,7 @@ def train(
             built,
             split,
             target,
-            query=getattr(protocol, "query", 10),
+            query=protocol.query,
             statistics=statistics,
             seed=seed,
             report=report,

@@ -24,7 +24,7 @@ from metarec_jax.evaluation.evaluate import score_tasks, summarise
 from metarec_jax.evaluation.ranking import by_support, rank
 from metarec_jax.factorise import one_thread
 from metarec_jax.ranking_tasks import drawn, observe, widths_of
-from metarec_jax.strategies.observed import tables
+from metarec_jax.strategies.observed import tables as fitted_tables
 from metarec_jax.strategies.ranked import TABLES, Ranking, ranking_loss
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Params, Task
@@ -156,10 +156,10 @@ def fit(
             break
         params, state, averaged, best, rng, key = at
         losses = []
-        for task, tables in source.batches(rng):
+        for task, shared in source.batches(rng):
             key, step_key = jax.random.split(key)
             params, state, aux = _step(
-                params, state, tables, task, step_key, loss=source.loss, optimizer=optimizer, chunk=chunk
+                params, state, shared, task, step_key, loss=source.loss, optimizer=optimizer, chunk=chunk
             )
             losses.append(aux["loss"])
         loss = float(np.mean(jax.device_get(losses)))
@@ -252,10 +252,12 @@ def _ranking(
         if statistics is not None:
             histories = split.train.take(np.flatnonzero(fold != k))
             part = part._replace(features=observe(histories, target, ItemStatistics.fit(histories, target)).features)
-        return tables(strategy, part)
+        return fitted_tables(strategy, part)
 
     with one_thread(), ThreadPoolExecutor(os.cpu_count()) as threads:
-        made = threads.map(lambda k: tables(strategy, observed) if k < 0 else without(k), range(-1, objective.folds))
+        made = threads.map(
+            lambda k: fitted_tables(strategy, observed) if k < 0 else without(k), range(-1, objective.folds)
+        )
         everybody, *folds = (jax.device_put(found) for found in made)
     loss = _ranking_loss(strategy, objective)
     some = split.validation.take(np.arange(min(len(split.validation), VALIDATED)))

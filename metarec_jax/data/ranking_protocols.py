@@ -51,6 +51,7 @@ class StrongGeneralisation:
     fold_ins: int = 1
     dislikes: bool = False
     target: ClassVar[Kind] = "ranking"
+    query: ClassVar[int] = 10  # where histories have no query size of their own, and these do
 
     def __post_init__(self) -> None:
         if not (self.minimum >= 2 and 0 < self.held_out < 1 and self.fold_ins >= 1):
@@ -112,6 +113,7 @@ class NextItem:
     minimum: int = 3
     maximum: int = 500
     target: ClassVar[Kind] = "ranking"
+    query: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not (self.minimum >= 3 and self.maximum >= 2):

@@ -37,29 +37,32 @@ class Target:
         Raises:
           DataError: all of these ratings are clicks, or none is.
         """
-        rating = train.data.rating[train.index]
+        rating, threshold = train.data.rating[train.index], protocol.threshold
         if protocol.target == "rating":
-            return cls("rating", protocol.threshold, float(rating.mean()), float(rating.std()) or 1.0)
+            assert threshold is not None
+            return cls("rating", threshold, float(rating.mean()), float(rating.std()) or 1.0)
         found = np.unique(rating)
         if protocol.target == "ranking":
-            if len(found) == 1 or protocol.threshold is None:  # all that users did is positive
+            found = np.unique(train.data.rating)  # a protocol may keep the positives alone
+            if len(found) == 1 or threshold is None:  # all that users did is positive
                 return cls("ranking", float("-inf"))
-            if found[-1] < protocol.threshold:
+            if rating.max() < threshold:
                 raise DataError(
-                    f"rating: the highest of the training users is {found[-1]:g}, so that none is positive (threshold "
-                    f"{protocol.threshold:g}); give the protocol another threshold"
+                    f"rating: the highest of the training users is {rating.max():g}, so that none is positive "
+                    f"(threshold {threshold:g}); give the protocol another threshold"
                 )
-        elif found[0] >= protocol.threshold or found[-1] < protocol.threshold:
+        assert threshold is not None
+        if protocol.target == "click" and (found[0] >= threshold or found[-1] < threshold):
             raise DataError(
                 f"rating: all of the training users go from {found[0]:g} to {found[-1]:g}, so that "
-                f"{'each' if found[0] >= protocol.threshold else 'none'} is a click (threshold {protocol.threshold:g}) "
+                f"{'each' if found[0] >= threshold else 'none'} is a click (threshold {threshold:g}) "
                 "and there is nothing to learn; give the protocol another threshold, predict ratings "
                 '(target="rating"), or add negatives (mr.data.with_negatives)'
             )
         if len(found) > MOST_LEVELS:
             found = np.unique(np.quantile(found, np.linspace(0, 1, MOST_LEVELS)))
         levels = tuple(found.tolist()) if graded and len(found) > 2 else None
-        return cls(protocol.target, protocol.threshold, levels=levels)
+        return cls(protocol.target, threshold, levels=levels)
 
     def encode(self, rating: Any) -> Any:
         """float32 targets of ratings."""

@@ -176,7 +176,7 @@ def list_metrics(lists: Lists) -> dict[str, np.ndarray]:
 
 
 def by_support(make: Callable[[int | None], Lists], sizes: Sequence[int | None] = SIZES) -> dict[str, np.ndarray]:
-    """`[users]` of nDCG@100 with each support size, "ndcg@100, 5 known" and "ndcg@100"; recall and the rest with all."""
+    """`[users]` of nDCG@100 by support size, as "ndcg@100, 5 known" and, with all, "ndcg@100"; of the rest with all."""
     found: dict[str, np.ndarray] = {}
     for size in sizes:
         table = list_metrics(make(size))

@@ -74,7 +74,9 @@ def ials(
     if rank < 1 or sweeps < 1 or unobserved <= 0 or penalty <= 0 or (half_life is not None and half_life <= 0):
         raise ValueError(f"need positive numbers, got {rank=}, {unobserved=}, {penalty=}, {sweeps=}, {half_life=}")
     embed, profile = model.embed, model.profile
-    assert embed is not None and profile is not None and model.items is not None
+    assert embed is not None
+    assert profile is not None
+    assert model.items is not None
 
     def fit(observed: Observed) -> Params:
         confidences = observed.confidences()

@@ -58,8 +58,8 @@ class Observed(NamedTuple):
         row[users] = np.arange(len(users))
         kept = row[self.user] >= 0
         profile = {name: table[users] for name, table in self.profile.items()}
-        interactions = (x[kept] for x in (self.item, self.grade, self.positive))
-        return Observed(row[self.user[kept]], *interactions, self.features, profile, len(users))
+        item, grade, positive = (x[kept] for x in (self.item, self.grade, self.positive))
+        return Observed(row[self.user[kept]], item, grade, positive, self.features, profile, len(users))
 
 
 def popularity(params: Params, features: Features) -> jax.Array:

@@ -150,7 +150,7 @@ def with_negatives(
       count: drawn for all users together.
       ratio: weight of a user's negatives over that of the positives.
     """
-    users, width = examples.mask.shape
+    users = len(examples.mask)
     rows = jax.random.randint(key, (count,), 1, len(items["item_id"]))
     has = (examples.features["item_id"][:, :, None] == rows) & (examples.mask > 0)[:, :, None]
     weight = ratio * positives(examples)[:, None] / count * ~has.any(1)

@@ -29,9 +29,9 @@ def stack(
 
         score(x) = sum_m g_m(n) score_m(x),   g_m = exp(delta_m(n)) / members
 
-    `deviation` is that of the members that know theirs. Members and weights are trained together by the loss of `Ranking`. What a member learns in closed form (its `fit`)
+    Members and weights are trained together by the loss of `Ranking`. What a member learns in closed form (its `fit`)
     comes from the other folds of the training users, so that no weight is learned on scores of a member that has seen
-    the user.
+    the user. `deviation` is that of the members that know theirs.
 
     Args:
       model: of the members given by name.
@@ -93,6 +93,13 @@ def stack(
 
     explicit = all(m.items is not None for m in made)
     return Strategy(
-        init, adapt, predict, only_ranks("stack"), deviation if any(m.deviation for m in made) else None, items=items if explicit else None,
-        score=score if explicit else None, fit=fit, ranks=True,
-    )  # fmt: skip
+        init,
+        adapt,
+        predict,
+        only_ranks("stack"),
+        deviation if any(m.deviation for m in made) else None,
+        items=items if explicit else None,
+        score=score if explicit else None,
+        fit=fit,
+        ranks=True,
+    )

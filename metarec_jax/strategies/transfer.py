@@ -36,14 +36,10 @@ def pretrain(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error) 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         return model.apply(params["model"], features)
 
-    return Strategy(
-        lambda key: {"model": model.init(key)},
-        adapt,
-        predict,
-        _loss_of_all(model, loss),
-        contrast=False,
-        outer="shared",
-    )
+    def init(key: jax.Array) -> Params:
+        return {"model": model.init(key)}
+
+    return Strategy(init, adapt, predict, _loss_of_all(model, loss), contrast=False, outer="shared")
 
 
 def finetune(

@@ -719,6 +719,9 @@ def train(
             **fit_options,
         )
     rating = data.rating[split.train.index]
+    lowest, highest = float(rating.min()), float(rating.max())
+    if target.kind == "ranking" and lowest >= target.threshold:
+        lowest = target.threshold - 1  # a dismissal must not count as a positive
     return Recommender(
         built,
         fitted.params,
@@ -727,7 +730,7 @@ def train(
         protocol,
         seed,
         recipe,
-        (float(rating.min()), float(rating.max())),
+        (lowest, highest),
         fitted.history,
     )
 

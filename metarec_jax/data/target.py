@@ -45,7 +45,7 @@ class Target:
         if protocol.target == "ranking":
             found = np.unique(train.data.rating)  # a protocol may keep the positives alone
             if len(found) == 1 or threshold is None:  # all that users did is positive
-                return cls("ranking", float("-inf"))
+                return cls("ranking", float(found[0]))
             if rating.max() < threshold:
                 raise DataError(
                     f"rating: the highest of the training users is {rating.max():g}, so that none is positive "

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from metarec_jax import factorise
-from metarec_jax.data.splits import Split
+from metarec_jax.data.splits import Histories, Split
 from metarec_jax.data.target import Target
 from metarec_jax.evaluation.ranking import DEPTH, SIZES, Lists, by_support, list_metrics, lists_of
 from metarec_jax.strategies.ranked import RankingTask
@@ -29,7 +29,7 @@ GRID: dict[str, list[dict[str, float]]] = {
     "EASE": [{"penalty": p} for p in (100.0, 200.0, 400.0, 800.0)],
     "iALS": [{"unobserved": a, "penalty": p} for a in (0.1, 0.3, 1.0) for p in (0.003, 0.01, 0.03)],
 }
-DENSE = 20_000  # items up to which EASE has a matrix of items by items
+DENSE = 6_000  # items up to which EASE has a matrix of items by items
 
 
 def popularity(matrix: sp.csr_matrix) -> Score:
@@ -72,6 +72,7 @@ def ranking_baselines(
     query: int = 10,
     graded: bool = False,
     tune_on: int = 1024,
+    depths: dict[str, Lists] | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """`[test users]` of each metric, by method: fitted on the training users, tuned on the validation users.
 
@@ -85,6 +86,7 @@ def ranking_baselines(
       query: query size of protocols without their own.
       graded: fit on what all ratings say (`Target.grade`) in place of the positives alone.
       tune_on: at most so many validation users.
+      depths: takes the lists with five support examples, by method.
     """
     data, index = split.train.data, split.train.index
     rating = data.rating[index]
@@ -106,47 +108,57 @@ def ranking_baselines(
 
         def make(size: int | None, scores: Any = scores, choice: Any = choice) -> Lists:
             setting, weight = choice[size]
-            own = _recommend(scores[setting], POPULARITY[weight], log_popularity)
+
+            def own(task: RankingTask) -> np.ndarray:
+                return _lists(scores[setting], [POPULARITY[weight]], log_popularity, task)[0]
+
             return lists_of(own, split.test, target, query=query, support=size)
 
         name = method if method == "popularity" else f"{method} + popularity"
         found[name] = by_support(make, sizes)
+        if depths is not None and 5 in sizes:
+            depths[name] = make(5)
     return found
 
 
 def _ndcg_by_weight(
-    score: Score, log_popularity: np.ndarray, histories: Any, target: Target, query: int, size: int | None
+    score: Score, log_popularity: np.ndarray, histories: Histories, target: Target, query: int, size: int | None
 ) -> list[float]:
-    return [
-        float(
-            np.nanmean(
-                list_metrics(
-                    lists_of(_recommend(score, weight, log_popularity), histories, target, query=query, support=size)
-                )["ndcg@100"]
-            )
-        )
-        for weight in POPULARITY
-    ]
-
-
-def _recommend(score: Score, weight: float, log_popularity: np.ndarray) -> Callable[[RankingTask], np.ndarray]:
-    """The best items by `score + weight log popularity`; of a user without a support by popularity."""
+    """nDCG@100 for each weight of the log popularity; the scores are computed once."""
+    tried: list[list[np.ndarray]] = [[] for _ in POPULARITY]
 
     def recommend(task: RankingTask) -> np.ndarray:
-        known = task.known
-        users, place = np.nonzero((known.weight > 0) & (known.target > 0))
-        rows = known.items[users, place]
-        supports = sp.csr_matrix(
-            (np.ones(len(rows), np.float32), (users, rows)), shape=(len(known.items), len(log_popularity))
-        )
-        found = np.asarray(score(supports)) + max(weight, 1e-6) * log_popularity
+        lists = _lists(score, POPULARITY, log_popularity, task)
+        wanted = np.where(task.query.mask > 0, task.query.rows, -2)
+        for found, rows in zip(tried, lists, strict=True):
+            hits = (rows[:, :, None] == wanted[:, None, :]).any(2)
+            found.append(list_metrics(Lists(rows, hits, (wanted > 0).sum(1)))["ndcg@100"])
+        return lists[0]
+
+    lists_of(recommend, histories, target, query=query, support=size)
+    return [float(np.nanmean(np.concatenate(found))) for found in tried]
+
+
+def _lists(
+    score: Score, weights: Sequence[float], log_popularity: np.ndarray, task: RankingTask
+) -> list[np.ndarray]:
+    """For each weight the best items by `score + weight log popularity`; without a support by popularity."""
+    known = task.known
+    users, place = np.nonzero(known.weight > 0)
+    liked = known.target[users, place] > 0
+    rows = known.items[users, place]
+    supports = sp.csr_matrix(
+        (np.ones(int(liked.sum()), np.float32), (users[liked], rows[liked])),
+        shape=(len(known.items), len(log_popularity)),
+    )
+    own, lists = np.asarray(score(supports)), []
+    for weight in weights:
+        found = own + max(weight, 1e-6) * log_popularity
         found[:, 0] = -np.inf
-        seen_users, seen_place = np.nonzero(known.weight > 0)
-        found[seen_users, known.items[seen_users, seen_place]] = -np.inf
+        found[users, rows] = -np.inf
         depth = min(DEPTH, found.shape[1] - 1)
         top = np.argpartition(-found, depth - 1, axis=1)[:, :depth]
-        order = np.lexsort((top, -np.take_along_axis(found, top, 1)))
-        top = np.take_along_axis(top, order, 1)
-        return np.where(np.isneginf(np.take_along_axis(found, top, 1)), -1, top)
-
-    return recommend
+        values = np.take_along_axis(found, top, 1)
+        order = np.lexsort((top, -values))
+        lists.append(np.where(np.isneginf(np.take_along_axis(values, order, 1)), -1, np.take_along_axis(top, order, 1)))
+    return lists

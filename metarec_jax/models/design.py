@@ -1,6 +1,7 @@
 """Design: fields as they are, without parameters: one-hot codes and standardised numbers, for closed-form learners."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,15 @@ def _columns(fields: Mapping[str, Field], features: ByField) -> jax.Array:
         if field.kind in NUMBERS:
             found.append(look_up(lambda x: jnp.concatenate([x, x * x], -1), features[name], field.kind))
         else:
-            one_hot = jnp.eye(min(field.size, MOST)).at[0].set(0.0)  # unknown: no column
-            found.append(look_up(lambda x, rows=one_hot: rows[x % len(rows)], features[name], field.kind))  # type: ignore[misc]
+            found.append(look_up(partial(_shares, min(field.size, MOST), field.kind), features[name], "categorical"))
     return jnp.concatenate(found, -1)
+
+
+def _shares(columns: int, kind: str, codes: jax.Array) -> jax.Array:
+    """`[..., columns]` the share of the codes `[...]` or `[..., values]` that is in each column; unknown is in none."""
+    codes = codes if kind == "multi" else codes[..., None]
+    flat = codes.reshape(-1, codes.shape[-1])
+    known = (flat > 0).astype(jnp.float32)
+    share = known / jnp.maximum(known.sum(1, keepdims=True), 1)
+    found = jnp.zeros((len(flat), columns)).at[jnp.arange(len(flat))[:, None], flat % columns].add(share)
+    return found.reshape(*codes.shape[:-1], columns)

@@ -15,6 +15,8 @@ from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 
+DENSE = 6_000  # items up to which the ease of a stack has a matrix of items by items
+RANK = 256  # its components beyond
 MEMBERS: dict[str, Callable[..., Strategy]] = {"ials": ials, "ease": ease}
 
 
@@ -37,7 +39,8 @@ def stack(
       model: of the members given by name.
       loss: not used: the strategy ranks.
       members: names ("ials", "ease") or strategies that rank.
-      options: keyword arguments of the members given by name, one dict a member.
+      options: keyword arguments of the members given by name, one dict a member (default: their own, and of "ease" 256
+        components where the catalogue has more than 6,000 items).
 
     Raises:
       ValueError: an unknown name, or a member that does not rank; another number of options.
@@ -45,7 +48,10 @@ def stack(
     References:
       Wolpert, Stacked Generalization, Neural Networks 1992 (weights from held-out scores).
     """
-    settings = [{}] * len(members) if options is None else list(options)
+    if options is None:
+        large = {"rank": RANK} if (model.items or 0) > DENSE else {}
+        options = [large if member == "ease" else {} for member in members]
+    settings = list(options)
     if len(settings) != len(members) or not members:
         raise ValueError(f"need a member and a dict of options for each, got {len(members)} and {len(settings)}")
     if unknown := [m for m in members if isinstance(m, str) and m not in MEMBERS]:

@@ -140,7 +140,8 @@ def main() -> None:
     seeds = range(1 if following else args.seeds)
     for name in args.data:
         data = read(name)
-        print(f"\n{data}\n{mr.evaluation.in_words(mr.evaluation.describe(data, protocol, seeds=list(seeds), candidates="all"))}\n")
+        setting = mr.evaluation.describe(data, protocol, seeds=list(seeds), candidates="all")
+        print(f"\n{data}\n{mr.evaluation.in_words(setting)}\n")
         runs: dict[str, list[Table]] = {}
         users = []
         for seed in seeds:

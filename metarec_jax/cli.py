@@ -6,24 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from click.core import ParameterSource
 
-CANDIDATES = "Rank the query among these: query (itself alone), a number of sampled items besides, or all."
-EXAMPLE_USER = {50: 5, 172: 5, 174: 4, 313: 2, 294: 1}  # ml-100k: likes adventures, not Titanic nor Liar Liar
+CANDIDATES = "Clicks only: rank the query among these: query (itself alone), a number of sampled items besides, or all."
+EXAMPLE_USER = {99: 5, 588: 5, 71: 4, 95: 4, 288: 1}  # ml-100k: likes animated films for children, not Scream
 DEFAULT_MODEL = "metarec-model"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="metarec-jax")
 def cli() -> None:
-    """Recommenders that learn a new user from a few ratings.
+    """Recommenders that learn a new user from a few interactions.
 
     \b
     Start here:   metarec quickstart
-    Your data:    metarec train ratings.csv --out my-model
-                  (columns user_id, item_id, rating, and timestamp if there is one)
-    A new user:   metarec recommend my-model 50=5 172=4 313=1
+    Your data:    metarec train interactions.csv --out my-model
+                  (columns user_id, item_id and, if there are such, rating and timestamp)
+    A new user:   metarec recommend my-model 99=5 588=4 288=1   (with ratings)
+                  metarec recommend my-model 99 588             (items that the user chose)
     In use:       metarec serve my-model
-    Which is best: metarec compare ml-100k -s alpaca -s maml
+    Compare:      metarec compare ml-100k -s alpaca -s maml     (clicks and ratings)
     """
 
 
@@ -31,52 +34,73 @@ def cli() -> None:
 @click.option("--out", default=DEFAULT_MODEL, show_default=True, help="Folder to save the model in.")
 @click.option("--seed", default=0, show_default=True, help="Of the split and of the training.")
 def quickstart(out: str, seed: int) -> None:
-    """Train on MovieLens-100K, compare with plain baselines, recommend films to a new user.
+    """Train on MovieLens-100K, compare with plain methods, recommend films to a new user.
 
-    Fetches the data once (5 MB, into your cache folder), meta-trains the default strategy, shows how it does on users
-    it has never seen, and saves the model.
+    Fetches the data once (5 MB, into your cache folder), learns to rank the whole catalogue, shows how well the films
+    that test users chose are found, beside popularity, item-kNN, EASE and iALS, and saves the model. The test users are
+    not in the training.
     """
     import metarec_jax as mr
 
     data = mr.data.load("ml-100k")
     click.echo(f"{data}")
     recommender = mr.train(data, seed=seed)
-    _print_evaluation(recommender, None, None)
+    click.echo("Evaluating, beside plain methods that are tuned on the validation users ...")
+    _print_ranking(recommender)
     click.echo("\nA new user has rated five films:")
     assert data.titles is not None
     for item, rating in EXAMPLE_USER.items():
-        click.echo(f"  {rating} of 5  {data.titles[data.items.encode([item])[0]]}")
-    _print_recommendations(recommender.recommend(EXAMPLE_USER, k=10))
+        title = data.titles[data.items.encode([item])[0]]
+        click.echo(f"  {rating} of 5  {_described(recommender, item, title)}")
+    _print_recommendations(recommender, recommender.recommend(EXAMPLE_USER, k=10))
     recommender.save(out)
     rated = " ".join(f"{item}={rating}" for item, rating in EXAMPLE_USER.items())
-    click.echo(f"\nThe model is in {out}/. Next:\n  metarec recommend {out} {rated}\n  metarec train --help")
+    click.echo(
+        f"\nThe model is in {out}/. Next:\n  metarec recommend {out} {rated}\n  metarec serve {out}\n"
+        "  metarec train --help"
+    )
 
 
 @cli.command()
 @click.argument("data")
-@click.option("--strategy", default="alpaca", show_default=True, help="How to adapt to a user (README's table).")
+@click.option(
+    "--objective",
+    type=click.Choice(["ranking", "click", "rating"]),
+    default="ranking",
+    show_default=True,
+    help="What to predict: which item of the whole catalogue a user chooses, whether an item is liked, or its rating.",
+)
+@click.option("--target", type=click.Choice(["click", "rating"]), default=None, hidden=True)  # the name until 0.1
+@click.option(
+    "--strategy",
+    default=None,
+    help='How to adapt to a user (README\'s table).  [default: "stack" to rank, "alpaca" for clicks and ratings]',
+)
 @click.option("--model", default=None, help="Network (see the README); by default the strategy's own.")
 @click.option(
-    "--target",
-    type=click.Choice(["click", "rating"]),
-    default="click",
+    "--threshold",
+    default=4.0,
     show_default=True,
-    help="What to predict.",
+    help="Lowest rating that counts as positive (to rank) or as a click; ignored where all ratings are the same.",
 )
-@click.option("--threshold", default=4.0, show_default=True, help="Lowest rating that counts as a click.")
 @click.option(
     "--users",
     type=(int, int),
     default=(13, 100),
     show_default=True,
-    help="Fewest and most ratings of a user.",
+    help="Clicks and ratings only: fewest and most ratings of a user.",
 )
-@click.option("--query", default=10, show_default=True, help="Ratings of each user that are predicted.")
+@click.option(
+    "--query",
+    default=10,
+    show_default=True,
+    help="Clicks and ratings only: ratings of each user that are predicted.",
+)
 @click.option(
     "--epochs",
-    default=60,
-    show_default=True,
-    help="At most so many; training stops when validation does not improve.",
+    type=click.IntRange(1),
+    default=None,
+    help="At most so many; training stops when validation does not improve.  [default: what suits the objective]",
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option(
@@ -89,20 +113,33 @@ def quickstart(out: str, seed: int) -> None:
 @click.option("--checkpoint", type=click.Path(), default=None, help="File from which a killed training goes on.")
 @click.option("--out", default=DEFAULT_MODEL, show_default=True, help="Folder to save the model in.")
 def train(
-    data: str, strategy: str, model: str | None, target: Any, threshold: float, users: tuple[int, int], query: int,
-    epochs: int, seed: int, column: tuple[str, ...], tensorboard: str | None, checkpoint: str | None, out: str,
+    data: str, objective: Any, target: Any, strategy: str | None, model: str | None, threshold: float,
+    users: tuple[int, int], query: int, epochs: int | None, seed: int, column: tuple[str, ...],
+    tensorboard: str | None, checkpoint: str | None, out: str,
 ) -> None:  # fmt: skip
     """Meta-train a model on DATA and save it.
 
     \b
     DATA is ml-100k, ml-1m, ml-latest-small or ml-latest, the path of such a
     folder or archive, a folder of RecBole's atomic files, or a .csv, .tsv,
-    .jsonl or .parquet table of ratings.
-    Example: metarec train ml-100k --strategy melu --target rating --out melu-model
+    .jsonl or .parquet table of interactions. Without a column of ratings
+    every interaction is a positive.
+    Example: metarec train ml-100k --out my-model
+             metarec train ml-100k --objective rating --strategy melu
     """
     import metarec_jax as mr
 
-    protocol = mr.ColdUsers(minimum=users[0], maximum=users[1], query=query, target=target, threshold=threshold)
+    if target is not None:
+        click.echo(f"--target is deprecated: use --objective {target}", err=True)
+        objective = target
+    protocol: Any
+    if objective == "ranking":
+        source = click.get_current_context().get_parameter_source
+        if given := [name for name in ("users", "query") if source(name) is not ParameterSource.DEFAULT]:
+            raise click.UsageError(f"--{given[0]} is for --objective click or rating")
+        protocol = mr.StrongGeneralisation(threshold=threshold)
+    else:
+        protocol = mr.ColdUsers(minimum=users[0], maximum=users[1], query=query, target=objective, threshold=threshold)
     kept: dict[str, Any] = {"tensorboard": tensorboard, "checkpoint": checkpoint}
     recommender = mr.train(_read(data, column), strategy, model, seed=seed, protocol=protocol, epochs=epochs, **kept)
     recommender.save(out)
@@ -120,16 +157,23 @@ def train(
 def evaluate(model: str, data: str, support: int | None, candidates: str, column: tuple[str, ...]) -> None:
     """Metrics of MODEL on DATA's test users, beside the plain baselines on the same tasks.
 
-    DATA is what the model was trained on; the test users are those that training never saw.
+    DATA is what the model was trained on; the test users are those that training never saw. A model that ranks is
+    judged among all items of the catalogue.
     """
     import metarec_jax as mr
 
-    _print_evaluation(mr.load(model), _read(data, column), support, _among(candidates))
+    recommender = mr.load(model)
+    if recommender.target.kind != "ranking":
+        _print_evaluation(recommender, _read(data, column), support, _among(candidates))
+    elif candidates != "query":
+        raise click.UsageError("--candidates is for clicks; this model ranks, and is judged among all items")
+    else:
+        _print_ranking(recommender, _read(data, column), support)
 
 
 @cli.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False))
-@click.argument("ratings", nargs=-1, metavar="[ITEM=RATING]...")
+@click.argument("ratings", nargs=-1, metavar="[ITEM[=RATING]]...")
 @click.option("-k", default=10, show_default=True, help="How many items.")
 @click.option("--include-seen", is_flag=True, help="Also recommend what was rated.")
 @click.option(
@@ -141,19 +185,26 @@ def evaluate(model: str, data: str, support: int | None, candidates: str, column
 def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, user: tuple[str, ...]) -> None:
     """The best items of MODEL for a new user with these ratings (none: for a user about whom nothing is known).
 
-    Example: metarec recommend metarec-model 50=5 172=5 313=2 -k 5
+    ITEM alone is an item that the user chose, without a rating. The scores of a model that ranks are shown relative to
+    the first item: how likely each is to be chosen next, the first being 1.
+
+    \b
+    Example: metarec recommend metarec-model 99=5 588=5 288=1 -k 5
+             metarec recommend metarec-model 99 588 -k 5
     """
     import metarec_jax as mr
 
     recommender = mr.load(model)
-    history = [(_item(recommender, item), _number(r, float, "rating")) for item, r in _pairs(ratings)]
+    history = _history(recommender, ratings)
     dense = {f.name for f in recommender.catalogue.user_fields if f.kind == "dense"}
     attributes = {name: _number(v, float, name) if name in dense else v for name, v in _pairs(user)}
-    items = [item for item, _ in history]
+    items = [entry[0] if isinstance(entry, tuple) else entry for entry in history]
     unknown = [item for item, row in zip(items, recommender.stock.encode(items), strict=True) if not row]
     if unknown:
         click.echo(f"note: the model does not know {', '.join(map(str, unknown))}", err=True)
-    _print_recommendations(recommender.recommend(history, k, exclude_seen=not include_seen, user=attributes))
+    _print_recommendations(
+        recommender, recommender.recommend(history, k, exclude_seen=not include_seen, user=attributes)
+    )
 
 
 @cli.command()
@@ -205,17 +256,17 @@ def report(comparison: str, out: str) -> None:
 @cli.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False))
 @click.argument("item")
-@click.argument("ratings", nargs=-1, metavar="ITEM=RATING ...")
+@click.argument("ratings", nargs=-1, metavar="ITEM[=RATING] ...")
 @click.option("--plot", type=click.Path(dir_okay=False), default=None, help="Write the bars to this PNG, SVG or PDF.")
 def explain(model: str, item: str, ratings: tuple[str, ...], plot: str | None) -> None:
     """Why ITEM has its score for someone with these ratings.
 
-    Example: metarec explain metarec-model 513 50=5 172=5 313=2
+    Example: metarec explain metarec-model 432 99=5 588=5 288=1
     """
     import metarec_jax as mr
 
     recommender = mr.load(model)
-    history = [(_item(recommender, left), _number(right, float, "rating")) for left, right in _pairs(ratings)]
+    history = _history(recommender, ratings)
     found = recommender.explain(history, _item(recommender, item))
     click.echo(str(found))
     if plot:
@@ -340,11 +391,22 @@ def _item(recommender: Any, text: str) -> Any:
     return _number(text, int, "item id") if recommender.stock.trained.ids.dtype.kind == "i" else text
 
 
+def _history(recommender: Any, texts: tuple[str, ...]) -> list[Any]:
+    """Of "ITEM=RATING" (item, rating), of "ITEM" the item."""
+    found: list[Any] = []
+    for text in texts:
+        left, equals, right = text.rpartition("=")
+        item = _item(recommender, left if equals else text)
+        found.append((item, _number(right, float, "rating")) if equals else item)
+    return found
+
+
 def _among(candidates: str) -> Any:
     return int(candidates) if candidates.isdigit() else candidates
 
 
 def _print_evaluation(recommender: Any, data: Any, support: int | None, candidates: Any = "query") -> None:
+    """The table of clicks or ratings."""
     from rich.console import Console
 
     from metarec_jax import ColdUsers
@@ -359,10 +421,66 @@ def _print_evaluation(recommender: Any, data: Any, support: int | None, candidat
     Console(width=110).print(results_table(results, title))
 
 
-def _print_recommendations(recommendations: Any) -> None:
-    click.echo("\nRecommended:")
-    for rank, (item, score, title) in enumerate(recommendations, 1):
-        click.echo(f"{rank:4}. {score:6.3f}  {title or item}" + (f"  [{item}]" if title else ""))
+def _print_ranking(recommender: Any, data: Any = None, support: int | None = None) -> None:
+    """The table of a ranking, and how far the learner is ahead of the best plain method."""
+    from rich.console import Console
+
+    from metarec_jax.evaluation.ranking import SIZES
+    from metarec_jax.progress import results_table
+
+    sizes = SIZES if support is None else (support,)
+    columns = {f"ndcg@100, {size} known": f"{size} known" for size in sizes if size is not None}
+    if support is None:
+        columns |= {"ndcg@100": "all known", "recall@20": "recall@20, all"}
+    found = recommender.rankings(data, sizes=sizes)
+    results = {
+        learner: {shown: float(np.nanmean(values[name])) for name, shown in columns.items()}
+        for learner, values in found.items()
+    }
+    title = f"nDCG@100 of test users among all {len(recommender.stock) - 1:,} items, by how many positives are known"
+    Console(width=110).print(results_table(results, title))
+    judged = "ndcg@100, 5 known" if 5 in sizes else next(iter(columns))
+    ours, *plain = found
+    best = max(plain, key=lambda learner: results[learner][columns[judged]])
+    difference = found[ours][judged] - found[best][judged]
+    mean, half, users = _paired(difference, getattr(recommender.protocol, "fold_ins", 1))
+    lead = f"{abs(mean):.3f} {'behind' if mean < 0 else 'ahead of'} {best}, the best plain method"
+    interval = f"95 % interval {mean - half:+.3f} to {mean + half:+.3f}, {users} users"
+    click.echo(f"With {columns[judged]}, {ours} is {lead} ({interval})")
+
+
+def _paired(differences: np.ndarray, fold_ins: int) -> tuple[float, float, int]:
+    """Mean of paired differences, half the width of its 95 % interval, normal over users, and the number of users.
+
+    Args:
+      differences: `[users * fold_ins]`, the draws of a user one after the other; NaN where there is no query.
+      fold_ins: draws of query and support for each user.
+    """
+    per_user = differences.reshape(-1, fold_ins).mean(1)
+    per_user = per_user[np.isfinite(per_user)]
+    return float(per_user.mean()), float(1.96 * per_user.std(ddof=1) / len(per_user) ** 0.5), len(per_user)
+
+
+def _print_recommendations(recommender: Any, recommendations: Any) -> None:
+    """The list; scores of a ranking as odds of being chosen next relative to the first, exp(score - first score)."""
+    ranks = recommender.target.kind == "ranking"
+    scores = np.array([score for _, score, _ in recommendations])
+    if ranks:
+        scores = np.exp(scores - scores.max(initial=-np.inf))
+    click.echo("\nRecommended (how likely to be chosen next, relative to the first):" if ranks else "\nRecommended:")
+    for rank, ((item, _, title), score) in enumerate(zip(recommendations, scores, strict=True), 1):
+        click.echo(f"{rank:4}. {score:6.3f}  {_described(recommender, item, title)}")
+
+
+def _described(recommender: Any, item: Any, title: str | None) -> str:
+    """Title, id and, where items have such a field, genres."""
+    stock, name = recommender.stock, f"{title}  [{item}]" if title else str(item)
+    field = next((f for f in stock.fields if f.name in ("genres", "genre")), None)
+    if field is None or field.kind not in ("categorical", "multi") or field.vocabulary.buckets is not None:
+        return name
+    codes = np.atleast_1d(stock.features[field.name][stock.encode([item])[0]])
+    genres = field.vocabulary.decode(codes[codes > 0]).tolist()
+    return f"{name}  {', '.join(map(str, genres))}" if genres else name
 
 
 if __name__ == "__main__":

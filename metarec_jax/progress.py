@@ -15,14 +15,14 @@ def epochs_bar(show: bool, epochs: int, kind: str) -> Iterator[Report | None]:
     Args:
       show: whether to show anything.
       epochs: the most there can be (training may stop earlier).
-      kind: "click" or "rating", which decides the metric beside the bar.
+      kind: "click", "rating" or "ranking", which decides the metric beside the bar.
     """
     if not show:
         yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    metric = "within_user_auc" if kind == "click" else "rmse"
+    metric = {"click": "within_user_auc", "rating": "rmse", "ranking": "ndcg@100"}[kind]
     columns = (
         TextColumn("meta-training"),
         BarColumn(),

@@ -698,7 +698,7 @@ def train(
         fit_options["params"] = carry_over(learned, fresh, fields_of(start.catalogue), fields_of(data), shared)
     told = [fit_options.pop("report", None)]
     with (
-        epochs_bar(progress, fit_options.get("epochs", EPOCHS), target.kind) as bar,
+        epochs_bar(progress, fit_options.get("epochs") or EPOCHS[target.kind], target.kind) as bar,
         event_files(tensorboard) as events,
     ):
         told += [bar, events]

@@ -29,7 +29,9 @@ from metarec_jax.strategies.ranked import TABLES, Ranking, ranking_loss
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Params, Task
 
-EPOCHS = 60
+EPOCHS = {"click": 60, "rating": 60, "ranking": 14}
+AVERAGE = {"click": 0.9, "rating": 0.9, "ranking": 0.7}
+LEARNING_RATE = {"click": 3e-3, "rating": 3e-3, "ranking": 6e-3}
 SHORT = {"click": 0.0, "rating": 0.8}  # share of short support sets in training
 SELECT = {"click": "log_loss", "rating": "rmse", "ranking": "ndcg@100"}  # what validation looks at
 HIGHEST = ("ranking",)  # targets of which that is to be high
@@ -68,14 +70,14 @@ def fit(
     *,
     query: int = 10,
     optimizer: optax.GradientTransformation | None = None,
-    epochs: int = EPOCHS,
+    epochs: int | None = None,
     min_epochs: int | None = None,
     patience: int = 8,
     batch_size: int = 32,
     chunk: int | None = None,
     max_support: int = 128,
     buckets: int | tuple[int, ...] = 2,
-    average: float = 0.9,
+    average: float | None = None,
     unknown: float = 0.1,
     short: float | None = None,
     noise: float = 0.0,
@@ -96,10 +98,10 @@ def fit(
       split: training and validation users.
       target: ratings to targets.
       query: query size of a training task.
-      optimizer: outer optimiser (default `default_optimizer()`).
-      epochs: at most so many passes over the training users.
-      min_epochs: the first epoch whose parameters may be kept (default: a third of `epochs`). With long support sets
-        the validation loss is low from the first epochs on, before the shared part has been learned.
+      optimizer: outer optimiser (default `default_optimizer()`, to rank with twice its learning rate).
+      epochs: at most so many passes over the training users (default: 60, to rank 14).
+      min_epochs: the first epoch whose parameters may be kept (default: a third of `epochs`, to rank a tenth). With
+        long support sets the validation loss is low from the first epochs on, before the shared part has been learned.
       patience: stop after so many epochs without a better validation loss.
       batch_size: users a meta-step.
       chunk: users differentiated at a time; bounds the memory of a large batch and changes nothing else, but for draws
@@ -107,7 +109,7 @@ def fit(
       max_support: longest support set; longer histories are sampled anew in each epoch.
       buckets: number of padded support widths, chosen to waste the least; or the widths themselves.
       average: what is validated and kept is a running average of the parameters that keeps this share of itself at each
-        epoch (0: the last parameters; Polyak and Juditsky, 1992).
+        epoch (0: the last parameters; Polyak and Juditsky, 1992; default: 0.9, to rank 0.7).
       unknown: share of users and items whose identity is hidden in training, which trains the unknown rows.
       short: share of users whose support set is cut to a random length in training; where there are any, validation
         means over 3 and all support examples. Default: 0.8 for ratings, where it is much better for new users with few
@@ -130,7 +132,10 @@ def fit(
       FloatingPointError: the loss is no longer finite.
       ModelFileError: `checkpoint` is damaged or of another training.
     """
-    optimizer = default_optimizer() if optimizer is None else optimizer
+    kind = target.kind
+    optimizer = default_optimizer(LEARNING_RATE[kind]) if optimizer is None else optimizer
+    epochs = EPOCHS[kind] if epochs is None else epochs
+    average = AVERAGE[kind] if average is None else average
     key = jax.random.key(seed)
     if target.kind == "ranking":
         objective = Ranking() if objective is None else objective

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import functools
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
+import metarec_jax as mr
 from metarec_jax import cli
 
 
@@ -37,12 +39,71 @@ def test_train_evaluate_and_recommend_in_a_row(ratings, tmp_path):
     assert "metarec recommend" in trained.output
     judged = run("evaluate", model, ratings, *COLUMNS)
     assert judged.exit_code == 0, judged.output
+    assert all(learner in judged.output for learner in ("stack", "popularity", "item-kNN", "EASE", "iALS"))
+    assert all(column in judged.output for column in ("1 known", "5 known", "all known", "recall@20"))
+    assert re.search(r"With 5 known, stack is 0\.\d+ (ahead of|behind) .*95 % interval", judged.output)
+    few = run("evaluate", model, ratings, *COLUMNS, "--support", 2)
+    assert re.search(r"With 2 known, stack is", few.output), few.output
+    refused = run("evaluate", model, ratings, *COLUMNS, "--candidates", "all")
+    assert (refused.exit_code, "--candidates is for clicks" in refused.output) == (2, True)
+    got = run("recommend", model, "3=5", "4=1", "-k", 4)
+    assert got.exit_code == 0, got.output
+    shown = [float(score) for score in re.findall(r"^ +\d\. +(\d\.\d+) ", got.output, re.MULTILINE)]
+    assert len(shown) == 4
+    assert shown[0] == 1.0  # relative to the first
+    assert shown == sorted(shown, reverse=True)
+    unknown = run("recommend", model, "999=5")
+    assert "does not know 999" in unknown.output
+
+
+@pytest.mark.parametrize("options", [("--objective", "click"), ("--target", "click"), ("--objective", "rating")])
+def test_clicks_and_ratings_are_asked_for_by_objective(ratings, tmp_path, options):
+    model, kind = tmp_path / "model", options[1]
+    trained = run("train", ratings, *COLUMNS, *options, "--query", 5, "--epochs", 2, "--out", model)
+    assert trained.exit_code == 0, trained.output
+    assert ("--target is deprecated" in trained.output) == (options[0] == "--target")
+    recommender = mr.load(model)
+    assert (recommender.target.kind, recommender.recipe["strategy"]["name"]) == (kind, "alpaca")
+    assert recommender.protocol == mr.ColdUsers(query=5, target=kind)
+    judged = run("evaluate", model, ratings, *COLUMNS)
+    assert judged.exit_code == 0, judged.output
     assert all(learner in judged.output for learner in ("alpaca", "two means", "ALS fold-in", "item-kNN"))
     got = run("recommend", model, "3=5", "4=1", "-k", 4)
     assert got.exit_code == 0, got.output
-    assert len(re.findall(r"^ +\d\. +0\.\d+ ", got.output, re.MULTILINE)) == 4
-    unknown = run("recommend", model, "999=5")
-    assert "does not know 999" in unknown.output
+    assert len(re.findall(r"^ +\d\. +\d\.\d+ ", got.output, re.MULTILINE)) == 4
+
+
+def test_options_of_clicks_are_refused_to_rank(ratings):
+    for option in (("--query", 5), ("--users", 5, 50)):
+        got = run("train", ratings, *COLUMNS, *option)
+        assert got.exit_code == 2
+        assert f"{option[0]} is for --objective click or rating" in got.output
+
+
+def test_a_table_without_ratings_and_items_without_ratings(tmp_path):
+    rng = np.random.default_rng(0)
+    path, model = tmp_path / "plays.csv", tmp_path / "model"
+    items = np.concatenate([rng.permutation(30)[:8] for _ in range(60)])
+    pl.DataFrame({"user_id": np.repeat(np.arange(60), 8), "item_id": [f"x{i}" for i in items]}).write_csv(path)
+    trained = run("train", path, "--strategy", "ials", "--epochs", 1, "--out", model)
+    assert trained.exit_code == 0, trained.output
+    alone, rated = run("recommend", model, "x1", "x2", "-k", 3), run("recommend", model, "x1=1", "x2=1", "-k", 3)
+    assert alone.exit_code == 0, alone.output
+    assert alone.output == rated.output
+    assert "are mixed" in str(run("recommend", model, "x1", "x2=1").exception)
+    assert run("explain", model, "x3", "x1", "x2").exit_code == 0
+
+
+def test_quickstart_shows_a_ranking_and_a_list_for_a_taste(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "EXAMPLE_USER", {3: 5, 5: 4, 8: 1})
+    monkeypatch.setattr(mr.data, "load", lambda name: mr.data.synthetic(users=80, items=60, seed=1))
+    monkeypatch.setattr(mr, "train", functools.partial(mr.train, strategy="ials", epochs=1))
+    got = run("quickstart", "--out", tmp_path / "model")
+    assert got.exit_code == 0, got.output
+    assert "With 5 known, ials is" in got.output
+    assert re.search(r"5 of 5  item 3 .*\[3\]  genre \d", got.output)
+    assert len(re.findall(r"^ +\d+\. +\d\.\d+  item \d+ .*genre \d$", got.output, re.MULTILINE)) == 10
+    assert mr.load(tmp_path / "model").target.kind == "ranking"
 
 
 @pytest.mark.parametrize("command", ["quickstart", "train", "evaluate", "recommend"])

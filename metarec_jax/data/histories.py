@@ -9,7 +9,9 @@ from metarec_jax.data.fields import Field, as_objects
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError
 
-History = Mapping[Any, float] | Sequence[tuple[Any, float]]
+ItemId = int | str
+History = Mapping[Any, float] | Sequence[tuple[Any, float]] | Sequence[ItemId]
+FORMS = "{item: rating, ...}, [(item, rating), ...] or [item, ...]"
 
 
 class Rows(Protocol):
@@ -20,16 +22,19 @@ class Rows(Protocol):
 
 
 def is_one_user(history: Any) -> bool:
-    """Whether this is one user's history, no batch: a mapping, an empty sequence, or (item, rating) pairs."""
+    """Whether this is one user's history: a mapping, an empty sequence, item ids, or (item, rating) tuples.
+
+    A batch is a sequence of histories. Its entries must not be tuples of two, which are (item, rating) pairs.
+
+    Raises:
+      DataError: neither a mapping nor a sequence.
+    """
     if isinstance(history, Mapping):
         return True
-    if isinstance(history, str | bytes) or not isinstance(history, Sequence):
-        raise DataError(
-            "history: expected {item: rating, ...}, [(item, rating), ...], or a list of such; "
-            f"got {type(history).__name__}"
-        )
-    first = history[0] if len(history) else None
-    return first is None or (isinstance(first, tuple) and len(first) == 2 and not isinstance(first[0], Mapping | tuple))
+    entries = _sequence(history)
+    if entries is None:
+        raise DataError(f"history: expected {FORMS}, or a list of such; got {_shown(history)}")
+    return not entries or _is_id(entries[0]) or _is_pair(entries[0])
 
 
 def encode_history(
@@ -37,23 +42,67 @@ def encode_history(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Item rows `[n]` and ratings `[n]` of one user.
 
-    An item rated twice counts once, with the later rating. An unknown item becomes the unknown row: it still
-    tells how high the user rates.
+    An item that comes twice counts once, with the later rating. An unknown item becomes the unknown row: it still tells
+    how high the user rates.
+
+    Args:
+      history: `{item: rating}`, `[(item, rating), ...]`, or item ids alone, `[item, ...]`, which are positives: their
+        rating is `limits[1]`.
+      items: rows of raw ids.
+      limits: lowest and highest rating of the training.
+      who: begins the message of an error.
+
+    Raises:
+      DataError: another form, or ids mixed with pairs; an id of another type than in training; a rating that is not
+        finite or off the scale.
     """
-    if not isinstance(history, Mapping | Sequence) or isinstance(history, str | bytes):
-        raise DataError(f"{who}: expected {{item: rating}} or [(item, rating), ...], got {history!r}")
-    pairs = list(history.items()) if isinstance(history, Mapping) else list(history)
-    if bad := [p for p in pairs if isinstance(p, str | bytes) or not isinstance(p, Sequence) or len(p) != 2]:
-        raise DataError(f"{who}: every entry must be (item, rating), got {bad[0]!r}")
-    if not pairs:
+    entries = list(history.items()) if isinstance(history, Mapping) else _sequence(history)
+    if entries is None:
+        raise DataError(f"{who}: expected {FORMS}, got {_shown(history)}")
+    if not entries:
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
-    rows = items.encode(as_objects([item for item, _ in pairs]))
-    ratings = np.zeros(len(pairs), np.float32)
-    for i, (item, rating) in enumerate(pairs):
-        ratings[i] = checked_rating(rating, limits, f"{who}: the rating of item {item!r}")
+    alone = [_is_id(entry) for entry in entries]
+    pairs = [isinstance(entry, list | tuple) and len(entry) == 2 for entry in entries]
+    if bad := [entry for entry, one, pair in zip(entries, alone, pairs, strict=True) if not (one or pair)]:
+        raise DataError(f"{who}: every entry must be (item, rating), or every entry an item id; got {_shown(bad[0])}")
+    if any(alone) and any(pairs):
+        raise DataError(
+            f"{who}: item id {entries[alone.index(True)]!r} and pair {entries[pairs.index(True)]!r} are mixed; give "
+            "item ids alone (positives), or (item, rating) for each"
+        )
+    if all(alone):
+        rows, ratings = items.encode(as_objects(entries)), np.full(len(entries), limits[1], np.float32)
+    else:
+        rows = items.encode(as_objects([item for item, _ in entries]))
+        ratings = np.zeros(len(entries), np.float32)
+        for i, (item, rating) in enumerate(entries):
+            ratings[i] = checked_rating(rating, limits, f"{who}: the rating of item {item!r}")
     latest = {row if row != UNKNOWN else (UNKNOWN, i): i for i, row in enumerate(rows.tolist())}
     keep = np.array(sorted(latest.values()))
     return rows[keep], ratings[keep]
+
+
+def _sequence(history: Any) -> list[Any] | None:
+    """The entries of a sequence or of an array of ids; None where it is neither."""
+    if isinstance(history, np.ndarray) and history.ndim == 1:
+        return history.tolist()
+    if isinstance(history, str | bytes) or not isinstance(history, Sequence):
+        return None
+    return list(history)
+
+
+def _is_id(entry: Any) -> bool:
+    return isinstance(entry, int | str | np.integer) and not isinstance(entry, bool)
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, tuple) and len(entry) == 2 and not isinstance(entry[0], Mapping | list | tuple)
+
+
+def _shown(value: Any) -> str:
+    """What an error says was given."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def is_number(value: Any) -> bool:

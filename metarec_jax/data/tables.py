@@ -36,15 +36,17 @@ def from_tables(
 ) -> Dataset:
     """A dataset from tables in memory: each a dict of arrays, a pandas, polars or Arrow table.
 
-    Two ratings of one item by one user count as one: the later (by timestamp, else by row) stays, and
+    Two interactions of one user with one item count as one: the later (by timestamp, else by row) stays, and
     `Dataset.report["duplicates"]` tells how many went.
 
     Args:
-      interactions: one row an interaction, with `user_id`, `item_id`, `rating` and (optional) `timestamp`.
+      interactions: one row an interaction, with `user_id`, `item_id` and, both optional, `rating` and `timestamp`.
+        Without ratings the data are positive-only (plays, purchases): every interaction has the rating 1.0.
       users: optional attributes, one row a user, keyed by `user_id`; every other column becomes a field.
       items: optional attributes, one row an item, keyed by `item_id`. Items nobody rated are in the catalogue
         too.
-      columns: names of the caller's own columns, for instance `{"user_id": "customer", "rating": "stars"}`.
+      columns: names of the caller's own columns, for instance `{"user_id": "customer", "rating": "stars"}`. A column
+        that is named here must be there.
       clean: rules of `metarec_jax.data.cleaning`, applied in order before anything else; `Dataset.report` tells how
         many rows each touched, and is kept with a model.
       context: columns of `interactions` that tell what was around each one (device, hour); models read them as they
@@ -66,13 +68,18 @@ def from_tables(
         raise DataError(f"columns: unknown key {sorted(extra)[0]!r}; the keys are {', '.join(COLUMNS)}")
     table = to_polars(interactions, "interactions")
     if not table.height:
-        raise DataError("interactions: the table is empty; at least one rating is needed")
+        raise DataError("interactions: the table is empty; at least one interaction is needed")
+    for column in columns or {}:
+        _column(table, names[column], "interactions")
     report = {"rows": table.height}
     if clean:
         table, touched = apply_rules(_canonical(table, names), clean)
         names, report = {c: c for c in COLUMNS}, report | touched
     user_ids, item_ids = (ids(table, names[c], "interactions") for c in ("user_id", "item_id"))
-    rating = numbers(table, names["rating"], "interactions")
+    if names["rating"] in table.columns:
+        rating = numbers(table, names["rating"], "interactions")
+    else:
+        rating = np.ones(table.height, np.float32)
     if names["timestamp"] in table.columns:
         timestamp = seconds(table, names["timestamp"], "interactions")
     else:
@@ -306,7 +313,7 @@ def _values(series: "pl.Series") -> np.ndarray:
 
 def _canonical(table: "pl.DataFrame", names: Mapping[str, str]) -> "pl.DataFrame":
     """The table with `COLUMNS` in the place of the caller's own names."""
-    for column in ("user_id", "item_id", "rating"):
+    for column in ("user_id", "item_id"):
         _column(table, names[column], "interactions")
     taken = {c for c in COLUMNS if names[c] != c and c in table.columns}
     return table.drop(taken).rename({names[c]: c for c in COLUMNS if names[c] in table.columns})

@@ -27,7 +27,7 @@ GRID: dict[str, list[dict[str, float]]] = {
     "popularity": [{}],
     "item-kNN": [{"neighbours": n, "shrink": s} for n in (50, 200) for s in (10.0, 50.0)],
     "EASE": [{"penalty": p} for p in (100.0, 200.0, 400.0, 800.0)],
-    "iALS": [{"unobserved": a, "penalty": p} for a in (0.1, 0.3, 1.0) for p in (0.003, 0.01, 0.03)],
+    "iALS": [{"unobserved": a, "penalty": p} for a in (0.3, 1.0, 3.0) for p in (0.3, 1.0, 3.0, 10.0)],
 }
 DENSE = 6_000  # items up to which EASE has a matrix of items by items
 
@@ -52,8 +52,10 @@ def ease(matrix: sp.csr_matrix, penalty: float = 400.0, rank: int = 512) -> Scor
     return lambda supports: (supports @ left) @ right.T
 
 
-def ials(matrix: sp.csr_matrix, unobserved: float = 0.3, penalty: float = 0.01, rank: int = 64) -> Score:
-    """See `metarec_jax.factorise.ials`."""
+def ials(matrix: sp.csr_matrix, unobserved: float = 1.0, penalty: float = 1.0, rank: int = 64) -> Score:
+    """See `metarec_jax.factorise.ials`; its two numbers in units of those of `metarec_jax.factorise.scales`."""
+    usual = factorise.scales(matrix.shape[1])
+    unobserved, penalty = unobserved * usual[0], penalty * usual[1]
     items = factorise.ials(matrix, rank, unobserved=unobserved, penalty=penalty).items
     return lambda supports: factorise.fold_in(supports, items, unobserved, penalty) @ items.T
 

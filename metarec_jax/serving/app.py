@@ -102,7 +102,7 @@ def create_app(
         return {"items": await _apart(others, service.find, request.query_params.get("search", "")[:200])}
 
     async def version(request: Request) -> Any:
-        return {"model": service.current.version, "items": len(service.current.stock) - 1}
+        return service.describe()
 
     async def reload(request: Request) -> Any:
         return {"model": await asyncio.get_running_loop().run_in_executor(None, service.reload)}

@@ -125,6 +125,19 @@ class Service:
         }
         return current.explain(who, request["item"], **options).as_dict() | {"model": current.version}
 
+    def describe(self) -> dict[str, Any]:
+        """The model in use: version, number of items, what it predicts and the lowest and highest rating.
+
+        `predicts` is "ranking" (scores compare items for one user), "click" (scores are probabilities) or "rating".
+        """
+        current = self.current
+        return {
+            "model": current.version,
+            "items": len(current.stock) - 1,
+            "predicts": current.target.kind,
+            "ratings": list(current.limits),
+        }
+
     def find(self, text: str, most: int = 20) -> list[dict[str, Any]]:
         """Items whose title, or id, holds the text."""
         stock = self.current.stock
@@ -152,7 +165,7 @@ class Service:
                     raise DataError(f"history: ids of this model are integers ({error})") from error
             return given
         if not isinstance(given, list):
-            raise DataError(f"history: expected a list of [item, rating], got {given!r}")
+            raise DataError(f"history: expected a list of [item, rating] or a list of items, got {given!r}")
         return [tuple(pair) if isinstance(pair, list) else pair for pair in given]
 
     def _load(self) -> Recommender:

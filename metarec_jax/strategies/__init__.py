@@ -9,6 +9,7 @@ from collections.abc import Callable
 from metarec_jax.strategies.alpaca import alpaca
 from metarec_jax.strategies.cavia import cavia
 from metarec_jax.strategies.cold_items import gme, metaemb
+from metarec_jax.strategies.content import content
 from metarec_jax.strategies.ease import ease
 from metarec_jax.strategies.ensemble import ensemble, fit_weights, given, mixture
 from metarec_jax.strategies.gradient import anil, fomaml, maml, melu
@@ -71,6 +72,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 RANKING: dict[str, Callable[..., Strategy]] = {  # those that only rank
     "ials": ials,
     "ease": ease,
+    "content": content,
     "softmax_ridge": softmax_ridge,
     "stack": stack,
 }
@@ -87,6 +89,7 @@ DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
     "in_context": "transformer",
     "ials": "design",
     "ease": "design",
+    "content": "design",
     "softmax_ridge": "linear",
     "stack": "design",
 }
@@ -102,6 +105,7 @@ __all__ = [
     "anp",
     "cavia",
     "cnp",
+    "content",
     "ease",
     "ensemble",
     "finetune",

@@ -39,8 +39,8 @@ def ials(
     *,
     loss: PointwiseLoss = optax.losses.squared_error,
     rank: int = 64,
-    unobserved: float = 0.3,
-    penalty: float = 0.01,
+    unobserved: float | None = None,
+    penalty: float | None = None,
     sweeps: int = 8,
     half_life: float | None = None,
 ) -> Strategy:
@@ -71,16 +71,18 @@ def ials(
       Rendle et al., Revisiting the Performance of iALS on Item Recommendation Benchmarks, RecSys 2022.
     """
     need_design(model, "ials")
-    if rank < 1 or sweeps < 1 or unobserved <= 0 or penalty <= 0 or (half_life is not None and half_life <= 0):
+    if rank < 1 or sweeps < 1 or any(x is not None and x <= 0 for x in (unobserved, penalty, half_life)):
         raise ValueError(f"need positive numbers, got {rank=}, {unobserved=}, {penalty=}, {sweeps=}, {half_life=}")
     embed, profile = model.embed, model.profile
+    usual = factorise.scales(model.items or 1)
+    everything, ridge = (u if given is None else given for given, u in zip((unobserved, penalty), usual, strict=True))
     assert embed is not None
     assert profile is not None
     assert model.items is not None
 
     def fit(observed: Observed) -> Params:
         confidences = observed.confidences()
-        found = factorise.ials(confidences, rank, unobserved=unobserved, penalty=penalty, sweeps=sweeps)
+        found = factorise.ials(confidences, rank, unobserved=everything, penalty=ridge, sweeps=sweeps)
         count = np.asarray(confidences.sum(0)).ravel()
         items = np.asarray(embed({}, observed.features))
         content = _ridge(items, found.items, CONTENT, count)
@@ -99,7 +101,7 @@ def ials(
             "mean": mean,
             "precision": np.linalg.inv(covariance).astype(np.float32),
             # of the plain fold-in for a user with ten positives
-            "penalty": np.float32(penalty * (10 + unobserved * observed.items)),
+            "penalty": np.float32(ridge * (10 + everything * observed.items)),
         }
 
     def init(key: jax.Array) -> Params:
@@ -125,7 +127,7 @@ def ials(
         weight = jnp.where(keep, support.mask * jnp.exp(log_weight), 0.0)
         prior = (fitted["penalty"] * jnp.exp(numbers["penalty"]))[:, None, None] * jnp.eye(rank)
         prior += (0.03 * jnp.exp(numbers["prior"]))[:, None, None] * fitted["precision"]
-        precision = (unobserved * jnp.exp(numbers["unobserved"]))[:, None, None] * fitted["gram"] + prior
+        precision = (everything * jnp.exp(numbers["unobserved"]))[:, None, None] * fitted["gram"] + prior
         precision += jnp.einsum("unf,un,ung->ufg", v, weight, v)
         start = profile_of(profile, {}, support) @ fitted["mean"]
         pulled = (1 + numbers["mean"])[:, None] * jnp.einsum("ufg,ug->uf", prior, start)

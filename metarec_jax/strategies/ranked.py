@@ -44,7 +44,7 @@ class Ranking:
 
     sample: int | None = None
     by: Literal["uniform", "popularity", "batch"] = "uniform"
-    focus: float = 0.5
+    focus: float = 0.7
     short: float = 0.7
     dislikes: float = 0.5
     unknown: float = 0.05

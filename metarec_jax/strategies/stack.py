@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from metarec_jax.models.model import Model
+from metarec_jax.strategies.content import content
 from metarec_jax.strategies.ease import ease
 from metarec_jax.strategies.ials import ials, only_ranks
 from metarec_jax.strategies.observed import Observed
@@ -17,14 +18,14 @@ from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 
 DENSE = 6_000  # items up to which the ease of a stack has a matrix of items by items
 RANK = 256  # its components beyond
-MEMBERS: dict[str, Callable[..., Strategy]] = {"ials": ials, "ease": ease}
+MEMBERS: dict[str, Callable[..., Strategy]] = {"ials": ials, "ease": ease, "content": content}
 
 
 def stack(
     model: Model,
     *,
     loss: PointwiseLoss = optax.losses.squared_error,
-    members: Sequence[str | Strategy] = ("ials", "ease"),
+    members: Sequence[str | Strategy] = ("ials", "ease", "content"),
     options: Sequence[dict[str, Any]] | None = None,
 ) -> Strategy:
     """Sum of the members' scores, with weights that are smooth functions of the number n of positives.
@@ -38,7 +39,7 @@ def stack(
     Args:
       model: of the members given by name.
       loss: not used: the strategy ranks.
-      members: names ("ials", "ease") or strategies that rank.
+      members: names ("ials", "ease", "content") or strategies that rank.
       options: keyword arguments of the members given by name, one dict a member (default: their own, and of "ease" 256
         components where the catalogue has more than 6,000 items).
 

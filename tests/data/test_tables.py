@@ -8,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from metarec_jax.data import cleaning
 from metarec_jax.data.fetch import load
 from metarec_jax.data.fields import MAX_VALUES, Field
 from metarec_jax.data.tables import from_tables, read_table
@@ -119,11 +120,41 @@ def test_columns_of_other_names_are_found_by_columns(table, assert_same_data):
     assert_same_data(data, from_tables(table, users={"user_id": [10, 20, 30], "age": [1, 2, 3]}))
 
 
-@pytest.mark.parametrize("column", ["user_id", "item_id", "rating"])
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
 def test_a_missing_column_is_named_with_the_way_out(table, column):
     table["other"] = table.pop(column)
     with pytest.raises(DataError, match=rf"'{column}' is missing .*other.*columns="):
         from_tables(table)
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id", "rating", "timestamp"])
+@pytest.mark.parametrize("rules", [(), (cleaning.duplicates(),)])
+def test_a_column_named_by_columns_must_be_there(table, column, rules):
+    with pytest.raises(DataError, match=r"column 'stars' is missing .*columns="):
+        from_tables(table, columns={column: "stars"}, clean=rules)
+
+
+@pytest.mark.parametrize("rules", [(), (cleaning.duplicates(),)])
+def test_without_ratings_every_interaction_counts_one(table, rules):
+    del table["rating"]
+    data = from_tables(table, clean=rules)
+    assert data.rating.tolist() == [1.0] * 5
+    assert data.rating.dtype == np.float32
+    assert data.timestamp.tolist() == table["timestamp"].tolist()
+    renamed = {"who": table["user_id"], "sku": table["item_id"]}
+    assert from_tables(renamed, columns={"user_id": "who", "item_id": "sku"}).rating.tolist() == [1.0] * 5
+
+
+def test_without_ratings_repeated_plays_count_once(table):
+    data = from_tables({"user_id": [1, 1, 1, 2], "item_id": [5, 5, 6, 5]})
+    assert list(zip(data.user.tolist(), data.item.tolist(), strict=True)) == [(1, 1), (1, 2), (2, 1)]
+    assert data.report == {"rows": 4, "duplicates": 1}
+
+
+def test_a_rule_about_ratings_needs_them(table):
+    del table["rating"]
+    with pytest.raises(DataError, match="needs the column 'rating'"):
+        from_tables(table, clean=[cleaning.rating_between(1, 5)])
 
 
 def test_an_unknown_key_of_columns_is_named(table):
@@ -338,6 +369,14 @@ def test_files_give_what_the_table_gives(table, kind, strings, tmp_path, assert_
     else:
         frame.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
     assert_same_data(from_tables(read_table(path)), from_tables(table))
+
+
+def test_files_without_ratings_are_positive_only(table, tmp_path, assert_same_data):
+    del table["rating"]
+    path = tmp_path / "plays.csv"
+    pd.DataFrame(table).to_csv(path, index=False)
+    assert load(path).rating.tolist() == [1.0] * 5
+    assert_same_data(load(path), from_tables(table))
 
 
 def test_a_truncated_parquet_file_is_named(table, tmp_path):

@@ -71,7 +71,8 @@ def test_items_are_found_by_title_health_and_metrics_are_there(client, service):
     found = client.get("/v1/items", params={"search": "thing 1"}).json()["items"]
     assert {"item": 110, "title": "Thing 10"} in found
     assert client.get("/health").json() == {"status": "ok", "model": service.current.version}
-    assert client.get("/v1/model").json() == {"model": service.current.version, "items": 50}
+    model = {"model": service.current.version, "items": 50, "predicts": "click", "ratings": [2.0, 5.0]}
+    assert client.get("/v1/model").json() == model
     client.post("/v1/update", json={"events": [{"user": 1, "item": 100, "kind": "click"}]})
     client.post("/v1/recommend", json={"k": 0})
     text = client.get("/metrics").text
@@ -90,7 +91,7 @@ def test_items_are_found_by_title_health_and_metrics_are_there(client, service):
         ("recommend", b'{"k": NaN}', 400, "NaN is no number of JSON"),
         ("recommend", b'{"k": 0}', 400, "k must be an integer from 1 to 1000"),
         ("recommend", b'{"k": 1e9}', 400, "k must be an integer from 1 to 1000"),
-        ("recommend", b'{"history": 5}', 400, "expected a list of [item, rating]"),
+        ("recommend", b'{"history": 5}', 400, "expected a list of [item, rating] or"),
         ("recommend", b'{"history": {"x": 5}}', 400, "ids of this model are integers"),
         ("recommend", b'{"history": [[100, 99]]}', 400, "off the scale"),
         ("recommend", b'{"history": [[100]]}', 400, "every entry must be (item, rating)"),

@@ -1,6 +1,6 @@
 "use strict";
 
-// Everything the page knows: who is rating, and what has been rated so far (item -> {title, rating}).
+// Everything the page knows: who is rating, what has been rated so far (item -> {title, rating}), and the model.
 const who = (() => {
   const kept = sessionStorage.getItem("user");
   if (kept) return kept;
@@ -9,6 +9,7 @@ const who = (() => {
   return fresh;
 })();
 const rated = new Map();
+let model = null; // {predicts, ratings: [lowest, highest], items}
 const MOST = 8;
 let round = 0; // answers to earlier rounds are dropped
 
@@ -40,15 +41,32 @@ async function call(path, body) {
   return found;
 }
 
+// Data that say only what people chose, or liked, have no scale for stars.
+const binary = () => model.ratings[1] - model.ratings[0] <= 1;
+
+function choice(text, label, work) {
+  const button = make("button", "", text);
+  button.type = "button";
+  button.setAttribute("aria-label", label);
+  button.addEventListener("click", attempt(work));
+  return button;
+}
+
 function stars(item, title) {
   const row = make("span", "stars");
-  for (let rating = 1; rating <= 5; rating += 1) {
-    const filled = rated.has(item) && rated.get(item).rating >= rating;
-    const star = make("button", "", filled ? "★" : "☆");
-    star.type = "button";
-    star.setAttribute("aria-label", `${rating} of 5 for ${title}`);
-    star.addEventListener("click", attempt(() => rate(item, title, rating)));
-    row.append(star);
+  const [low, high] = model.ratings;
+  const mine = rated.has(item) ? rated.get(item).rating : null;
+  if (binary()) {
+    row.append(
+      choice(mine === high ? "✔" : "+", `Yes to ${title}`, () => rate(item, title, high)),
+      choice(mine === low ? "✘" : "−", `No to ${title}`, () => rate(item, title, low)),
+    );
+    return row;
+  }
+  for (let star = 1; star <= 5; star += 1) {
+    const rating = low + (high - low) * (star - 1) / 4; // five stars over the scale of the data
+    const filled = mine !== null && mine >= rating;
+    row.append(choice(filled ? "★" : "☆", `${star} of 5 for ${title}`, () => rate(item, title, rating)));
   }
   return row;
 }
@@ -80,22 +98,42 @@ async function rate(item, title, rating) {
   await show();
 }
 
+// What the list is and what is beside each item, by what the model predicts.
+const MEANING = {
+  ranking: (items) => `What you are most likely to choose next out of all ${items.toLocaleString()} items, best first. Bars compare with the first.`,
+  click: () => "What you are most likely to like, with the probability that you do.",
+  rating: () => "What you would rate highest, with the rating that is expected.",
+};
+
+// A bar: how likely an item is to be chosen next, relative to the first, exp(score - first score).
+function relative(score, first) {
+  const bar = make("meter");
+  bar.value = Math.exp(score - first);
+  bar.title = `${Math.round(100 * bar.value)} % as likely as the first`;
+  bar.setAttribute("aria-label", bar.title);
+  return bar;
+}
+
 async function show() {
   round += 1;
   const mine = round;
+  model = await call("v1/model");
+  if (mine !== round) return;
+  at("meaning").textContent = MEANING[model.predicts](model.items);
   at("rated").replaceChildren(...[...rated].map(([item, { title }]) => line(item, title)));
   const { items } = await call("v1/recommend", { user: who, k: MOST });
   if (mine !== round) return;
   const entries = items.map((entry) => {
     const row = make("div", "row");
-    row.append(make("span", "", name(entry)), make("span", "score", entry.score.toFixed(2)));
+    const score = model.predicts === "ranking" ? relative(entry.score, items[0].score) : make("span", "score", entry.score.toFixed(2));
+    row.append(make("span", "", name(entry)), score);
     const element = make("li");
     element.dataset.item = entry.item;
     element.append(row, make("div", "why"), stars(entry.item, name(entry)));
     return element;
   });
   at("recommended").replaceChildren(...entries);
-  say(rated.size ? `${rated.size} rated. Each line says what moved it.` : "Nothing known of you yet: what most people like.");
+  say(rated.size ? `${rated.size} rated. Below each item: which of your ratings moved it most.` : `Nothing is known of you yet: what most people ${model.predicts === "ranking" ? "choose" : "like"}.`);
   for (const [place, entry] of items.entries()) {
     const found = await call("v1/explain", { user: who, item: entry.item });
     if (mine !== round) return;
@@ -105,12 +143,15 @@ async function show() {
 }
 
 function explain(place, found) {
+  const ranks = model.predicts === "ranking"; // its scores compare items, so that a change of one has no unit
   const causes = found.causes.filter((cause) => Math.abs(cause.effect) >= 0.0005).slice(0, 3);
   const parts = causes.flatMap((cause) => {
-    const amount = make("span", cause.effect > 0 ? "up" : "down", (cause.effect > 0 ? "+" : "−") + Math.abs(cause.effect).toFixed(3));
-    return [amount, document.createTextNode(` ${cause.title || cause.item} (${cause.rating})  `)];
+    const up = cause.effect > 0;
+    const amount = ranks ? (up ? "▲" : "▼") : (up ? "+" : "−") + Math.abs(cause.effect).toFixed(3);
+    const rating = binary() ? "" : ` (${Number(cause.rating.toFixed(2))})`;
+    return [make("span", up ? "up" : "down", amount), document.createTextNode(` ${cause.title || cause.item}${rating}  `)];
   });
-  place.replaceChildren(make("span", "", `${found.before.toFixed(2)} before you. `), ...parts);
+  place.replaceChildren(...(ranks ? [] : [make("span", "", `${found.before.toFixed(2)} before you. `)]), ...parts);
 }
 
 function attempt(work) {

@@ -12,7 +12,16 @@ from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
 from metarec_jax.data.target import Target
 from metarec_jax.models import MODELS, Model, fields_of
-from metarec_jax.strategies import DEFAULT_MODEL, RANKING, STRATEGIES, Strategy, ranked, with_history, with_labels
+from metarec_jax.strategies import (
+    DEFAULT_MODEL,
+    RANKING,
+    RATING,
+    STRATEGIES,
+    Strategy,
+    ranked,
+    with_history,
+    with_labels,
+)
 
 LOSSES = {  # of a user's own examples
     "click": optax.losses.sigmoid_binary_cross_entropy,
@@ -46,7 +55,8 @@ def build(
     Raises:
       ValueError: an unknown name.
     """
-    make_strategy, make_model = _named(STRATEGIES | RANKING, strategy, "strategy"), _named(MODELS, model, "model")
+    known = STRATEGIES | RANKING | RATING
+    make_strategy, make_model = _named(known, strategy, "strategy"), _named(MODELS, model, "model")
     fields, labels = fields_of(data), None
     if target.levels is not None:
         levels = np.array(target.levels)
@@ -70,7 +80,7 @@ def default_model(strategy: str | Callable[..., Strategy]) -> str:
     names = (
         [strategy]
         if isinstance(strategy, str)
-        else [n for n, make in (STRATEGIES | RANKING).items() if make is strategy]
+        else [n for n, make in (STRATEGIES | RANKING | RATING).items() if make is strategy]
     )
     return next((DEFAULT_MODEL[n] for n in names if n in DEFAULT_MODEL), "mlp")
 

@@ -61,12 +61,17 @@ def drawn(
     widths: tuple[int, ...],
     fold: np.ndarray,
     rng: np.random.Generator,
+    following: bool = False,
 ) -> Iterator[tuple[RankingTask, int]]:
     """Training users once, in batches whose users are of one fold, each with a support and a query drawn anew.
 
     A user's positives are shuffled, or, where histories are ordered, cut at a random moment. `Ranking.short` of the
     users show a number of positives that is log-uniform from 1, or now and then 0, the others four fifths; the rest is
     the query.
+
+    With `following` a support holds all that came before the last positive, and the query is what came next at each of
+    its places, `[users, width + 1]`, masked where that is no positive. Users with supports of about the same size share
+    a batch.
 
     Args:
       histories: training users; those with fewer than two positives are left out.
@@ -76,6 +81,7 @@ def drawn(
       widths: padded support widths.
       fold: `[users]` of each.
       rng: of all draws.
+      following: what `ranking_loss` with `following` reads; histories must be ordered.
 
     Yields:
       The task and its fold.
@@ -84,6 +90,8 @@ def drawn(
     positive = data.rating[histories.index] >= target.threshold
     count = np.add.reduceat(np.append(positive, False).astype(int), histories.starts[:-1]) * (histories.lengths > 0)
     chosen = rng.permutation(np.flatnonzero(count >= 2))[:USERS]
+    if following:
+        chosen = chosen[np.argsort(np.minimum(histories.lengths[chosen], widths[-1]), kind="stable")]
     pieces = [
         piece
         for f in np.unique(fold)
@@ -92,9 +100,11 @@ def drawn(
     ]
     for i in rng.permutation(len(pieces)):
         piece = pieces[i]
-        supports, queries = zip(*(_one(histories, positive, u, objective, widths[-1], rng) for u in piece), strict=True)
+        one = _every_place if following else _one
+        supports, queries = zip(*(one(histories, positive, u, objective, widths[-1], rng) for u in piece), strict=True)
         width = widths[int(np.searchsorted(widths, max(map(len, supports), default=0)))]
-        known, query = _padded(supports, batch_size, width), _padded(queries, batch_size, objective.query)
+        known = _padded(supports, batch_size, width)
+        query = _padded(queries, batch_size, width + 1 if following else objective.query)
         users = np.zeros(batch_size, np.int64)
         users[: len(piece)] = np.where(rng.random(len(piece)) < objective.unknown, 0, histories.users[piece])
         flat = Histories(data, users, np.arange(batch_size + 1) * width, np.maximum(known, 0).ravel())
@@ -105,7 +115,8 @@ def drawn(
         for name, table in data.context_features.items():  # what is to be found was chosen in one context
             own = table[np.maximum(query, 0)]
             around[name] = own[:, 0]
-            mask &= (own == own[:, :1]).reshape(*query.shape, -1).all(-1)
+            if not following:
+                mask &= (own == own[:, :1]).reshape(*query.shape, -1).all(-1)
         rows = np.where(mask, data.item[np.maximum(query, 0)], 0).astype(np.int32)
         task = RankingTask(found._replace(context=around), Chosen(rows, mask.astype(np.float32)))
         yield task, int(fold[piece[0]])
@@ -137,6 +148,20 @@ def _one(
     if rng.random() < objective.dislikes:
         support = np.concatenate([support, index[~liked]])
     return support[:most], rng.permutation(query)[: objective.query]
+
+
+def _every_place(
+    histories: Histories, positive: np.ndarray, u: int, objective: Ranking, most: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the interactions before one user's last positive, the latest `most`, and of what came next at each
+    place, -1 where that is no positive."""
+    span = slice(histories.starts[u], histories.starts[u + 1])
+    index, liked = histories.index[span][::-1], positive[span][::-1]
+    if rng.random() >= objective.dislikes:
+        index, liked = index[liked], liked[liked]
+    latest = slice(max(0, np.flatnonzero(liked)[-1] - most), np.flatnonzero(liked)[-1] + 1)
+    index, liked = index[latest], liked[latest]
+    return index[:-1], np.where(liked, index, -1)
 
 
 def _padded(rows: Any, size: int, width: int) -> np.ndarray:

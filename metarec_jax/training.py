@@ -17,7 +17,7 @@ import optax
 from metarec_jax.checkpoint import read, write
 from metarec_jax.core import meta_step
 from metarec_jax.data.batches import batches, bucket_sizes
-from metarec_jax.data.splits import Split
+from metarec_jax.data.splits import Histories, Split
 from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.target import Target
 from metarec_jax.evaluation.evaluate import score_tasks, summarise
@@ -29,12 +29,12 @@ from metarec_jax.strategies.ranked import TABLES, Ranking, ranking_loss
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Params, Task
 
-EPOCHS = {"click": 60, "rating": 60, "ranking": 14}
-AVERAGE = {"click": 0.9, "rating": 0.9, "ranking": 0.7}
-LEARNING_RATE = {"click": 3e-3, "rating": 3e-3, "ranking": 6e-3}
+EPOCHS = {"click": 60, "rating": 60, "ranking": 20}
+AVERAGE = {"click": 0.9, "rating": 0.9, "ranking": 0.8}
 SHORT = {"click": 0.0, "rating": 0.8}  # share of short support sets in training
 SELECT = {"click": "log_loss", "rating": "rmse", "ranking": "ndcg@100"}  # what validation looks at
 HIGHEST = ("ranking",)  # targets of which that is to be high
+FOLDS = 4  # of the training users, where a strategy for clicks or ratings learns in closed form and by gradients
 VALIDATED = 1024  # validation users of a ranking that are looked at after each epoch
 
 
@@ -98,8 +98,8 @@ def fit(
       split: training and validation users.
       target: ratings to targets.
       query: query size of a training task.
-      optimizer: outer optimiser (default `default_optimizer()`, to rank with twice its learning rate).
-      epochs: at most so many passes over the training users (default: 60, to rank 14).
+      optimizer: outer optimiser (default `default_optimizer()`).
+      epochs: at most so many passes over the training users (default: 60, to rank 20).
       min_epochs: the first epoch whose parameters may be kept (default: a third of `epochs`, to rank a tenth). With
         long support sets the validation loss is low from the first epochs on, before the shared part has been learned.
       patience: stop after so many epochs without a better validation loss.
@@ -109,7 +109,7 @@ def fit(
       max_support: longest support set; longer histories are sampled anew in each epoch.
       buckets: number of padded support widths, chosen to waste the least; or the widths themselves.
       average: what is validated and kept is a running average of the parameters that keeps this share of itself at each
-        epoch (0: the last parameters; Polyak and Juditsky, 1992; default: 0.9, to rank 0.7).
+        epoch (0: the last parameters; Polyak and Juditsky, 1992; default: 0.9, to rank 0.8).
       unknown: share of users and items whose identity is hidden in training, which trains the unknown rows.
       short: share of users whose support set is cut to a random length in training; where there are any, validation
         means over 3 and all support examples. Default: 0.8 for ratings, where it is much better for new users with few
@@ -133,7 +133,7 @@ def fit(
       ModelFileError: `checkpoint` is damaged or of another training.
     """
     kind = target.kind
-    optimizer = default_optimizer(LEARNING_RATE[kind]) if optimizer is None else optimizer
+    optimizer = default_optimizer() if optimizer is None else optimizer
     epochs = EPOCHS[kind] if epochs is None else epochs
     average = AVERAGE[kind] if average is None else average
     key = jax.random.key(seed)
@@ -143,10 +143,12 @@ def fit(
     else:
         short = SHORT[target.kind] if short is None else short
         sampling = {"query": query, "batch_size": batch_size, "unknown": unknown, "short": short, "noise": noise}
-        source = _pointwise(strategy, split, target, sampling, max_support, buckets, statistics)
+        source = _pointwise(strategy, split, target, sampling, max_support, buckets, statistics, seed)
     # a copy, because steps write over what they are given
     params = jax.jit(strategy.init)(key) if params is None else jax.tree.map(jnp.array, params)
     start = jax.device_get(params)
+    if not jax.tree.leaves(start):  # all that it learns is fitted in closed form
+        return Fitted(source.whole(start), -1, [])
     at = _State(params, jax.jit(optimizer.init)(params), start, Fitted(start, -1, []), np.random.default_rng(seed), key)
     setting = source.setting | {"seed": seed, "average": average, "target": asdict(target)}
     setting |= {"params": [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]}
@@ -212,24 +214,46 @@ def _pointwise(
     max_support: int,
     buckets: int | tuple[int, ...],
     statistics: ItemStatistics | None,
+    seed: int,
 ) -> _Source:
-    """Clicks and ratings: tasks of support and query, the loss of the strategy."""
+    """Clicks and ratings: tasks of support and query, the loss of the strategy; tables, where it makes any, of the
+    other folds of the training users."""
     lengths = np.clip(split.train.lengths - sampling["query"], 1, max_support)
     widths = bucket_sizes(lengths, buckets) if isinstance(buckets, int) else buckets
+    observed = everybody = None
+    if strategy.fit is not None:
+        observed = observe(split.train, target)
+        with one_thread():
+            everybody = {"fitted": strategy.fit(observed)}
+
+    @cache
+    def folds() -> list[tuple[Histories, Params]]:
+        """The users of each fold and the tables of the others; one fold where there are no tables."""
+        if observed is None or strategy.fit is None:
+            return [(split.train, {})]
+        users, place = np.unique(split.train.users, return_inverse=True)
+        fold_of = np.random.default_rng([seed, 1]).permutation(len(users)) % FOLDS
+        with one_thread():
+            made = [{"fitted": strategy.fit(observed.of(np.flatnonzero(fold_of != k)))} for k in range(FOLDS)]
+        return [(split.train.take(np.flatnonzero(fold_of[place] == k)), jax.device_put(made[k])) for k in range(FOLDS)]
 
     def epoch(rng: np.random.Generator) -> Iterator[tuple[Any, Params]]:
-        for batch in batches(split.train, target, buckets=widths, statistics=statistics, rng=rng, **sampling):
-            yield batch.task, {}
+        for histories, tables in folds():
+            for batch in batches(histories, target, buckets=widths, statistics=statistics, rng=rng, **sampling):
+                yield batch.task, tables
+
+    def whole(params: Params) -> Params:
+        return params if everybody is None else {**params, TABLES: everybody}
 
     def validate(params: Params) -> dict[str, float]:
         shape = {"query": sampling["query"], "batch_size": sampling["batch_size"], "buckets": widths[-1:]}
         tables = []
         for size in (3, None) if sampling["short"] else (None,):
             tasks = batches(split.validation, target, support=size, **shape)
-            tables.append(summarise(score_tasks(strategy, params, tasks, target), target.kind))
+            tables.append(summarise(score_tasks(strategy, whole(params), tasks, target), target.kind))
         return {name: float(np.mean([table[name] for table in tables])) for name in tables[0]}
 
-    return _Source(epoch, strategy.loss, validate, lambda params: params, sampling | {"widths": [*map(int, widths)]})
+    return _Source(epoch, strategy.loss, validate, whole, sampling | {"widths": [*map(int, widths)]})
 
 
 def _ranking(
@@ -264,11 +288,13 @@ def _ranking(
             lambda k: fitted_tables(strategy, observed) if k < 0 else without(k), range(-1, objective.folds)
         )
         everybody, *folds = (jax.device_put(found) for found in made)
-    loss = _ranking_loss(strategy, objective)
+    following = strategy.prefixes is not None and split.train.ordered
+    loss = _ranking_loss(strategy, objective, following)
+    draw = partial(drawn, batch_size=batch_size, widths=widths, fold=fold, following=following)
     some = split.validation.take(np.arange(min(len(split.validation), VALIDATED)))
 
     def epoch(rng: np.random.Generator) -> Iterator[tuple[Any, Params]]:
-        for task, k in drawn(split.train, target, objective, batch_size=batch_size, widths=widths, fold=fold, rng=rng):
+        for task, k in draw(split.train, target, objective, rng=rng):
             yield task, folds[k]
 
     def whole(params: Params) -> Params:
@@ -284,9 +310,9 @@ def _ranking(
 
 
 @lru_cache(maxsize=64)
-def _ranking_loss(strategy: Strategy, objective: Ranking) -> Callable[..., Any]:
+def _ranking_loss(strategy: Strategy, objective: Ranking, following: bool) -> Callable[..., Any]:
     """The same function for the same arguments, so that `jit` knows it again."""
-    return ranking_loss(strategy, objective)
+    return ranking_loss(strategy, objective, following)
 
 
 class _State(NamedTuple):

@@ -25,7 +25,8 @@ def divided():
 
 @pytest.fixture(scope="module")
 def recommender(divided):
-    return mr.train(divided, "melu", epochs=12, progress=False, buckets=1, optimizer=optax.adam(0.02))
+    options = {"objective": "click", "epochs": 12, "progress": False, "buckets": 1}
+    return mr.train(divided, "melu", optimizer=optax.adam(0.02), **options)
 
 
 def test_items_that_tell_users_apart_come_first(recommender, divided):

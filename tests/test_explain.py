@@ -49,7 +49,7 @@ def test_fields_add_up_to_the_score_beyond_an_unknown_item(strategy, stocked):
     trained = stocked
     if strategy != "alpaca":
         data = mr.data.synthetic(users=80, items=60, seed=0)
-        trained = mr.train(data, strategy, epochs=1, progress=False, buckets=1)
+        trained = mr.train(data, strategy, objective="click", epochs=1, progress=False, buckets=1)
     items = trained.stock.trained.ids[:3].tolist()
     history = dict(zip(items[:2], (5.0, 1.0), strict=True))
     found = trained.explain(history, items[2])

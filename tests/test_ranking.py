@@ -88,7 +88,8 @@ def test_uncertainty_and_exploration(stocked, synthetic):
     draws = [tuple(r.item for r in stocked.recommend(HISTORY, k=5, explore="thompson", seed=s)) for s in (1, 1, 2, 3)]
     assert draws[0] == draws[1]
     assert len(set(draws)) > 1
-    other = mr.train(synthetic, "ridge", epochs=1, progress=False, buckets=1, model_options={"width": 4})
+    options = {"objective": "click", "epochs": 1, "progress": False, "buckets": 1}
+    other = mr.train(synthetic, "ridge", model_options={"width": 4}, **options)
     with pytest.raises(ValueError, match="does not know the deviation"):
         other.recommend({}, explore="ucb")
 

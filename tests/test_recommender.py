@@ -16,7 +16,7 @@ import metarec_jax as mr
 from metarec_jax.data.batches import features
 from metarec_jax.evaluation.baselines import BASELINES, OF_RATINGS
 
-QUICK = {"epochs": 2, "progress": False, "model_options": {"width": 4}}
+QUICK = {"objective": "click", "epochs": 2, "progress": False, "model_options": {"width": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ FAMILIES = ("ridge", "alpaca", "melu", "nlba", "tanp", "mwuf", "in_context", "ga
     ("strategy", "target"), [(s, "click") for s in mr.STRATEGIES] + [(s, "rating") for s in FAMILIES]
 )
 def test_every_strategy_trains_evaluates_saves_and_loads(strategy, target, synthetic, tmp_path):
-    recommender = mr.train(synthetic, strategy, protocol=mr.ColdUsers(target=target), **QUICK, buckets=1)
+    recommender = mr.train(synthetic, strategy, **QUICK | {"objective": target}, buckets=1)
     results = recommender.evaluate(baselines=strategy == "ridge")
     if strategy == "ridge":
         assert set(results) == {strategy} | {b for b in BASELINES if target == "click" or not b.endswith(OF_RATINGS)}
@@ -211,8 +211,9 @@ def test_one_compilation_for_each_bucket_shape_over_all_trainings(synthetic, mon
 
     monkeypatch.setitem(mr.STRATEGIES, "counting", counting)
     stars = replace(synthetic, rating=np.clip(np.round(synthetic.rating), 2, 4))
+    options = {"objective": "click", "epochs": 3, "progress": False, "buckets": (16, 24, 40), "batch_size": 16}
     for seed in range(3):
-        mr.train(stars, "counting", "linear", seed=seed, epochs=3, progress=False, buckets=(16, 24, 40), batch_size=16)
+        mr.train(stars, "counting", "linear", seed=seed, **options)
     assert len(traces) == len(set(traces)) <= 3
 
 
@@ -330,6 +331,6 @@ def test_unknown_names_and_impossible_data_are_refused(synthetic):
     with pytest.raises(ValueError, match="model 'vgg' is unknown"):
         mr.train(synthetic, model="vgg")
     with pytest.raises(mr.DataError, match="widen the window"):
-        mr.train(mr.data.synthetic(users=20, items=8, ratings_per_user=(5, 8)))
+        mr.train(mr.data.synthetic(users=20, items=8, ratings_per_user=(5, 8)), objective="click")
     with pytest.raises(FloatingPointError, match="lower the outer learning rate"):
         mr.train(synthetic, optimizer=optax.sgd(1e30), **QUICK)

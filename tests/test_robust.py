@@ -9,7 +9,8 @@ import metarec_jax as mr
 
 @pytest.fixture(scope="module")
 def plain():
-    return mr.train(mr.data.synthetic(users=80, items=40, seed=0), "ridge", epochs=4, progress=False)
+    data = mr.data.synthetic(users=80, items=40, seed=0)
+    return mr.train(data, "ridge", objective="click", epochs=4, progress=False)
 
 
 def test_the_recommender_itself_is_not_trained_and_its_weights_are_saved(plain, tmp_path):
@@ -33,7 +34,8 @@ def test_the_loss_on_clean_queries_falls(plain):
 
 def test_a_strategy_that_no_gradient_of_weights_reaches_is_named():
     data = mr.data.synthetic(users=60, items=40, seed=0)
-    tuned = mr.train(data, "finetune_head", epochs=1, progress=False, strategy_options={"steps": 1})
+    options = {"objective": "click", "epochs": 1, "progress": False, "strategy_options": {"steps": 1}}
+    tuned = mr.train(data, "finetune_head", **options)
     with pytest.raises(ValueError, match="no gradient passes from a query"):
         mr.reweight(tuned, epochs=1, progress=False)
 

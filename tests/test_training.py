@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_training_is_refused(train, tmp_path):
 
 
 def test_a_checkpoint_knows_its_strategy_and_its_data(tmp_path):
-    data, options = mr.data.synthetic(users=60, items=40), {"epochs": 1, "progress": False}
+    data, options = mr.data.synthetic(users=60, items=40), {"objective": "click", "epochs": 1, "progress": False}
     mr.train(data, "ridge", checkpoint=tmp_path / "run", **options)
     with pytest.raises(mr.ModelFileError, match="another strategy"):
         mr.train(data, "ridge", strategy_options={"penalty": 9.0}, checkpoint=tmp_path / "run", **options)
@@ -117,7 +117,8 @@ def test_epochs_are_written_for_tensorboard(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
     recommender = mr.train(
-        synthetic(users=60, items=40, seed=0), "prototypes", epochs=2, progress=False, tensorboard=tmp_path / "runs"
+        synthetic(users=60, items=40, seed=0), "prototypes", objective="click", epochs=2, progress=False,
+        tensorboard=tmp_path / "runs",
     )
     (file,) = (tmp_path / "runs").iterdir()
     content, found, at = file.read_bytes(), {}, 0

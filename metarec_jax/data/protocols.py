@@ -1,12 +1,12 @@
 """Protocols besides cold users: split in time, MeLU's four scenarios, and the table of all. Each has a `split`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from metarec_jax.data.dataset import Dataset
-from metarec_jax.data.ranking_protocols import NextItem, StrongGeneralisation
+from metarec_jax.data.ranking_protocols import NextItem, NextRating, StrongGeneralisation, StrongRatings
 from metarec_jax.data.splits import KINDS, ColdUsers, Histories, Kind, Split
 from metarec_jax.errors import DataError
 
@@ -161,4 +161,12 @@ class Scenario:
 
 
 Protocol = ColdUsers | TimeSplit | Scenario | StrongGeneralisation | NextItem
-PROTOCOLS: dict[str, Any] = {protocol.__name__: protocol for protocol in get_args(Protocol)}
+PROTOCOLS: dict[str, Any] = {p.__name__: p for p in (*get_args(Protocol), StrongRatings, NextRating)}
+
+
+def ratings_of(protocol: Protocol) -> Protocol:
+    """The protocol whose training users are those of a ranking `protocol`, and whose target is their ratings."""
+    for ranking, rating in ((StrongGeneralisation, StrongRatings), (NextItem, NextRating)):
+        if isinstance(protocol, ranking):
+            return rating(**asdict(protocol))
+    return replace(protocol, target="rating")  # type: ignore[arg-type]

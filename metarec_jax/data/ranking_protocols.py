@@ -143,6 +143,64 @@ class NextItem:
         return Split(train, replace(validation, queries=one), replace(test, queries=one))
 
 
+@dataclass(frozen=True)
+class StrongRatings(StrongGeneralisation):
+    """The ratings of the users of `StrongGeneralisation`: the same users train, with all their interactions.
+
+    Of a validation or test user 10 random interactions are judged, positive or not, and the others are the support.
+
+    Attributes:
+      target: "rating".
+    """
+
+    target: ClassVar[Kind] = "rating"
+
+    def split(self, data: Dataset, seed: int = 0) -> Split:
+        """Split the users of a dataset as `StrongGeneralisation` does; the same seed gives the same users and queries.
+
+        Raises:
+          DataError: too few users have `minimum` positives.
+        """
+        train, *judged = super().split(data, seed)
+        rng = np.random.default_rng([seed, 1])
+        return Split(train, *(Histories.of(data, np.unique(part.users)).shuffled(rng) for part in judged))
+
+
+@dataclass(frozen=True)
+class NextRating(NextItem):
+    """The ratings of the users of `NextItem`: training has what came before both of its queries, positive or not.
+
+    The rating of a user's last positive is judged, of a validation task that of the one before it; the support set is
+    what came before, the most recent first.
+
+    Attributes:
+      target: "rating".
+    """
+
+    target: ClassVar[Kind] = "rating"
+
+    def split(self, data: Dataset, seed: int = 0) -> Split:
+        """Split the interactions of each user at the queries of `NextItem`.
+
+        Raises:
+          DataError: no user has `minimum` positives.
+        """
+        _, validation, test = super().split(data, seed)
+        earlier, last = (self._moments(data, part) for part in (validation, test))
+        parts = [
+            Histories.of(data, test.users, kept).latest_first().take(np.arange(len(test)), self.maximum)
+            for kept in (data.order < earlier, data.order <= earlier, data.order <= last)
+        ]
+        one = np.ones(len(test), int)
+        return Split(parts[0], *(replace(part, queries=one) for part in parts[1:]))
+
+    def _moments(self, data: Dataset, part: Histories) -> np.ndarray:
+        """`[interactions]` place in time of the query of each one's user; of other users -1."""
+        place = np.full(len(data.users), -1)
+        place[part.users] = data.order[part.index[part.starts[:-1]]]
+        return place[data.user]
+
+
 def _joined(first: Histories, more: Histories) -> Histories:
     """The histories `first`, each followed by the interactions of the same user in `more`."""
     owner = np.concatenate([np.repeat(np.arange(len(part)), part.lengths) for part in (first, more)])

@@ -39,7 +39,7 @@ class Target:
         """
         rating, threshold = train.data.rating[train.index], protocol.threshold
         if protocol.target == "rating":
-            assert threshold is not None
+            threshold = float(rating.min()) if threshold is None else threshold
             return cls("rating", threshold, float(rating.mean()), float(rating.std()) or 1.0)
         found = np.unique(rating)
         if protocol.target == "ranking":

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metarec_jax import factorise
+
 Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 BASELINES: dict[str, Callable[["Interactions"], Predict]] = {}
 
@@ -34,9 +36,7 @@ class _Means(NamedTuple):
 
 
 def _means(train: Interactions, item_shrink: float = 5.0, user_shrink: float = 5.0) -> _Means:
-    mean = float(train.target.mean())
-    total = np.bincount(train.item, train.target - mean, train.items)
-    return _Means(mean, total / (np.bincount(train.item, minlength=train.items) + item_shrink), user_shrink)
+    return _Means(*factorise.means(train.item, train.target, train.items, item_shrink), user_shrink)
 
 
 def two_means(train: Interactions) -> Predict:
@@ -52,15 +52,11 @@ def two_means(train: Interactions) -> Predict:
 def als_fold_in(train: Interactions, rank: int = 8, ridge: float = 5.0, sweeps: int = 15, seed: int = 0) -> Predict:
     """Matrix factorisation of the residuals after the two means by alternating least squares (Zhou et al.,
     2008); a new user's factor is the ridge solution on the support set."""
-    means = _means(train)
-    owner = np.unique(train.user, return_inverse=True)[1]
-    per_user = np.bincount(owner, train.target - means.mean - means.item[train.item])
-    per_user = per_user / (np.bincount(owner) + means.shrink)
-    residual = train.target - means.mean - means.item[train.item] - per_user[owner]
-    vectors = np.random.default_rng(seed).normal(0, 0.1, (train.items, rank))
-    for _ in range(sweeps):
-        users = _least_squares(owner, vectors[train.item], residual, len(per_user), ridge)
-        vectors = _least_squares(train.item, users[owner], residual, train.items, ridge)
+    shrink = 5.0
+    mean, item_bias, vectors = factorise.explicit_als(
+        train.user, train.item, train.target, train.items, rank, penalty=ridge, shrink=shrink, sweeps=sweeps, seed=seed
+    )
+    means = _Means(mean, item_bias, shrink)
 
     def predict(items: np.ndarray, target: np.ndarray, query: np.ndarray) -> np.ndarray:
         bias = means.user(items, target)
@@ -95,18 +91,6 @@ def item_knn(train: Interactions, neighbours: int = 40, shrink: float = 20.0, ri
         return means.mean + means.item[query] + bias + (weight @ rest) / (weight.sum(1) + ridge * 0.1)
 
     return predict
-
-
-def _least_squares(group: np.ndarray, x: np.ndarray, y: np.ndarray, groups: int, ridge: float) -> np.ndarray:
-    """Ridge solutions `[groups, rank]` of `y` on `x` within each group."""
-    rank = x.shape[1]
-    x = np.asfortranarray(x)
-    gram = np.empty((groups, rank, rank))
-    for a in range(rank):
-        for b in range(a + 1):
-            gram[:, a, b] = gram[:, b, a] = np.bincount(group, x[:, a] * x[:, b], groups)
-    moment = np.stack([np.bincount(group, x[:, a] * y, groups) for a in range(rank)], axis=1)
-    return np.linalg.solve(gram + ridge * np.eye(rank), moment[..., None])[..., 0]
 
 
 BASELINES |= {"two means": two_means, "ALS fold-in": als_fold_in, "item-kNN": item_knn}

@@ -11,38 +11,71 @@ from metarec_jax.models.model import Model
 from metarec_jax.models.sequence import Encode, sequence_model
 
 LENGTH = 200  # places with an embedding of their own; later interactions share the last one's
+DISTANCES = 40  # of distances between places, all of the first 7, then ever wider ones
 
 
 class Attention(nnx.Module):
-    """Blocks of causal attention over the tokens, behind a first one that stands for the user without a past."""
+    """Blocks of causal attention over the tokens, behind a first one that stands for the user without a past.
 
-    def __init__(self, width: int, block: Callable[[], nnx.Module], layers: int, rngs: nnx.Rngs) -> None:
+    Places are counted from the start of the history, or, if `relative`, not at all: the blocks know distances alone.
+    A state then depends on how far back each interaction lies, not on how many were there before what is known.
+    """
+
+    def __init__(
+        self, width: int, block: Callable[[], nnx.Module], layers: int, rngs: nnx.Rngs, relative: bool = False
+    ) -> None:
         self.start = nnx.Param(0.1 * jax.random.normal(rngs.params(), (width,)))
-        self.place = nnx.Embed(LENGTH, width, embedding_init=nnx.initializers.zeros, rngs=rngs)
+        self.relative = relative
+        if not relative:
+            self.place = nnx.Embed(LENGTH, width, embedding_init=nnx.initializers.zeros, rngs=rngs)
         self.blocks = nnx.List([block() for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, order: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, order: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """States `[examples + 1, width]` of tokens `[examples, width]` and their `order` `[examples]`."""
         x = jnp.concatenate([self.start[None], x])
-        x = x + self.place(jnp.minimum(jnp.arange(len(x)), LENGTH - 1))
+        if not self.relative:
+            x = x + self.place(jnp.minimum(jnp.arange(len(x)), LENGTH - 1))
         order = jnp.pad(order, (1, 0))
         for block in self.blocks:
-            x = block(x, order)
+            x = block(x, order, rngs)
         return self.norm(x)
 
 
 class TransformerBlock(nnx.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); if `relative`, the attention has a bias by distance.
 
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
+    References:
+      Raffel et al., Exploring the Limits of Transfer Learning (T5), JMLR 2020, section 2.1 (the bias).
+    """
+
+    def __init__(
+        self, width: int, heads: int, rngs: nnx.Rngs, relative: bool = False, dropout: float = 0.0
+    ) -> None:
         self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
         self.attention = nnx.MultiHeadAttention(heads, width, use_bias=False, decode=False, rngs=rngs)
         self.wide, self.narrow = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
+        self.relative = relative
+        if relative:
+            self.distance = nnx.Embed(DISTANCES, heads, embedding_init=nnx.initializers.zeros, rngs=rngs)
 
-    def __call__(self, x: jax.Array, order: jax.Array) -> jax.Array:
-        x = x + self.attention(self.norms[0](x), is_causal=True)
-        return x + self.narrow(nnx.relu(self.wide(self.norms[1](x))))
+    def __call__(self, x: jax.Array, order: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        normed = self.norms[0](x)
+        read = self.read(normed) if self.relative else self.attention(normed, is_causal=True)
+        x = x + self.dropout(read, deterministic=rngs is None, rngs=rngs)
+        wide = self.narrow(nnx.relu(self.wide(self.norms[1](x))))
+        return x + self.dropout(wide, deterministic=rngs is None, rngs=rngs)
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """The attention with the bias by distance."""
+        query, key, value = (layer(x) for layer in (self.attention.query, self.attention.key, self.attention.value))
+        back = jnp.arange(len(x))[:, None] - jnp.arange(len(x))
+        step = (4 * jnp.log2(1.0 + jnp.maximum(back, 0))).astype(jnp.int32)
+        scores = jnp.einsum("ihd,jhd->ijh", query, key) / query.shape[-1] ** 0.5
+        scores += self.distance(jnp.minimum(step, DISTANCES - 1))
+        share = jax.nn.softmax(scores, axis=1, where=(back >= 0)[..., None])
+        return self.attention.out(jnp.einsum("ijh,jhd->ihd", share, value))
 
 
 class HSTUBlock(nnx.Module):
@@ -53,8 +86,11 @@ class HSTUBlock(nnx.Module):
 
     BUCKETS = 16  # of gaps in `order`, each twice as wide as the one before
 
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, width: int, heads: int, rngs: nnx.Rngs, relative: bool = False, dropout: float = 0.0
+    ) -> None:  # relative: it is always
         self.heads = heads
+        self.dropout = nnx.Dropout(dropout)
         self.norm, self.inner_norm = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
         self.project = nnx.Linear(width, 4 * width, rngs=rngs)
         self.out = nnx.Linear(width, width, rngs=rngs)
@@ -62,7 +98,7 @@ class HSTUBlock(nnx.Module):
         self.distance = nnx.Embed(LENGTH, heads, embedding_init=zeros, rngs=rngs)
         self.gap = nnx.Embed(self.BUCKETS, heads, embedding_init=zeros, rngs=rngs)
 
-    def __call__(self, x: jax.Array, order: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, order: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         split = [a.reshape(len(x), self.heads, -1) for a in jnp.split(nnx.silu(self.project(self.norm(x))), 4, -1)]
         gate, value, query, key = split
         places = jnp.arange(len(x))
@@ -72,29 +108,45 @@ class HSTUBlock(nnx.Module):
         scores = nnx.silu(scores + self.distance(distance) + self.gap(jnp.minimum(gap, self.BUCKETS - 1)))
         seen = jnp.where((places[:, None] >= places)[..., None], scores, 0.0)
         read = jnp.einsum("ijh,jhd->ihd", seen, value).reshape(x.shape)
-        return x + self.out(self.inner_norm(read) * gate.reshape(x.shape))
+        gated = self.out(self.inner_norm(read) * gate.reshape(x.shape))
+        return x + self.dropout(gated, deterministic=rngs is None, rngs=rngs)
 
 
 def transformer(
-    fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (), layers: int = 1, heads: int = 2
+    fields: Mapping[str, Field],
+    *,
+    width: int = 16,
+    hidden: Sequence[int] = (),
+    layers: int = 1,
+    heads: int = 2,
+    tied: bool = False,
+    dropout: float = 0.0,
 ) -> Model:
     """Causal Transformer over the user's interactions, as SASRec but with targets in the tokens; reads `History`.
 
-    No dropout, and a feed-forward layer four times as wide as the state.
+    A feed-forward layer is four times as wide as the state. If `tied`, attention has a bias by distance in place of the
+    embeddings of places: the state is the same however many interactions before the known ones were cut off.
 
     Args:
-      fields, width, hidden: as in `gru`.
+      fields, width, hidden, tied, dropout: as in `gru`.
       layers: blocks of attention and feed-forward layer.
       heads: attention heads; they divide `width`.
 
     References:
       Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, section III.
     """
-    return attending(TransformerBlock, fields, width, hidden, layers, heads)
+    return attending(TransformerBlock, fields, width, hidden, layers, heads, tied, dropout)
 
 
 def hstu(
-    fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (), layers: int = 1, heads: int = 2
+    fields: Mapping[str, Field],
+    *,
+    width: int = 16,
+    hidden: Sequence[int] = (),
+    layers: int = 1,
+    heads: int = 2,
+    tied: bool = False,
+    dropout: float = 0.0,
 ) -> Model:
     """Hierarchical sequential transduction units over the user's interactions; reads `History` features.
 
@@ -103,7 +155,7 @@ def hstu(
     time is `order`, the only one that batches have; the layer norm makes the division by the length unnecessary.
 
     Args:
-      fields, width, hidden: as in `gru`.
+      fields, width, hidden, tied, dropout: as in `gru`.
       layers: blocks.
       heads: attention heads; they divide `width`.
 
@@ -111,7 +163,7 @@ def hstu(
       Zhai et al., Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative
       Recommendations, ICML 2024, section 3, equations 1 to 3.
     """
-    return attending(HSTUBlock, fields, width, hidden, layers, heads)
+    return attending(HSTUBlock, fields, width, hidden, layers, heads, tied, dropout)
 
 
 def attending(
@@ -121,6 +173,8 @@ def attending(
     hidden: Sequence[int],
     layers: int,
     heads: int,
+    tied: bool,
+    dropout: float,
 ) -> Model:
     """The sequence model whose encoder is `layers` of these blocks; arguments as in `transformer`."""
     if layers < 1 or heads < 1 or width % heads:
@@ -129,6 +183,6 @@ def attending(
         )
 
     def encoder(rngs: nnx.Rngs) -> Encode:
-        return Attention(width, lambda: block(width, heads, rngs), layers, rngs)
+        return Attention(width, lambda: block(width, heads, rngs, tied, dropout), layers, rngs, tied)
 
-    return sequence_model(fields, width, hidden, encoder)
+    return sequence_model(fields, width, hidden, encoder, tied, dropout)

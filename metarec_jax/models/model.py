@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from metarec_jax.tasks import Features, Params
+from metarec_jax.tasks import Examples, Features, Params
 
 
 class Model(NamedTuple):
@@ -24,6 +24,10 @@ class Model(NamedTuple):
       profile: reads the task's own fields (a user's attributes); strategies that start from them need it.
       history: whether `apply` and `embed` read `History` features; `with_history` makes a strategy pass them.
       items: rows of the catalogue; strategies with a parameter for each item need it.
+      states: `states(params, past, key) -> [users, examples + 1, width]`: entry t has read the first t examples of
+        `past`, in time order. With a key dropout acts, as in training; with None it does not. Given together with
+        `vectors` by networks whose score is the product `states . vectors`.
+      vectors: `vectors(params, features) -> [..., width]` of items, from features of items alone.
     """
 
     init: Callable[[jax.Array], Params]
@@ -34,6 +38,8 @@ class Model(NamedTuple):
     profile: Encoder | None = None
     history: bool = False
     items: int | None = None
+    states: Callable[[Params, Examples, jax.Array | None], jax.Array] | None = None
+    vectors: Callable[[Params, Features], jax.Array] | None = None
 
 
 class Encoder(NamedTuple):
@@ -59,10 +65,11 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], profile: Encoder | None = 
 
     Args:
       build: makes the module from `nnx.Rngs`; traced abstractly once, run on a device only by `init`.
-      profile, history: see `Model`.
+      profile, history: see `Model`. A module with methods `states(past, key)` and `vectors(features)` gives these too.
     """
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graph, _ = nnx.split(abstract)
+    product = hasattr(abstract, "vectors")
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
@@ -85,4 +92,6 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], profile: Encoder | None = 
         width=getattr(getattr(abstract, "head", None), "in_features", None),
         profile=profile,
         history=history,
+        states=(lambda params, past, key: merged(params).states(past, key)) if product else None,
+        vectors=(lambda params, features: merged(params).vectors(features)) if product else None,
     )

@@ -9,10 +9,19 @@ from flax import nnx
 from metarec_jax.data.fields import Field
 from metarec_jax.models.mlp import EmbeddingMLP
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, need_item_fields, profile, slots, vectors
-from metarec_jax.tasks import Features, History
+from metarec_jax.models.profile import (
+    PREFIX,
+    bias,
+    need_item_fields,
+    profile,
+    slots,
+    sum_of_biases,
+    table,
+    vectors,
+)
+from metarec_jax.tasks import Examples, Features, History
 
-Encode = Callable[[jax.Array, jax.Array], jax.Array]
+Encode = Callable[..., jax.Array]  # tokens `[examples, width]`, order and `nnx.Rngs` to states `[examples + 1, width]`
 
 
 class SequenceModel(EmbeddingMLP):
@@ -70,18 +79,93 @@ class SequenceModel(EmbeddingMLP):
 
     def states(self, features: History) -> jax.Array:
         """`[examples, width]` of one user: what the encoder knew before each example."""
-        past, keep = features.past, features.past.mask > 0
-        order = past.features.get("order", jnp.arange(len(keep), dtype=jnp.int32))
-        by_time = jnp.lexsort((order, ~keep))  # padding last: what causality hides from the others needs no mask
-        read = jnp.append(jnp.argsort(by_time), keep.sum())[features.own]  # -1, not in the past, reads all of it
+        past, places = in_time(features.past)
+        scale, shift = jnp.split(self.token_target(past.target[:, None]), 2, -1)
+        tokens = self.token(self.items(past.features)) * (1 + scale) + shift
+        return self.encoder(tokens, past.features["order"])[places[features.own]]
 
-        def arranged(x: jax.Array) -> jax.Array:
-            return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)[by_time]
 
-        target = self.token_target(arranged(past.target)[:, None])
-        scale, shift = jnp.split(target, 2, -1)
-        tokens = self.token(self.items(jax.tree.map(arranged, past.features))) * (1 + scale) + shift
-        return self.encoder(tokens, arranged(order))[read]
+class TiedSequenceModel(nnx.Module):
+    """score = sum_k h_k state_k e_k(x) + b(x), with the vectors e of the items that are read (tied weights).
+
+    e and b are sums over the fields of the items. Fields of the user or the context would give all items the same
+    number and are left out. A token is bent by its target y, at first not at all; h is 1 at first:
+
+        token = sqrt(width) e * (1 + a y + a_0) + b y + b_0
+    """
+
+    def __init__(
+        self,
+        fields: Mapping[str, Field],
+        width: int,
+        encoder: Callable[[nnx.Rngs], Encode],
+        dropout: float,
+        rngs: nnx.Rngs,
+    ) -> None:
+        items = {name: field for name, field in fields.items() if not name.startswith((PREFIX, "context/"))}
+        self.fields = nnx.static({name: field.kind for name, field in items.items()})
+        self.embedding = nnx.Dict({name: table(field, width, rngs) for name, field in items.items()})
+        self.embedding_bias = nnx.Dict({name: bias(field, rngs) for name, field in items.items()})
+        self.token_target = nnx.Linear(1, 2 * width, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
+        self.encoder = encoder(rngs)
+        self.head = nnx.Linear(width, 1, use_bias=False, kernel_init=nnx.initializers.ones, rngs=rngs)
+
+    def embed(self, features: Features) -> jax.Array:
+        """Input of the head `[..., width]`."""
+        if not isinstance(features, History):
+            return self.encoder(jnp.zeros((0, self.head.in_features)), jnp.zeros(0, jnp.int32))[0] * self.item(features)
+        if features.past.mask.ndim > 1:  # [users, examples]
+            return jax.vmap(self.embed)(features)
+        past, places = in_time(features.past)
+        return self.read(past, None)[places[features.own]] * self.item(features.now)
+
+    def __call__(self, features: Features) -> jax.Array:
+        """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
+        now = features.now if isinstance(features, History) else features
+        return (self.head(self.embed(features)) + sum_of_biases(self.embedding_bias, now, self.fields))[..., 0]
+
+    def states(self, past: Examples, key: jax.Array | None) -> jax.Array:
+        """`[users, examples + 1, width + 1]`: entry t has read the first t; the last number is 1, of the bias."""
+
+        def one(past: Examples, key: jax.Array | None) -> jax.Array:
+            states = self.read(in_time(past)[0], None if key is None else nnx.Rngs(dropout=key))
+            return jnp.concatenate([states, jnp.ones_like(states[:, :1])], -1)
+
+        if key is None:
+            return jax.vmap(lambda past: one(past, None))(past)
+        return jax.vmap(one)(past, jax.random.split(key, len(past.mask)))
+
+    def vectors(self, features: Features) -> jax.Array:
+        """`[..., width + 1]` of items: their vectors, then their biases."""
+        own = self.item(features) * self.head.kernel[:, 0]
+        return jnp.concatenate([own, sum_of_biases(self.embedding_bias, features, self.fields)], -1)
+
+    def item(self, features: Features) -> jax.Array:
+        """`[..., width]` sum of the embeddings of the item fields."""
+        return sum(vectors(self.embedding, features, self.fields).values(), start=jnp.zeros(()))
+
+    def read(self, past: Examples, rngs: nnx.Rngs | None) -> jax.Array:
+        """`[examples + 1, width]` states of one user whose interactions are in time order."""
+        scale, shift = jnp.split(self.token_target(past.target[:, None]), 2, -1)
+        item = self.item(past.features)
+        tokens = item.shape[-1] ** 0.5 * item * (1 + scale) + shift
+        return self.encoder(self.dropout(tokens, deterministic=rngs is None, rngs=rngs), past.features["order"], rngs)
+
+
+def in_time(past: Examples) -> tuple[Examples, jax.Array]:
+    """One user's interactions from the earliest to the latest, padding last and 0 (what causality hides from the
+    others needs no mask); and `[examples + 1]` the place that each has now, the number of them in the end, so that -1,
+    an example that is not among them, has read all."""
+    keep = past.mask > 0
+    order = past.features.get("order", jnp.arange(len(keep), dtype=jnp.int32))
+    by_time = jnp.lexsort((order, ~keep))
+    places = jnp.append(jnp.argsort(by_time), keep.sum())
+
+    def arranged(x: jax.Array) -> jax.Array:
+        return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)[by_time]
+
+    return jax.tree.map(arranged, past._replace(features={**past.features, "order": order})), places
 
 
 class GRU(nnx.Module):
@@ -90,14 +174,22 @@ class GRU(nnx.Module):
     def __init__(self, width: int, layers: int, rngs: nnx.Rngs) -> None:
         self.cells = nnx.List([nnx.GRUCell(width, width, rngs=rngs) for _ in range(layers)])
 
-    def __call__(self, x: jax.Array, order: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, order: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """States `[examples + 1, width]` of tokens `[examples, width]`."""
         for cell in self.cells:
             _, x = jax.lax.scan(cell, jnp.zeros(x.shape[-1], x.dtype), x)
         return jnp.concatenate([jnp.zeros_like(x, shape=(1, x.shape[-1])), x])
 
 
-def gru(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (), layers: int = 1) -> Model:
+def gru(
+    fields: Mapping[str, Field],
+    *,
+    width: int = 16,
+    hidden: Sequence[int] = (),
+    layers: int = 1,
+    tied: bool = False,
+    dropout: float = 0.0,
+) -> Model:
     """Recurrent recommender (GRU4Rec) whose state before an interaction scores it; reads `History` features.
 
         h_t = GRU(h_{t-1}, token_t)
@@ -110,24 +202,42 @@ def gru(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] =
       width: of each field's embedding and of the state.
       hidden: widths of the hidden layers over the fields' embeddings.
       layers: recurrent layers.
+      tied: score items by the product of the state and the same item vectors that are read, as SASRec does: the form
+        that ranks a catalogue and learns from all places of a history at once (`Model.states`). Without hidden layers.
+      dropout: of a tied network, while it learns from all places: share of the numbers in tokens (and in the output of
+        each block of attention) that are set to 0.
 
     References:
       Hidasi et al., Session-based Recommendations with Recurrent Neural Networks, ICLR 2016.
     """
     if layers < 1:
         raise ValueError(f"layers must be 1 or more, got {layers}")
-    return sequence_model(fields, width, hidden, lambda rngs: GRU(width, layers, rngs))
+    return sequence_model(fields, width, hidden, lambda rngs: GRU(width, layers, rngs), tied, dropout)
 
 
 def sequence_model(
-    fields: Mapping[str, Field], width: int, hidden: Sequence[int], encoder: Callable[[nnx.Rngs], Encode]
+    fields: Mapping[str, Field],
+    width: int,
+    hidden: Sequence[int],
+    encoder: Callable[[nnx.Rngs], Encode],
+    tied: bool = False,
+    dropout: float = 0.0,
 ) -> Model:
-    """The `Model` of a `SequenceModel`, with this encoder of tokens `[examples, width]` and their order `[examples]`.
+    """The `Model` of a `SequenceModel` or a `TiedSequenceModel`, with this encoder of tokens.
 
     Raises:
-      ValueError: there is no field of the items, of which a history is made.
+      ValueError: there is no field of the items, of which a history is made; `tied` with hidden layers, or dropout
+        without `tied`.
     """
     need_item_fields(fields)
-    return from_nnx(
-        lambda rngs: SequenceModel(fields, width, hidden, encoder, rngs), profile(fields, width), history=True
-    )
+    if (tied and hidden) or (dropout and not tied) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"tied networks have no hidden layers, dropout is theirs and below 1; got {tied=}, {hidden=}, {dropout=}"
+        )
+
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        if tied:
+            return TiedSequenceModel(fields, width, encoder, dropout, rngs)
+        return SequenceModel(fields, width, hidden, encoder, rngs)
+
+    return from_nnx(build, profile(fields, width), history=True)

@@ -7,6 +7,7 @@ then cover it.
 from collections.abc import Callable
 
 from metarec_jax.strategies.alpaca import alpaca
+from metarec_jax.strategies.als import als
 from metarec_jax.strategies.cavia import cavia
 from metarec_jax.strategies.cold_items import gme, metaemb
 from metarec_jax.strategies.content import content
@@ -77,6 +78,7 @@ RANKING: dict[str, Callable[..., Strategy]] = {  # those that only rank
     "stack": stack,
 }
 
+RATING: dict[str, Callable[..., Strategy]] = {"als": als}  # those that only predict ratings
 
 DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
     "ridge": "linear",
@@ -87,6 +89,7 @@ DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
     "lwa": "linear",
     "nlba": "linear",
     "in_context": "transformer",
+    "als": "design",
     "ials": "design",
     "ease": "design",
     "content": "design",
@@ -97,10 +100,12 @@ DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
 __all__ = [
     "DEFAULT_MODEL",
     "RANKING",
+    "RATING",
     "STRATEGIES",
     "Ranking",
     "Strategy",
     "alpaca",
+    "als",
     "anil",
     "anp",
     "cavia",

@@ -60,11 +60,15 @@ def adapt(
       known: the users.
       key: of what the strategy draws; one for all calls by default, so that serving is deterministic.
     """
+    return strategy.adapt(params, support_of(tables, known), jax.random.key(0) if key is None else key)
+
+
+def support_of(tables: dict[str, jax.Array], known: Known) -> Examples:
+    """What is known of users, as a support set."""
     items = {name: table[known.items] for name, table in tables.items()}
     nowhere = jax.tree.map(jnp.zeros_like, known.context)  # the contexts of what users did are not known
     place = jnp.arange(known.items.shape[1], dtype=jnp.int32)
-    support = Examples(features(items, known.user, nowhere, place), known.target, known.weight)
-    return strategy.adapt(params, support, jax.random.key(0) if key is None else key)
+    return Examples(features(items, known.user, nowhere, place), known.target, known.weight)
 
 
 def score(

@@ -11,8 +11,11 @@ def with_history(strategy: Strategy) -> Strategy:
     """`strategy`, whose model is given `History` features: each example with its user's support set as the past.
 
     An example of the support set carries its own place there, because it must not be scored by reading itself. The
-    adapted values include the support set, which `predict` needs again. Wrapping twice is the same as once.
+    adapted values include the support set, which `predict` needs again. Wrapping twice is the same as once; a strategy
+    with `prefixes` reads the support set itself.
     """
+    if strategy.prefixes is not None:
+        return strategy
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
         return strategy.adapt(params, reading_the_others(support), key), support

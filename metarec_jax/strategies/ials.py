@@ -85,12 +85,12 @@ def ials(
         found = factorise.ials(confidences, rank, unobserved=everything, penalty=ridge, sweeps=sweeps)
         count = np.asarray(confidences.sum(0)).ravel()
         items = np.asarray(embed({}, observed.features))
-        content = _ridge(items, found.items, CONTENT, count)
+        content = ridge_regression(items, found.items, CONTENT, count)
         vectors = np.where(count[:, None] > 0, found.items, items @ content).astype(np.float32)
         vectors[0] = 0
         user = {f"user/{name}": table for name, table in observed.profile.items()}
         people = np.asarray(profile.apply({}, user | {"item_id": np.zeros(observed.users, np.int32)}))
-        mean = _ridge(people, found.users, CONTENT)
+        mean = ridge_regression(people, found.users, CONTENT)
         spread = found.users - people @ mean
         covariance = np.cov(spread.T).reshape(rank, rank) if observed.users > 1 else np.zeros((rank, rank))
         covariance += (1e-6 + 1e-3 * np.trace(covariance) / rank) * np.eye(rank)
@@ -169,7 +169,7 @@ def only_ranks(name: str) -> Any:
     return loss
 
 
-def _ridge(x: np.ndarray, y: np.ndarray, penalty: float, weight: np.ndarray | None = None) -> np.ndarray:
+def ridge_regression(x: np.ndarray, y: np.ndarray, penalty: float, weight: np.ndarray | None = None) -> np.ndarray:
     """`[columns, targets]` float32 ridge regression of `y` on `x`, whose first column is 1 and not penalised."""
     weighed = x if weight is None else x * weight[:, None]
     ridge = np.full(x.shape[1], penalty)

@@ -1,6 +1,7 @@
 """In-context adaptation: the support set is the model's input, and nothing is fitted to it."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from metarec_jax.core import query_loss
@@ -16,7 +17,9 @@ def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
 
         score(x) = f(x; support);   meta-loss = L_query + dense * L_support
 
-    A user's adapted values are the support set itself. In L_support every support example is scored from the others
+    A user's adapted values are the support set itself, or, of a model with `states` (`transformer(fields, tied=True)`),
+    the last state: scores are then its products with the items' vectors, and to rank, every place of an ordered history
+    is a lesson (`Strategy.prefixes`), as in SASRec. In L_support every support example is scored from the others
     that the model lets it read (by a causal one, the earlier), which are as many lessons as the user has interactions.
 
     Args:
@@ -30,6 +33,7 @@ def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
     References:
       Garnelo et al., Conditional Neural Processes, ICML 2018 (prediction as a function of the support set).
       Müller et al., Transformers Can Do Bayesian Inference, ICLR 2022, section 3 (the meta-loss).
+      Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, section III.
     """
     if not model.history:
         raise ValueError(
@@ -55,4 +59,23 @@ def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
             value += dense * query_loss(predict(params, (), task.support.features), truth(task.support), loss)
         return value, {}
 
-    return with_history(Strategy(init, adapt, predict, meta_loss, contrast=False))
+    reading = with_history(Strategy(init, adapt, predict, meta_loss, contrast=False))
+    if model.states is None or model.vectors is None:
+        return reading
+    states, vectors = model.states, model.vectors
+
+    def last_state(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        count = (support.mask > 0).sum(1)
+        return states(params["model"], support, None)[jnp.arange(len(count)), count]
+
+    def product(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        return jnp.einsum("uw,unw->un", adapted, vectors(params["model"], features))
+
+    return reading._replace(
+        adapt=last_state,
+        predict=product,
+        labelled=True,  # tokens are bent by the grades themselves
+        items=lambda params, features: vectors(params["model"], features),
+        score=lambda params, adapted, side: adapted @ side.T,
+        prefixes=lambda params, support, key: states(params["model"], support, key),
+    )

@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metarec_jax.strategies.catalogue import Known, adapt, features, last, score, score_shared
+from metarec_jax.strategies.catalogue import Known, adapt, features, last, score, score_shared, support_of
 from metarec_jax.strategies.observed import popularity
-from metarec_jax.strategies.smooth import at, positives, smooth
+from metarec_jax.strategies.smooth import at, counts, positives, smooth
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.tasks import Examples, Features, Params, Task
 
@@ -23,12 +23,14 @@ class Ranking:
 
         loss = -mean_u sum_j w_uj log softmax(scores of u over all items but the support)_j / sum_j w_uj
 
-    j runs over the query positives of u, and w_uj is p_uj^focus, held constant: a positive that will not come near the
+    Of a strategy with `prefixes` and histories in order, u runs over all places of all histories, each with the item
+    that came next as its one positive, among all items. Otherwise j runs over the query positives of u, and w_uj is p_uj^focus, held constant: a positive that will not come near the
     top of the list counts less, as it does for nDCG.
 
     Attributes:
       sample: how many items the softmax runs over, drawn once a step for the whole batch and corrected by the log of
-        how likely each is to be drawn; None: all, where the catalogue has at most `FULL` items, else 2,048.
+        how likely each is to be drawn; None: all, where the catalogue has at most `FULL` items and the batch not more
+        than `CELLS` scores of them, else 2,048.
       by: how they are drawn: "uniform", "popularity", or "batch", the other users' query items.
       focus: exponent of the weights; 0 is the plain log-likelihood.
       short: share of training users whose support is cut to a random length, log-uniform to all, or to nothing.
@@ -44,7 +46,7 @@ class Ranking:
 
     sample: int | None = None
     by: Literal["uniform", "popularity", "batch"] = "uniform"
-    focus: float = 0.7
+    focus: float = 0.8
     short: float = 0.7
     dislikes: float = 0.5
     unknown: float = 0.05
@@ -62,6 +64,7 @@ class Ranking:
 
 FULL = 20_000  # items up to which the softmax runs over all
 SAMPLE = 2_048
+CELLS = 1 << 27  # scores of a batch up to which the softmax runs over all
 
 
 class Chosen(NamedTuple):
@@ -72,7 +75,10 @@ class Chosen(NamedTuple):
 
 
 class RankingTask(NamedTuple):
-    """A batch of users: adapt to what is known, find the query among all items."""
+    """A batch of users: adapt to what is known, find the query among all items.
+
+    For `ranking_loss(..., following=True)` the query is `[users, examples + 1]`, what came next after the first t.
+    """
 
     known: Known
     query: Chosen
@@ -128,12 +134,30 @@ def ranked(strategy: Strategy, *, negatives: int = 32, ratio: float = 1.0) -> St
         assert strategy.deviation is not None
         return strategy.deviation(own(params), adapted[0], features)
 
+    def prefixes(params: Params, support: Examples, key: jax.Array | None) -> Adapted:
+        assert strategy.prefixes is not None
+        before = jnp.pad(jnp.cumsum(counts(support), 1), ((0, 0), (1, 0)))
+        weight = 1.0 + at(params[OWN]["popularity"], before)
+        return strategy.prefixes(own(params), support, key), weight
+
+    def of_items(params: Params, features: Features) -> Any:
+        assert strategy.items is not None
+        return strategy.items(own(params), features), popularity(params, features)
+
+    def score(params: Params, adapted: Adapted, side: Any) -> jax.Array:
+        assert strategy.score is not None
+        inner, weight = adapted
+        return strategy.score(own(params), inner, side[0]) + weight[:, None] * side[1]
+
     return strategy._replace(
         init=init,
         adapt=adapt,
         predict=predict,
         loss=loss,
         deviation=deviation if strategy.deviation else None,
+        items=of_items if strategy.items else None,
+        score=score if strategy.score else None,
+        prefixes=prefixes if strategy.prefixes else None,
         ranks=True,
     )
 
@@ -165,8 +189,15 @@ def with_negatives(
     return Examples(found, target, jnp.concatenate([examples.mask, weight.astype(examples.mask.dtype)], 1))
 
 
-def ranking_loss(strategy: Strategy, objective: Ranking) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """`loss(params, task, key)` of a strategy that ranks, `task` a `RankingTask`; see `Ranking`."""
+def ranking_loss(
+    strategy: Strategy, objective: Ranking, following: bool = False
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """`loss(params, task, key)` of a strategy that ranks, `task` a `RankingTask`; see `Ranking`.
+
+    Args:
+      strategy, objective: what is trained, and how.
+      following: the query of a task holds what came next at each place; for strategies with `prefixes`.
+    """
 
     def loss(params: Params, task: RankingTask, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         hide, draw, rest = jax.random.split(key, 3)
@@ -179,9 +210,16 @@ def ranking_loss(strategy: Strategy, objective: Ranking) -> Callable[..., tuple[
             return strategy.loss(params, _pointwise(items, task), rest)
         if strategy.outer == "shared":
             known = known._replace(weight=jnp.zeros_like(known.weight))
-        adapted = adapt(strategy, params, items, known, rest)
+        if following:
+            assert strategy.prefixes is not None
+            states = strategy.prefixes(params, support_of(items, known), rest)
+            adapted, task = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states), _each_place(task)
+            known = task.known
+        else:
+            adapted = adapt(strategy, params, items, known, rest)
         mask = task.query.mask * ~_contains(task.known, task.query.rows)
-        sample = objective.sample if objective.sample is not None else (None if rows <= FULL else SAMPLE)
+        fits = rows <= FULL and rows * len(mask) <= CELLS
+        sample = objective.sample if objective.sample is not None else (None if fits else SAMPLE)
         if sample is None or sample >= rows:
             scores = score_shared(strategy, params, adapted, known, items)
             users = jnp.arange(len(scores))[:, None]
@@ -206,13 +244,20 @@ def ranking_loss(strategy: Strategy, objective: Ranking) -> Callable[..., tuple[
     return loss
 
 
+def _each_place(task: RankingTask) -> RankingTask:
+    """A user for each place of each history, whose one positive came next; none of the items counts as seen."""
+    users, places = task.query.rows.shape
+    nothing = jnp.zeros((users * places, 1))
+    own, context = (jax.tree.map(lambda x: jnp.repeat(x, places, 0), x) for x in (task.known.user, task.known.context))
+    query = jax.tree.map(lambda x: x.reshape(-1, 1), task.query)
+    return RankingTask(Known(nothing.astype(jnp.int32), nothing, nothing, own, context), query)
+
+
 def _pointwise(items: dict[str, jax.Array], task: RankingTask) -> Task:
     """Support and query as examples, every query item a positive."""
-    known, place = task.known, jnp.arange(task.known.items.shape[1], dtype=jnp.int32)
-    nowhere = jax.tree.map(jnp.zeros_like, known.context)
-    support, query = ({name: x[rows] for name, x in items.items()} for rows in (known.items, task.query.rows))
+    known, query = task.known, {name: x[task.query.rows] for name, x in items.items()}
     return Task(
-        Examples(features(support, known.user, nowhere, place), known.target, known.weight),
+        support_of(items, known),
         Examples(
             features(query, known.user, known.context, last(known)[:, None]),
             jnp.ones_like(task.query.mask),

@@ -25,4 +25,9 @@ def at(params: jax.Array, count: jax.Array) -> jax.Array:
 
 def positives(support: Examples) -> jax.Array:
     """`[users]` number of positive examples, each as often as its mask says."""
-    return (jnp.where(support.mask > 0, support.mask, 0.0) * jnp.clip(support.target, 0, 1)).sum(1)
+    return counts(support).sum(1)
+
+
+def counts(support: Examples) -> jax.Array:
+    """`[users, examples]` how much of a positive each example is."""
+    return jnp.where(support.mask > 0, support.mask, 0.0) * jnp.clip(support.target, 0, 1)

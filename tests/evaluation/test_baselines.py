@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from metarec_jax import factorise
 from metarec_jax.data.batches import Target
 from metarec_jax.data.splits import ColdUsers
 from metarec_jax.data.synthetic import synthetic
-from metarec_jax.evaluation import baselines
 from metarec_jax.evaluation.baselines import BASELINES, Interactions, als_fold_in, item_knn, two_means
 from metarec_jax.evaluation.evaluate import score_baselines
 
@@ -94,7 +94,7 @@ def test_grouped_least_squares_satisfy_the_normal_equations_of_each_group():
     rng = np.random.default_rng(0)
     group, x, y = rng.integers(0, 5, 60), rng.normal(size=(60, 3)), rng.normal(size=60)
     group[group == 3] = 4  # a group without rows
-    found = baselines._least_squares(group, x, y, 6, 0.7)
+    found = factorise.least_squares(group, x, y, 6, 0.7)
     for g in range(6):
         own = group == g
         np.testing.assert_allclose(x[own].T @ (y[own] - x[own] @ found[g]), 0.7 * found[g], atol=1e-12)

@@ -39,7 +39,7 @@ def comparison(folder):
 
 
 def test_a_run_is_what_evaluate_says(data, comparison):
-    trained = mr.train(data, "ridge", seed=1, epochs=2, buckets=1, progress=False)
+    trained = mr.train(data, "ridge", objective="click", seed=1, epochs=2, buckets=1, progress=False)
     for size in SUPPORT:
         expected = trained.evaluate(support=size)
         for learner in ("ridge", "two means", "ALS fold-in", "item-kNN"):

@@ -176,6 +176,6 @@ def test_frozen_vectors_work_with_strategies_and_training(synthetic):
         return pretrained(linear(fields, width=4), {"embedding/item_id/embedding": vectors}, freeze=True)
 
     for strategy in ("ridge", "melu"):
-        trained = mr.train(synthetic, strategy, model, epochs=1, progress=False, buckets=1)
+        trained = mr.train(synthetic, strategy, model, objective="click", epochs=1, progress=False, buckets=1)
         assert trained.params["model"]["embedding"]["item_id"]["embedding"] is None
         assert np.isfinite(trained.history[0]["log_loss"])

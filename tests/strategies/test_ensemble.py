@@ -135,7 +135,7 @@ def test_weights_are_fitted_after_training_as_the_docstring_says(synthetic):
     def strategy(model, *, loss):
         return mr.ensemble([mr.ridge(model, loss=loss), mr.anil(model, loss=loss)], weights="validation")
 
-    found = mr.train(synthetic, strategy, "linear", epochs=2, progress=False, buckets=1)
+    found = mr.train(synthetic, strategy, "linear", objective="click", epochs=2, progress=False, buckets=1)
     np.testing.assert_array_equal(found.params["weights"], 0)  # training leaves them alone
     users = found.protocol.split(found.catalogue, found.seed).validation
     tasks = [batch.task for batch in batches(users, found.target, buckets=(32,))]

@@ -100,7 +100,8 @@ def test_training_on_the_engine_has_the_loss_curve_of_the_plain_form(synthetic):
 
         return mr.Strategy(mr.maml(model, loss=loss).init, adapt, predict, meta_loss)
 
-    options = {"epochs": 3, "progress": False, "seed": 2, "buckets": 1, "model": "mlp", "model_options": {"width": 4}}
+    options = {"objective": "click", "epochs": 3, "progress": False, "seed": 2, "buckets": 1}
+    options |= {"model": "mlp", "model_options": {"width": 4}}
     engine, reference = (mr.train(synthetic, s, **options) for s in (functools.partial(mr.maml, steps=2), plain))
     for one, two in zip(engine.history, reference.history, strict=True):
         assert one.keys() == two.keys()

@@ -51,7 +51,8 @@ def export(
     stock, target = recommender.stock, recommender.target
     if not 1 <= k < len(stock) or longest < 1:
         raise ValueError(f"need 1 <= k < {len(stock)} and longest >= 1, got {k=}, {longest=}")
-    strategy, params, tables = recommender.strategy, recommender.params, recommender.ranker.tables
+    strategy, tables = recommender.strategy, recommender.ranker.tables
+    params = jax.tree.map(jnp.asarray, recommender.params)  # arrays of numpy cannot be read at traced places
     everything = jnp.arange(len(stock), dtype=jnp.int32)
 
     def one(known: Known) -> tuple[jax.Array, jax.Array]:

@@ -52,6 +52,8 @@ def reweight(
         raise ValueError(f"noise is a share, 0 or more and below 1; got {noise}")
     if recommender.recipe.get("reweighted"):
         raise ValueError("this recommender weighs its ratings already; reweight the one that it was made from")
+    if recommender.target.kind == "ranking":
+        raise ValueError('weights are learned for the ratings of clicks and ratings: train with objective="click"')
     split, target = recommender.split(data, "reweight(recommender, data)"), recommender.target
     robust = reweighted(given(recommender.strategy, recommender.params))
     with epochs_bar(progress, epochs, target.kind) as report:

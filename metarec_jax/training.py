@@ -24,6 +24,7 @@ from metarec_jax.evaluation.evaluate import score_tasks, summarise
 from metarec_jax.evaluation.ranking import by_support, rank
 from metarec_jax.factorise import one_thread
 from metarec_jax.ranking_tasks import drawn, observe, widths_of
+from metarec_jax.strategies.labels import SHIFTS
 from metarec_jax.strategies.observed import tables as fitted_tables
 from metarec_jax.strategies.ranked import TABLES, Ranking, ranking_loss
 from metarec_jax.strategies.strategy import Strategy
@@ -147,7 +148,7 @@ def fit(
     # a copy, because steps write over what they are given
     params = jax.jit(strategy.init)(key) if params is None else jax.tree.map(jnp.array, params)
     start = jax.device_get(params)
-    if not jax.tree.leaves(start):  # all that it learns is fitted in closed form
+    if strategy.fit and not jax.tree.leaves({n: x for n, x in start.items() if n != SHIFTS}):  # fitted in closed form
         return Fitted(source.whole(start), -1, [])
     at = _State(params, jax.jit(optimizer.init)(params), start, Fitted(start, -1, []), np.random.default_rng(seed), key)
     setting = source.setting | {"seed": seed, "average": average, "target": asdict(target)}
@@ -283,11 +284,18 @@ def _ranking(
             part = part._replace(features=observe(histories, target, ItemStatistics.fit(histories, target)).features)
         return fitted_tables(strategy, part)
 
-    with one_thread(), ThreadPoolExecutor(os.cpu_count()) as threads:
-        made = threads.map(
-            lambda k: fitted_tables(strategy, observed) if k < 0 else without(k), range(-1, objective.folds)
-        )
-        everybody, *folds = (jax.device_put(found) for found in made)
+    @cache
+    def everybody() -> Params:
+        return jax.device_put(fitted_tables(strategy, observed))
+
+    @cache
+    def folds() -> list[Params]:
+        with one_thread(), ThreadPoolExecutor(os.cpu_count()) as threads:
+            first = threads.submit(everybody)
+            made = [jax.device_put(found) for found in threads.map(without, range(objective.folds))]
+            first.result()
+        return made
+
     following = strategy.prefixes is not None and split.train.ordered
     loss = _ranking_loss(strategy, objective, following)
     draw = partial(drawn, batch_size=batch_size, widths=widths, fold=fold, following=following)
@@ -295,10 +303,10 @@ def _ranking(
 
     def epoch(rng: np.random.Generator) -> Iterator[tuple[Any, Params]]:
         for task, k in draw(split.train, target, objective, rng=rng):
-            yield task, folds[k]
+            yield task, folds()[k]
 
     def whole(params: Params) -> Params:
-        return {**params, TABLES: everybody}
+        return {**params, TABLES: everybody()}
 
     def validate(params: Params) -> dict[str, float]:
         found = by_support(lambda size: rank(strategy, whole(params), some, target, query=query, support=size))

@@ -35,6 +35,7 @@ from metarec_jax.strategies.stack import stack
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.structure import gated, meta_reg, sparse_maml
 from metarec_jax.strategies.transfer import finetune, finetune_head, lora, pretrain
+from metarec_jax.strategies.transitions import transitions
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "ridge": ridge,
@@ -76,6 +77,7 @@ RANKING: dict[str, Callable[..., Strategy]] = {  # those that only rank
     "content": content,
     "softmax_ridge": softmax_ridge,
     "stack": stack,
+    "transitions": transitions,
 }
 
 RATING: dict[str, Callable[..., Strategy]] = {"als": als}  # those that only predict ratings
@@ -95,6 +97,7 @@ DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
     "content": "design",
     "softmax_ridge": "linear",
     "stack": "design",
+    "transitions": "design",
 }
 
 __all__ = [
@@ -146,6 +149,7 @@ __all__ = [
     "sparse_maml",
     "stack",
     "tanp",
+    "transitions",
     "with_history",
     "with_labels",
 ]

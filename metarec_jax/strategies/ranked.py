@@ -24,8 +24,8 @@ class Ranking:
         loss = -mean_u sum_j w_uj log softmax(scores of u over all items but the support)_j / sum_j w_uj
 
     Of a strategy with `prefixes` and histories in order, u runs over all places of all histories, each with the item
-    that came next as its one positive, among all items. Otherwise j runs over the query positives of u, and w_uj is p_uj^focus, held constant: a positive that will not come near the
-    top of the list counts less, as it does for nDCG.
+    that came next as its one positive, among all items. Otherwise j runs over the query positives of u, and w_uj is
+    p_uj^focus, held constant: a positive that will not come near the top of the list counts less, as it does for nDCG.
 
     Attributes:
       sample: how many items the softmax runs over, drawn once a step for the whole batch and corrected by the log of
@@ -277,6 +277,8 @@ def _is_query(task: RankingTask, rows: jax.Array) -> jax.Array:
 
 def _among(own: jax.Array, rows: jax.Array) -> jax.Array:
     """`[users, n]` whether each of `rows` is one of `own` `[users, m]`, by a search in the sorted ones."""
+    if own.shape[1] == 1:
+        return own == rows
     sorted_own = jnp.sort(own, 1)
 
     def one(own: jax.Array, rows: jax.Array) -> jax.Array:

@@ -25,8 +25,8 @@ class Strategy(NamedTuple):
         users, arrays `[n, ...]`. Computed once a step in training and once a model version in serving. None: read from
         `predict` instead.
       score: `score(params, adapted, side) -> [users, n]`, given with `items`: the scores of `predict` from them.
-      prefixes: `prefixes(params, support, key) -> adapted` with leading axes `[users, examples + 1]`: the adapted values
-        after the first t examples, for every t, in one pass; `support` is in time order, padding last. For training
+      prefixes: `prefixes(params, support, key) -> adapted` with leading axes `[users, examples + 1]`: the adapted
+        values after the first t examples, for every t, in one pass; `support` is in time order, padding last. For training
         alone: with a key dropout acts, with None entry t is what `adapt` gives of the first t.
       fit: `fit(observed) -> arrays`, what it learns from the training users in closed form; `adapt` and all else find
         it in `params["tables"]["fitted"]`, where no gradient reaches it.

@@ -1,0 +1,145 @@
+"""Item to item: row-stochastic tables of what follows what, and of what is like what, from sequences; on the host."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+BLOCK = 1000  # rows of a product that are dense at once
+
+
+class Sequences(NamedTuple):
+    """Users' items from the earliest to the latest: user u has `items[starts[u] : starts[u + 1]]`; `rows` of items."""
+
+    starts: np.ndarray
+    items: np.ndarray
+    rows: int
+
+    def without_last(self) -> tuple["Sequences", np.ndarray]:
+        """The sequences without each one's last item, of users with two or more, and these items `[users]`."""
+        length = np.diff(self.starts)
+        users = np.flatnonzero(length >= 2)
+        last = self.items[self.starts[users + 1] - 1]
+        keep = np.ones(len(self.items), bool)
+        keep[self.starts[users + 1] - 1] = False
+        owner = np.repeat(np.arange(len(length)), length)
+        chosen = keep & np.isin(owner, users)
+        starts = np.concatenate([[0], np.cumsum(length[users] - 1)])
+        return Sequences(starts, self.items[chosen], self.rows), last
+
+    def latest(self, longest: int) -> tuple[np.ndarray, np.ndarray]:
+        """`[users, longest]` the latest items, the most recent last, and where there is one."""
+        at = self.starts[1:, None] - np.arange(longest, 0, -1)
+        mask = at >= self.starts[:-1, None]
+        return np.where(mask, self.items[np.maximum(at, 0)], 0).astype(np.int32), mask
+
+
+def transitions(
+    sequences: Sequences, window: int, weight: Callable[[int], float], damping: float = 0.0
+) -> sp.csr_matrix:
+    """Weighted counts of pairs of items, the earlier in rows, the later in columns.
+
+    Args:
+      sequences: of all users.
+      window: largest distance of a pair.
+      weight: of a pair at a distance of 1, 2, ...
+      damping: a user of n items weighs n^-damping.
+    """
+    length = np.diff(sequences.starts)
+    user = np.repeat(np.arange(len(length)), length)
+    share = np.maximum(length, 1.0)[user] ** -damping
+    items = sequences.items
+    pairs = [(np.flatnonzero(user[d:] == user[:-d]), d) for d in range(1, min(window, len(items) - 1) + 1)]
+    row, column = (np.concatenate([items[p + shift * d] for p, d in pairs]) for shift in (0, 1))
+    value = np.concatenate([weight(d) * share[p] for p, d in pairs]).astype(np.float32)
+    other = row != column
+    return sp.csr_matrix((value[other], (row[other], column[other])), shape=(sequences.rows,) * 2)
+
+
+def attribute_rows(codes: list[np.ndarray]) -> sp.csr_matrix:
+    """`[items, values]` unit rows of inverse document frequencies of the values of integer fields.
+
+    Args:
+      codes: of each field, `[items]` or `[items, values]`; 0 is none.
+    """
+    parts = []
+    for field in codes:
+        table = field.reshape(len(field), -1)
+        row, place = np.nonzero(table)
+        part = sp.csr_matrix((np.ones(len(row), np.float32), (row, table[row, place])))
+        part.data[:] = 1
+        frequency = np.asarray(part.sum(0)).ravel()
+        idf = np.log(len(table) / np.maximum(frequency, 1)) * (frequency > 0)
+        parts.append(sp.csr_matrix(sp.csr_matrix(part, shape=(len(table), part.shape[1])) @ sp.diags(idf)))
+    joined = sp.hstack(parts, format="csr").astype(np.float32)
+    return _scaled(joined, np.sqrt(np.asarray(joined.multiply(joined).sum(1)).ravel()))
+
+
+def vectors(sequences: Sequences, rank: int, power: int = 3, seed: int = 0) -> np.ndarray:
+    """`[items, rank]` unit vectors: randomised SVD of users by items, each over the root of both counts.
+
+    References:
+      Halko, Martinsson and Tropp, Finding Structure with Randomness, SIAM Review 2011, algorithm 4.4.
+    """
+    length = np.diff(sequences.starts)
+    user, counts = np.repeat(np.arange(len(length)), length), np.bincount(sequences.items, minlength=sequences.rows)
+    value = (1 / np.sqrt(length[user] * counts[sequences.items])).astype(np.float32)
+    x = sp.csr_matrix((value, (user, sequences.items)), shape=(len(length), sequences.rows))
+    other, rank = x.T.tocsr(), min(rank, *x.shape)
+    start = np.random.default_rng(seed).standard_normal((x.shape[1], min(rank + 20, *x.shape))).astype(np.float32)
+    basis = x @ start
+    for _ in range(power):
+        basis = x @ np.linalg.qr(other @ np.linalg.qr(basis)[0])[0]
+    _, values, right = np.linalg.svd((other @ np.linalg.qr(basis)[0]).T, full_matrices=False)
+    found = right[:rank].T * np.sqrt(values[:rank])
+    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
+
+
+def product(a: sp.spmatrix, b: sp.spmatrix, size: int, transform: Callable | None = None) -> sp.csr_matrix:
+    """The `size` largest entries of each row of `transform(a @ b)`, but for the diagonal and column 0."""
+    size, parts = min(size, b.shape[1] - 1), []
+    for start in range(0, a.shape[0], BLOCK):
+        dense = a[start : start + BLOCK] @ b
+        dense = (dense.toarray() if sp.issparse(dense) else dense).astype(np.float32)
+        dense = dense if transform is None else transform(dense).astype(np.float32)
+        dense[np.arange(len(dense)), start + np.arange(len(dense))] = 0
+        dense[:, 0] = 0
+        best = np.sort(np.argpartition(-dense, size - 1, axis=1)[:, :size], axis=1)
+        pointer = np.arange(len(dense) + 1) * size
+        parts.append(
+            sp.csr_matrix((np.take_along_axis(dense, best, 1).ravel(), best.ravel(), pointer), shape=dense.shape)
+        )
+    found = sp.vstack(parts, format="csr")
+    found.eliminate_zeros()
+    return found
+
+
+def stochastic(matrix: sp.spmatrix) -> sp.csr_matrix:
+    """Each row divided by its sum; empty rows stay empty."""
+    return _scaled(sp.csr_matrix(matrix), np.asarray(matrix.sum(1)).ravel())
+
+
+def padded(matrix: sp.csr_matrix, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`[rows, size]` columns (0 where there are fewer) and values of each row's largest entries, largest first."""
+    row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    order = np.lexsort((-matrix.data, row))
+    place = np.arange(len(row)) - matrix.indptr[row]
+    order, place, row = (x[place < size] for x in (order, place, row))
+    size = min(size, int(place.max(initial=0)) + 1)
+    columns, values = np.zeros((matrix.shape[0], size), np.int32), np.zeros((matrix.shape[0], size), np.float32)
+    columns[row, place], values[row, place] = matrix.indices[order], matrix.data[order]
+    return columns, values
+
+
+def top(matrix: sp.csr_matrix, size: int) -> sp.csr_matrix:
+    """The `size` largest entries of each row."""
+    columns, values = padded(matrix, size)
+    row = np.repeat(np.arange(len(columns)), columns.shape[1])
+    kept = sp.csr_matrix((values.ravel(), (row, columns.ravel())), shape=matrix.shape)
+    kept.eliminate_zeros()
+    return kept
+
+
+def _scaled(matrix: sp.csr_matrix, by: np.ndarray) -> sp.csr_matrix:
+    return sp.csr_matrix(sp.diags(1 / np.maximum(by, 1e-12)) @ matrix).astype(np.float32)

@@ -1,0 +1,239 @@
+"""Transitions: the next item as a mixture of item-to-item tables, with gates that are meta-learned."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.sparse as sp
+
+from metarec_jax.item_to_item import (
+    Sequences,
+    attribute_rows,
+    padded,
+    product,
+    stochastic,
+    top,
+    vectors,
+)
+from metarec_jax.item_to_item import transitions as counted
+from metarec_jax.models.model import Model
+from metarec_jax.models.profile import look_up
+from metarec_jax.strategies.ials import need_design, only_ranks
+from metarec_jax.strategies.observed import Observed
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+
+FAST, SLOW, BACK = 0.5, 6.0, 0.5  # decay by a step of 5; by exp of 20 steps; weight of what went before
+SHARPNESS = 4.0  # power of a cosine
+REACH = 1000  # neighbours in a row of transitions while the gates are fitted
+FLOOR = 1e-4  # added to a probability: a target that no expert reaches does not shape the gates
+EXPERTS = ("fast", "slow", "back", "two", "vector", "attribute", "attribute_first", "attribute_last")
+
+
+def transitions(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    experts: tuple[str, ...] = EXPERTS,
+    size: int = 200,
+    rank: int = 256,
+    lags: int = 20,
+    steps: int = 150,
+) -> Strategy:
+    """Mixture of item-to-item experts over the latest items of a history.
+
+        p(j) = sum_{l <= lags, k} a_lk M_k[h_l, j] + a_0 popularity_j,   score(x_j) = log p(j)
+
+    h_l is the l-th latest item. a is one softmax over lags, experts and popularity, whose logits are linear in log l,
+    in the log count of h_l and in the log length of the history: 4 parameters an expert. They are fitted by the
+    likelihood of each training user's last item under tables that exclude it, and then used with the tables of all
+    items. M_k, row-stochastic and without a diagonal, of the training sequences:
+
+    - "fast", "slow": what follows within 5 places, .5^(d - 1), and within 20, exp(-(d - 1) / 6); "back": what went
+      before, of "slow".
+    - "two": two steps of "slow" in both directions.
+    - "vector": cosines of item vectors (SVD), "attribute": of the items' integer fields, to the fourth power.
+    - "attribute_first", "attribute_last": a step from an item with like attributes; to one.
+
+    Everything is fitted in closed form or by `fit`; `Ranking` has nothing to train. A history without items gets
+    popularity.
+
+    Args:
+      model: `design`; only the size of its catalogue is read.
+      loss: not used: the strategy ranks.
+      experts: which of the above; those of attributes are left out where items have no integer field.
+      size: neighbours kept in a row.
+      rank: of the item vectors.
+      lags: latest items that are read.
+      steps: of Adam on the gates.
+
+    Raises:
+      ValueError: the model is another; an unknown expert; a number below 1.
+
+    References:
+      Jacobs et al., Adaptive Mixtures of Local Experts, Neural Computation 1991 (the gates).
+    """
+    need_design(model, "transitions")
+    if unknown := set(experts) - set(EXPERTS):
+        raise ValueError(f"experts: {sorted(unknown)[0]!r} is unknown; choose from {', '.join(EXPERTS)}")
+    if min(size, rank, lags, steps) < 1 or not experts:
+        raise ValueError(f"need numbers of 1 or more, and an expert; got {size=}, {rank=}, {lags=}, {steps=}")
+
+    def tables(sequences: Sequences, codes: list[np.ndarray], size: int, reach: int) -> Params:
+        counts = np.bincount(sequences.items, minlength=sequences.rows).astype(np.float32)
+        slow = counted(sequences, 20, lambda d: np.exp(-(d - 1) / SLOW), 0.5)
+        step = stochastic(slow + BACK * slow.T)
+
+        def sharp(cosine: np.ndarray) -> np.ndarray:
+            return np.maximum(cosine, 0) ** SHARPNESS * np.sqrt(counts + 1)
+
+        def of(expert: str) -> sp.csr_matrix:
+            if expert == "fast":
+                return counted(sequences, 5, lambda d: FAST ** (d - 1))
+            if expert in ("slow", "back"):
+                return slow if expert == "slow" else slow.T
+            if expert == "two":
+                return product(step, step, size)
+            if expert == "vector":
+                v = vectors(sequences, rank)
+                return product(v, v.T, size, sharp)
+            if expert == "attribute":
+                return alike
+            near = stochastic(top(stochastic(alike), min(50, size)))
+            return product(near, step, size) if expert == "attribute_first" else product(step, near, size)
+
+        chosen = [e for e in experts if codes or not e.startswith("attribute")]
+        if any(e.startswith("attribute") for e in chosen):
+            rows = attribute_rows(codes)
+            alike = product(rows, rows.T.tocsr(), size, sharp)
+        found = {
+            e: padded(stochastic(sp.csr_matrix(of(e))), reach if e in ("fast", "slow", "back") else size)
+            for e in chosen
+        }
+        popularity = np.append(0.0, counts[1:] + 0.5)
+        return {
+            "columns": [columns for columns, _ in found.values()],
+            "values": [values for _, values in found.values()],
+            "counts": counts,
+            "popularity": (popularity / popularity.sum()).astype(np.float32),
+        }
+
+    def fit(observed: Observed) -> Params:
+        kept = observed.positive
+        starts = np.searchsorted(observed.user[kept], np.arange(observed.users + 1))
+        sequences = Sequences(starts, observed.item[kept], observed.items)
+        codes = [
+            x for n, x in observed.features.items() if n.startswith("item/") and np.issubdtype(x.dtype, np.integer)
+        ]
+        before, target = sequences.without_last()
+        gates = _start(len([e for e in experts if codes or not e.startswith("attribute")]))
+        if len(target):
+            held_out = jax.device_put(tables(before, codes, size, REACH))
+            gates = _fitted(gates, held_out, *before.latest(lags), target, steps)
+        return tables(sequences, codes, size, size) | {"gates": jax.device_get(gates)}
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:
+        fitted = params["tables"]["fitted"]
+        liked = (support.mask > 0) & (support.target > 0.5)
+        place = jnp.where(liked, jnp.arange(liked.shape[1]), -1)
+        latest = jnp.argsort(place, axis=1)[:, -lags:]  # padding first, the most recent last
+        history, mask = (jnp.take_along_axis(x, latest, 1) for x in (support.features["item_id"], liked))
+        scores = _scores(fitted, jnp.where(mask, history, 0), mask & (history > 0))
+        return scores.at[:, 0].set(scores[:, 1:].min(1))  # an item that is new
+
+    def predict(params: Params, adapted: jax.Array, features: Features) -> jax.Array:
+        def column(ids: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(adapted, ids, 1)[..., None]
+
+        return look_up(column, features["item_id"], "categorical")[..., 0]
+
+    def items(params: Params, features: Features) -> jax.Array:
+        return features["item_id"]
+
+    def score(params: Params, adapted: jax.Array, side: jax.Array) -> jax.Array:
+        return adapted[:, side]
+
+    return Strategy(
+        lambda key: {}, adapt, predict, only_ranks("transitions"), items=items, score=score, fit=fit, ranks=True
+    )
+
+
+def _start(experts: int) -> dict[str, jax.Array]:
+    slopes = jnp.zeros((3, experts)).at[0].set(-1.0)  # in log lag, log count, log length
+    return {"bias": jnp.zeros(experts), "slopes": slopes, "popularity": jnp.full(2, -1.0)}
+
+
+def _gates(tables: Params, gates: Params, history: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights `[users, lags, experts]`, and of popularity `[users]`; of each user they sum to 1."""
+    lag = jnp.maximum(jnp.cumsum(mask[:, ::-1], 1)[:, ::-1], 1)
+    length = jnp.log(jnp.maximum(mask.sum(1), 1)) - 1.5
+    count = jnp.log1p(tables["counts"][history]) - 2.0
+    x = jnp.stack([jnp.log(lag), count, jnp.broadcast_to(length[:, None], lag.shape)], -1)
+    known = jnp.stack([values[:, 0] > 0 for values in tables["values"]], -1)[history] & mask[..., None]
+    logits = jnp.where(known, gates["bias"] + x @ gates["slopes"], -jnp.inf)
+    popular = gates["popularity"][0] + gates["popularity"][1] * length
+    weights = jax.nn.softmax(jnp.concatenate([logits.reshape(len(logits), -1), popular[:, None]], 1), axis=1)
+    return weights[:, :-1].reshape(logits.shape), weights[:, -1]
+
+
+def _scores(tables: Params, history: jax.Array, mask: jax.Array) -> jax.Array:
+    """Log-probabilities `[users, items]`; finite but for column 0."""
+    weights, popular = _gates(tables, tables["gates"], history, mask)
+    users = jnp.arange(len(history))[:, None]
+
+    def add(total: jax.Array, lag: Any) -> tuple[jax.Array, None]:
+        for k, (columns, values) in enumerate(zip(tables["columns"], tables["values"], strict=True)):
+            rows = history[:, lag]
+            total = total.at[users, columns[rows]].add(weights[:, lag, k, None] * values[rows])
+        return total, None
+
+    total, _ = jax.lax.scan(add, popular[:, None] * tables["popularity"], jnp.arange(history.shape[1]))
+    return jnp.log(jnp.maximum(total, jnp.finfo(total.dtype).tiny))
+
+
+@jax.jit
+def _evidence(tables: Params, history: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
+    """What the likelihood needs of the tables, so that no step of the fit reads them: of each lag and expert the
+    probability of the target and of what the history holds `[users, lags, experts]`; the same of popularity."""
+
+    def one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        own, wanted = row
+        seen = jnp.zeros_like(tables["popularity"]).at[own].set(1.0).at[0].set(0.0)
+        each = [(c[own], v[own]) for c, v in zip(tables["columns"], tables["values"], strict=True)]
+        return (
+            jnp.stack([jnp.where(c == wanted, v, 0).sum(1) for c, v in each], -1),
+            jnp.stack([(seen[c] * v).sum(1) for c, v in each], -1),
+            tables["popularity"][wanted],
+            seen @ tables["popularity"],
+        )
+
+    return jax.lax.map(one, (history, target), batch_size=64)
+
+
+def _fitted(
+    gates: Params, tables: Params, history: np.ndarray, mask: np.ndarray, target: np.ndarray, steps: int
+) -> Params:
+    """The gates after `steps` of Adam on -log p(target), where items of the history cannot be the next."""
+    found = _evidence(tables, history, target)
+    small = {"counts": tables["counts"], "values": [values[:, :1] for values in tables["values"]]}
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, steps))
+
+    def loss(gates: Params) -> jax.Array:
+        weights, popular = _gates(small, gates, jnp.asarray(history), jnp.asarray(mask))
+        of_target, of_seen, popularity, popularity_seen = found
+        p = (weights * of_target).sum((1, 2)) + popular * popularity
+        seen = (weights * of_seen).sum((1, 2)) + popular * popularity_seen
+        return -jnp.mean(jnp.log(p / jnp.maximum(1 - seen, 1e-3) + FLOOR))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(gates: Params, state: Any) -> tuple[Params, Any]:
+        updates, state = optimizer.update(jax.grad(loss)(gates), state)
+        return optax.apply_updates(gates, updates), state
+
+    state = optimizer.init(gates)
+    for _ in range(steps):
+        gates, state = step(gates, state)
+    return gates

@@ -111,7 +111,7 @@ def test_unknown_items_are_allowed_and_repeated_ones_count_once_with_the_later_r
         ({1: 500.0}, 5, "off the scale"),
         ({"1": 5.0}, 5, "strings"),
         ({1.5: 5.0}, 5, "must be an integer"),
-        ([(1, 2, 3)], 5, "expected|must be"),
+        ([(2, 5.0), (1, 2, 3)], 5, "every entry must be"),
         (5, 5, "expected"),
         ("abc", 5, "expected"),
         ({1: 5.0}, 0, "k must be"),

@@ -116,10 +116,8 @@ def test_epochs_are_written_for_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
-    recommender = mr.train(
-        synthetic(users=60, items=40, seed=0), "prototypes", objective="click", epochs=2, progress=False,
-        tensorboard=tmp_path / "runs",
-    )
+    data, options = synthetic(users=60, items=40, seed=0), {"objective": "click", "epochs": 2, "progress": False}
+    recommender = mr.train(data, "prototypes", tensorboard=tmp_path / "runs", **options)
     (file,) = (tmp_path / "runs").iterdir()
     content, found, at = file.read_bytes(), {}, 0
     while at < len(content):  # a record: its length in 8 bytes, 4 of checksum, the event, 4 of checksum

@@ -217,23 +217,27 @@ def _fitted(
     gates: Params, tables: Params, history: np.ndarray, mask: np.ndarray, target: np.ndarray, steps: int
 ) -> Params:
     """The gates after `steps` of Adam on -log p(target), where items of the history cannot be the next."""
-    found = _evidence(tables, history, target)
     small = {"counts": tables["counts"], "values": [values[:, :1] for values in tables["values"]]}
+    data = jax.device_put((small, history, mask, _evidence(tables, history, target)))
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, steps))
 
-    def loss(gates: Params) -> jax.Array:
-        weights, popular = _gates(small, gates, jnp.asarray(history), jnp.asarray(mask))
-        of_target, of_seen, popularity, popularity_seen = found
-        p = (weights * of_target).sum((1, 2)) + popular * popularity
-        seen = (weights * of_seen).sum((1, 2)) + popular * popularity_seen
-        return -jnp.mean(jnp.log(p / jnp.maximum(1 - seen, 1e-3) + FLOOR))
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(gates: Params, state: Any) -> tuple[Params, Any]:
-        updates, state = optimizer.update(jax.grad(loss)(gates), state)
+    @partial(jax.jit, donate_argnums=(0, 1))  # the data are arguments: XLA would fold constants for minutes
+    def step(gates: Params, state: Any, data: Any) -> tuple[Params, Any]:
+        updates, state = optimizer.update(jax.grad(_likelihood)(gates, *data), state)
         return optax.apply_updates(gates, updates), state
 
     state = optimizer.init(gates)
     for _ in range(steps):
-        gates, state = step(gates, state)
+        gates, state = step(gates, state, data)
     return gates
+
+
+def _likelihood(
+    gates: Params, tables: Params, history: jax.Array, mask: jax.Array, evidence: tuple[jax.Array, ...]
+) -> jax.Array:
+    """Mean -log(p(target) + floor) of the next items, of `_evidence`."""
+    weights, popular = _gates(tables, gates, history, mask)
+    of_target, of_seen, popularity, popularity_seen = evidence
+    p = (weights * of_target).sum((1, 2)) + popular * popularity
+    seen = (weights * of_seen).sum((1, 2)) + popular * popularity_seen
+    return -jnp.mean(jnp.log(p / jnp.maximum(1 - seen, 1e-3) + FLOOR))

@@ -74,7 +74,7 @@ def test_every_model_reads_contexts():
     assert {"context/device", "context/hour"} < set(fields_of(data))
     other = mr.data.by_item(data)
     assert other.context_features["device"] is data.context_features["device"]
-    for name in MODELS:
+    for name in (n for n in MODELS if n != "design"):  # it reads the fields of items and users alone
         trained = mr.train(
             data, "ridge", name, protocol=mr.ColdUsers(query=3, minimum=5), epochs=1, progress=False, buckets=1
         )  # fmt: skip

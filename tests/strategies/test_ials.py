@@ -135,7 +135,7 @@ def test_a_new_item_is_scored_by_its_fields(data, observed):
 
 
 def test_prior_and_content_are_ridge_regressions(data, observed):
-    strategy, params = made(data, observed)
+    _, params = made(data, observed)
     fitted = params["tables"]["fitted"]
     matrix = observed.confidences()
     vectors = factorise.ials(matrix, RANK)

@@ -90,7 +90,8 @@ def toy_params(items, width=3, scale=1.0):
 
 def loss_by_hand(params, task, focus):
     """The loss that the docstring of `Ranking` states, user by user, in float64."""
-    vectors, known, losses = {name: np.asarray(params[name], np.float64) for name in ("in", "out", "bias")}, task.known, []
+    known, losses = task.known, []
+    vectors = {name: np.asarray(params[name], np.float64) for name in ("in", "out", "bias")}
     for u in range(len(known.items)):
         real = known.weight[u] > 0
         value = known.weight[u][real] * known.target[u][real].astype(np.float64)
@@ -230,7 +231,7 @@ def test_negatives_weigh_as_much_as_the_positives_and_are_none_of_a_users_items(
 
 def test_bad_settings_and_parameters_are_refused():
     for wrong in ({"by": "luck"}, {"sample": 0}, {"focus": -1.0}, {"folds": 1}, {"query": 0}, {"short": 1.5}):
-        with pytest.raises(ValueError, match="by is|need sample|shares from 0 to 1"):
+        with pytest.raises(ValueError, match=r"by is|need sample|shares from 0 to 1"):
             mr.Ranking(**wrong)
     ranks = built("ease")
     assert mr.ranked(ranks) is ranks
@@ -277,7 +278,8 @@ def test_items_that_all_users_share_have_the_scores_that_each_user_gives_them(na
     @jax.jit
     def both(params):
         adapted = adapt(strategy, params, items, known)
-        return score_shared(strategy, params, adapted, known, items), score(strategy, params, items, adapted, known, rows)
+        each = score(strategy, params, items, adapted, known, rows)
+        return score_shared(strategy, params, adapted, known, items), each
 
     shared, each = both(params)
     assert shared.shape == (5, 31)

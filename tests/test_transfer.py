@@ -153,6 +153,6 @@ def test_what_does_not_fit_is_refused(worlds, source, train):
 
 def test_what_is_no_recommender_and_shared_without_a_start_are_refused(synthetic):
     with pytest.raises(TypeError, match=r"start must be a Recommender, got str; a saved one: mr.load\(path\)"):
-        mr.train(synthetic, start="my-model", **QUICK)
+        mr.train(synthetic, objective="click", start="my-model", **QUICK)
     with pytest.raises(ValueError, match="give both or none"):
-        mr.train(synthetic, shared=["item_id"], **QUICK)
+        mr.train(synthetic, objective="click", shared=["item_id"], **QUICK)

@@ -1,6 +1,7 @@
 """Transitions: tables against counts by hand, probabilities that sum to one, and a next item that follows from the last."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -38,7 +39,7 @@ def test_the_next_item_follows_from_the_last(recommender):
 
 def test_probabilities_sum_to_one_but_for_rows_that_are_cut_and_a_history_without_items_gets_popularity(recommender):
     fitted = recommender.params["tables"]["fitted"]
-    history = np.array([[0, 0, 3], [5, 6, 7], [0, 0, 0]], np.int32)
+    history = jnp.array([[0, 0, 3], [5, 6, 7], [0, 0, 0]], jnp.int32)
     p = np.exp(np.asarray(_scores(fitted, history, history > 0), np.float64))
     assert (p.sum(1) <= 1 + 1e-5).all()
     assert (p.sum(1) > 0.9).all()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from metarec_jax.progress import tensorboard as event_files
 from metarec_jax.ranking import USERS, Explore, Ranker, diversify
 from metarec_jax.stock import Stock
 from metarec_jax.store import Event, SqliteStore, Store, UserId, open_store
-from metarec_jax.strategies import RANKING, STRATEGIES, Ranking, Strategy, reweighted
+from metarec_jax.strategies import RANKING, RATING, STRATEGIES, Ranking, Strategy, reweighted
 from metarec_jax.strategies.catalogue import Known
 from metarec_jax.strategies.labels import shifts_of_labels
 from metarec_jax.strategies.ranked import TABLES
@@ -50,6 +50,7 @@ from metarec_jax.transfer import carry_over
 Where = Mapping[str, Any]
 DEFAULT_STRATEGY = {"ranking": "stack", "click": "alpaca", "rating": "alpaca"}
 CELLS = 1 << 20  # users x items scored at once
+RATER = "rater"  # folder of `Recommender.rater` in that of a model
 
 
 class Recommendation(NamedTuple):
@@ -88,6 +89,7 @@ class Recommender:
       half_life: seconds in which an event of `update` loses half its weight, counted back from its user's latest one;
         None: all weigh the same.
       version: of the saved model that this was loaded from.
+      rater: of a ranking, the recommender that `predict` asks: how much an item would be liked.
     """
 
     strategy: Strategy
@@ -103,6 +105,7 @@ class Recommender:
     users: Store = field(default_factory=SqliteStore)
     half_life: float | None = None
     version: str | None = None
+    rater: "Recommender | None" = None
 
     def __post_init__(self) -> None:
         if self.stock is None:
@@ -125,6 +128,7 @@ class Recommender:
         seed: int = 0,
         deviation: bool = False,
         approximate: bool = False,
+        by: Literal["score", "rating"] | float = "score",
     ) -> Any:
         """The `k` best items of the whole stock for a new user, or for each of a batch of new users.
 
@@ -148,6 +152,9 @@ class Recommender:
           strength, seed: of the exploration.
           deviation: give `UncertainRecommendation`s.
           approximate: find the best by `jax.lax.approx_max_k`: faster on a TPU, and may miss one in twenty.
+          by: "score"; "rating", the rating that `predict` expects, which favours what few know and like much; or a
+            share w from 0 to 1 of it: of the 100 or 10 k best by score, those with the largest (1 - w) z(score) +
+            w z(rating), z in standard deviations among them.
 
         Returns:
           A list of `Recommendation`, best first; for a batch a list of such lists.
@@ -161,6 +168,68 @@ class Recommender:
           Carbonell and Goldstein, The Use of MMR, SIGIR 1998, section 2; the likeness of items is the cosine of what
           the network computes of each alone (`Ranker.vectors`).
         """
+        single, people = self._people(history, user)
+        choice = _Choice(
+            exclude_seen, where, only, block, diversity, explore, strength, seed, deviation, approximate, by
+        )
+        found = self._best(people, k, context, choice)
+        return found[0] if single else found
+
+    def predict(
+        self,
+        history: History | Sequence[History],
+        items: Sequence[Any],
+        *,
+        user: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What a new user, or each of a batch, would think of given items: expected ratings or click probabilities.
+
+        `recommend` answers another question: which items the user would choose.
+
+        Args:
+          history, user, context: see `recommend`.
+          items: raw ids, in any order.
+
+        Returns:
+          A list of numbers in the order of `items`; for a batch a list of such lists. Ratings are within the scale of
+          the data.
+
+        Raises:
+          DataError: as `recommend`; an item that the stock does not hold.
+          ValueError: the data had one rating only, so that nothing tells how much an item is liked.
+        """
+        single, people = self._people(history, user)
+        asked = list(items)
+        rows = self.stock.encode(asked) if asked else np.zeros(0, np.int32)
+        if (rows == UNKNOWN).any():
+            raise DataError(f"item {asked[int((rows == UNKNOWN).argmax())]!r} is unknown; add it with add_items")
+        rater, found = self._rater(), []
+        for start in range(0, len(people), USERS):
+            chunk = people[start : start + USERS]
+            known = rater._batch(chunk, context)
+            shape = (len(known.items), len(rows))
+            scores = rater.ranker.scores(rater.ranker.adapt(known), known, np.broadcast_to(rows, shape))
+            values = rater.target.decode(np.asarray(scores)[: len(chunk)])
+            found += (values if rater.target.kind == "click" else np.clip(values, *rater.limits)).tolist()
+        return found[0] if single else found
+
+    def _rater(self) -> "Recommender":
+        """Who knows how much an item is liked."""
+        found = self if self.target.kind != "ranking" else self.rater
+        if found is None:
+            raise ValueError(
+                "this recommender knows what users choose and not how much they like it: its data held one rating "
+                "only, or it was trained with ratings=None"
+            )
+        return found
+
+    def _people(
+        self,
+        history: History | Sequence[History],
+        user: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
+    ) -> tuple[bool, list["_Person"]]:
+        """Whether it is one user, and the users encoded."""
         single = is_one_user(history)
         histories: list[Any] = [history] if single else list(history)
         attributes: Sequence[Any] = [user] if single else [None] * len(histories) if user is None else user  # type: ignore
@@ -171,9 +240,7 @@ class Recommender:
             who = "history" if single else f"history {i}"
             rows, ratings = encode_history(given, self.stock, self.limits, who)
             people.append(_Person(rows, ratings, np.ones(len(rows), np.float32), self._attributes(own)))
-        choice = _Choice(exclude_seen, where, only, block, diversity, explore, strength, seed, deviation, approximate)
-        found = self._best(people, k, context, choice)
-        return found[0] if single else found
+        return single, people
 
     def recommend_to(
         self, users: UserId | Sequence[UserId], k: int = 10, *, context: Mapping[str, Any] | None = None, **choice: Any
@@ -301,7 +368,8 @@ class Recommender:
         Raises:
           DataError: see `Stock.add`.
         """
-        other = replace(self, stock=self.stock.add(items))
+        rater = self.rater and self.rater.add_items(items)
+        other = replace(self, stock=self.stock.add(items), rater=rater)
         if "ranker" in self.__dict__:
             other.__dict__["ranker"] = self.ranker.extended(other.stock)
         return other
@@ -463,7 +531,8 @@ class Recommender:
             "limits": self.limits,
             "history": self.history,
         }
-        saving.write(path, config, self.catalogue, self.params, self.stock)
+        parts = {} if self.rater is None else {RATER: self.rater.save}
+        saving.write(path, config, self.catalogue, self.params, self.stock, parts)
 
     def export(self, folder: str | Path, **options: Any) -> None:
         """Writes adapting and recommending as a function that JAX alone can run; see `metarec_jax.export.export`."""
@@ -537,6 +606,8 @@ class Recommender:
         choice: "_Choice",
     ) -> list[list[Any]]:
         """Of each person the recommendations, best first."""
+        if choice.by == "rating":
+            return self._rater()._best(people, k, context, replace(choice, by="score"))
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise DataError(f"k must be a positive integer, got {k!r}")
         where = choice.where
@@ -548,7 +619,8 @@ class Recommender:
         if any(m is not None for m in masks):
             allowed = np.stack([np.ones(len(self.stock), bool) if m is None else m for m in masks])
         blocked = self.stock.encode(list(choice.block)) if len(choice.block) else np.zeros(0, np.int32)
-        wanted = max(10 * k, 100) if choice.diversity else k
+        mixed = choice.by != "score"
+        wanted = max(10 * k, 100) if choice.diversity or mixed else k
         found: list[list[Any]] = []
         for start in range(0, len(people), USERS):
             chunk = people[start : start + USERS]
@@ -567,10 +639,21 @@ class Recommender:
                 deviation=choice.deviation, explore=choice.explore, strength=choice.strength,
                 approximate=choice.approximate, key=jax.random.fold_in(jax.random.key(choice.seed), start),
             )  # fmt: skip
-            shown = self.target.decode(ranked.scores)
+            shown = np.array(self.target.decode(ranked.scores))
+            if mixed:
+                rater = self._rater()
+                rated = rater._batch(chunk, context)
+                liking = np.asarray(rater.ranker.scores(rater.ranker.adapt(rated), rated, ranked.rows))
             for i in range(len(chunk)):
                 kept = np.flatnonzero(np.isfinite(ranked.scores[i]))[:wanted]
-                if choice.diversity:
+                if mixed:
+                    share = float(choice.by)
+                    worth = (1 - share) * _standardised(shown[i, kept]) + share * _standardised(liking[i, kept])
+                    kept = kept[np.argsort(-worth, kind="stable")]
+                    shown[i, kept] = np.sort(worth)[::-1]
+                if not choice.diversity:
+                    kept = kept[:k]
+                else:
                     kept = kept[diversify(ranked.rows[i, kept], shown[i, kept], self._likeness, k, choice.diversity)]
                 picked: list[Any] = self._readable(ranked.rows[i, kept], shown[i, kept])
                 if choice.deviation and ranked.deviations is not None:
@@ -601,8 +684,12 @@ class _Choice:
     seed: int = 0
     deviation: bool = False
     approximate: bool = False
+    by: Literal["score", "rating"] | float = "score"
 
     def __post_init__(self) -> None:
+        share = isinstance(self.by, int | float) and not isinstance(self.by, bool)
+        if self.by not in ("score", "rating") and not (share and 0 <= float(self.by) <= 1):
+            raise ValueError(f'by is "score", "rating" or a share from 0 to 1, got {self.by!r}')
         if not 0 <= self.diversity <= 1:
             raise ValueError(f"diversity is a share from 0 to 1, got {self.diversity}")
         if self.explore not in (None, "ucb", "thompson"):
@@ -618,6 +705,10 @@ class _Person(NamedTuple):
     attributes: dict[str, np.ndarray]
 
 
+def _standardised(values: np.ndarray) -> np.ndarray:
+    return (values - values.mean()) / max(float(values.std()), 1e-9) if len(values) else values
+
+
 def train(
     data: Dataset,
     strategy: str | Callable[..., Strategy] | None = None,
@@ -627,6 +718,7 @@ def train(
     seed: int = 0,
     protocol: Protocol | None = None,
     graded: bool = True,
+    ratings: str | None = "als",
     strategy_options: Mapping[str, Any] | None = None,
     model_options: Mapping[str, Any] | None = None,
     start: Recommender | None = None,
@@ -650,6 +742,7 @@ def train(
       protocol: which users train, validate and test (default: `StrongGeneralisation` to rank, else `ColdUsers`).
       graded: where clicks are made from ratings, learn what each rating of a support set tells of the user, and show
         the mean rating of an item beside its share of clicks; else a rating counts as a click or none.
+      ratings: of a ranking where the data hold ratings, the strategy that `predict` asks; None: no `predict`.
       strategy_options, model_options: keyword arguments of the two.
       start: a recommender trained on other data, to start from its parameters instead of random ones. Rows of tables
         are carried over where both know the raw value (an item id, a genre), layers where their shapes are the same.
@@ -722,6 +815,9 @@ def train(
     lowest, highest = float(rating.min()), float(rating.max())
     if target.kind == "ranking" and lowest >= target.threshold:
         lowest = target.threshold - 1  # a dismissal must not count as a positive
+    rater = None
+    if target.kind == "ranking" and ratings is not None and np.ptp(rating) > 0:
+        rater = _trained_rater(data, split, ratings, seed)
     return Recommender(
         built,
         fitted.params,
@@ -732,7 +828,22 @@ def train(
         recipe,
         (lowest, highest),
         fitted.history,
+        rater=rater,
     )
+
+
+def _trained_rater(data: Dataset, split: Split, strategy: str, seed: int) -> Recommender:
+    """The recommender that predicts ratings, from the same training users."""
+    if strategy not in RATING:
+        raise ValueError(f"ratings: {strategy!r} is unknown; choose from {', '.join(RATING)}, or None")
+    protocol, model = ColdUsers(target="rating"), default_model(strategy)
+    target = Target.fit(protocol, split.train)
+    built = build(strategy, None, model, None, data, target)
+    fitted = fit(built, split, target, query=protocol.query, seed=seed)
+    rating = data.rating[split.train.index]
+    recipe = {"strategy": saving.part(strategy, None), "model": saving.part(model, None)}
+    limits = (float(rating.min()), float(rating.max()))
+    return Recommender(built, fitted.params, data, target, protocol, seed, recipe, limits, fitted.history)
 
 
 def _asked(objective: str | Ranking | None, protocol: Protocol | None) -> tuple[Protocol, Ranking | None]:
@@ -774,7 +885,7 @@ def load(
     levels = config["target"].get("levels")
     recipe, target = config["recipe"], Target(**config["target"] | {"levels": levels and tuple(levels)})
     chosen: dict[str, Any] = {}
-    choices: list[Any] = [("strategy", strategy, STRATEGIES | RANKING), ("model", model, MODELS)]
+    choices: list[Any] = [("strategy", strategy, STRATEGIES | RANKING | RATING), ("model", model, MODELS)]
     for what, given, known in choices:
         name = recipe[what]["name"]
         if given is None and name not in known:
@@ -789,7 +900,7 @@ def load(
     if target.levels is not None:
         arrays |= shifts_of_labels(arrays, target.encode(np.array(target.levels)))
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)
-    if target.kind == "ranking":
+    if any(name.startswith(f"params[{TABLES!r}]") for name in arrays):
         params = {**params, TABLES: saving.restore_tree(arrays, f"params[{TABLES!r}]", path)}
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
     protocol = PROTOCOLS[settings.pop("name", "ColdUsers")](**settings)
@@ -805,6 +916,7 @@ def load(
         config["history"],
         stock,
         version=config["version"],
+        rater=load(Path(path) / RATER) if (Path(path) / RATER).exists() else None,
     )
     if users is None and half_life is None:
         return found

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,17 @@ CONFIG, CATALOGUE, ARRAYS = "model.json", "catalogue.json", "arrays.safetensors"
 ARRAYS_OF_FIELD = ("mean", "scale", "knots")
 
 
-def write(path: str | Path, config: Mapping[str, Any], catalogue: Dataset, params: Params, stock: Stock) -> None:
+def write(
+    path: str | Path,
+    config: Mapping[str, Any],
+    catalogue: Dataset,
+    params: Params,
+    stock: Stock,
+    parts: Mapping[str, Callable[[Path], None]] | None = None,
+) -> None:
     """Write a model folder. What stands at `path` is replaced only when it is a model, and only by a complete one.
+
+    `parts` write folders in it, by name.
 
     Raises:
       ModelFileError: something that is no model stands at `path`.
@@ -60,6 +69,8 @@ def write(path: str | Path, config: Mapping[str, Any], catalogue: Dataset, param
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     for name, content in contents.items():
         (fresh / name).write_bytes(content)
+    for name, part_of in (parts or {}).items():
+        part_of(fresh / name)
     if path.exists():
         old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
         os.replace(path, old / "model")

@@ -26,8 +26,8 @@ class Strategy(NamedTuple):
         `predict` instead.
       score: `score(params, adapted, side) -> [users, n]`, given with `items`: the scores of `predict` from them.
       prefixes: `prefixes(params, support, key) -> adapted` with leading axes `[users, examples + 1]`: the adapted
-        values after the first t examples, for every t, in one pass; `support` is in time order, padding last. For training
-        alone: with a key dropout acts, with None entry t is what `adapt` gives of the first t.
+        values after the first t examples, for every t, in one pass; `support` is in time order, padding last. For
+        training alone: with a key dropout acts, with None entry t is what `adapt` gives of the first t.
       fit: `fit(observed) -> arrays`, what it learns from the training users in closed form; `adapt` and all else find
         it in `params["tables"]["fitted"]`, where no gradient reaches it.
       ranks: whether it adapts to positives alone and scores the whole catalogue; the others learn to by `ranked`.

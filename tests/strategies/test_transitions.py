@@ -1,4 +1,4 @@
-"""Transitions: tables against counts by hand, probabilities that sum to one, and a next item that follows from the last."""
+"""Transitions: tables against counts by hand, probabilities, and a next item that follows from the last."""
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def test_vectors_have_the_cosines_of_a_truncated_svd():
 @pytest.mark.parametrize("options", [{"experts": ("luck",)}, {"lags": 0}, {"experts": ()}])
 def test_bad_settings_are_refused(options):
     fields = mr.models.fields_of(mr.data.synthetic(users=20, items=50))
-    with pytest.raises(ValueError, match="experts|need numbers"):
+    with pytest.raises(ValueError, match=r"experts|need numbers"):
         mr.transitions(mr.models.design(fields), **options)
 
 

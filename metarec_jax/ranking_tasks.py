@@ -10,6 +10,7 @@ from metarec_jax.data.splits import Histories
 from metarec_jax.data.statistics import NAME as STATISTICS
 from metarec_jax.data.statistics import ItemStatistics
 from metarec_jax.data.target import Target
+from metarec_jax.errors import DataError
 from metarec_jax.evaluation.ranking import LONGEST, known_of
 from metarec_jax.strategies.observed import Observed
 from metarec_jax.strategies.ranked import Chosen, Ranking, RankingTask
@@ -85,11 +86,19 @@ def drawn(
 
     Yields:
       The task and its fold.
+
+    Raises:
+      DataError: no user has two positives.
     """
     data = histories.data
     positive = data.rating[histories.index] >= target.threshold
     count = np.add.reduceat(np.append(positive, False).astype(int), histories.starts[:-1]) * (histories.lengths > 0)
     chosen = rng.permutation(np.flatnonzero(count >= 2))[:USERS]
+    if not len(chosen):
+        raise DataError(
+            f"{data.name}: no training user has two positives (threshold {target.threshold:g}), one to know and one to "
+            "find; give the protocol a lower threshold"
+        )
     if following:
         chosen = chosen[np.argsort(np.minimum(histories.lengths[chosen], widths[-1]), kind="stable")]
     pieces = [

@@ -135,7 +135,6 @@ def test_some_users_without_a_positive_in_their_query_are_left_out_of_means():
     assert_finite(trained.evaluate())
 
 
-@pytest.mark.xfail(reason="NaN and numpy's warning of an empty slice in place of an error", strict=True)
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_no_user_with_a_positive_in_the_query_is_an_error(part):
     users = getattr(SPLIT, part)
@@ -144,7 +143,6 @@ def test_no_user_with_a_positive_in_the_query_is_an_error(part):
         mr.train(data, "ease", protocol=COLD, **QUICK).evaluate()
 
 
-@pytest.mark.xfail(reason="an epoch without a task: the mean of no losses is NaN", strict=True)
 def test_training_users_with_one_positive_each_are_an_error():
     data = rated(1.0)
     data.rating[np.unique(data.user, return_index=True)[1]] = 5.0

@@ -200,7 +200,8 @@ def test_statistics_of_other_users_can_take_the_place_of_the_datas_own():
 
 
 @pytest.mark.parametrize("positives", [0, 1])
-def test_users_with_fewer_than_two_positives_are_left_out(positives):
+def test_without_two_positives_of_anybody_there_is_an_error(positives):
     rating = np.where(np.isin(np.arange(len(DATA.rating)), HISTORIES.index[HISTORIES.starts[:-1]]), 5.0, 1.0)
     data = replace(DATA, rating=(rating if positives else np.ones(len(rating))).astype(np.float32))
-    assert epoch(replace(HISTORIES, data=data))[0] == []
+    with pytest.raises(mr.DataError, match="two positives"):
+        epoch(replace(HISTORIES, data=data))

@@ -11,6 +11,7 @@ import numpy as np
 from metarec_jax.data.batches import bucket_sizes
 from metarec_jax.data.splits import Histories
 from metarec_jax.data.target import Target
+from metarec_jax.errors import DataError
 from metarec_jax.strategies.catalogue import Known, adapt, score_shared
 from metarec_jax.strategies.ranked import TABLES, Chosen, RankingTask
 from metarec_jax.strategies.strategy import Strategy
@@ -143,7 +144,11 @@ def lists_of(
     query: int = 10,
     support: int | None = None,
 ) -> Lists:
-    """The lists of anything that gives rows `[users, depth]` for a batch of users."""
+    """The lists of anything that gives rows `[users, depth]` for a batch of users.
+
+    Raises:
+      DataError: no user has a positive to find.
+    """
     items = len(histories.data.items)
     size = int(np.clip(CELLS // items, 1, 256))
     parts: list[Any] = []
@@ -151,7 +156,13 @@ def lists_of(
         rows = np.asarray(recommend(task))
         wanted = np.where(task.query.mask > 0, task.query.rows, -2)
         parts.append((rows, (rows[:, :, None] == wanted[:, None, :]).any(2), (wanted > 0).sum(1)))
-    return Lists(*(np.concatenate(x)[: len(histories)] for x in zip(*parts, strict=True)))
+    found = Lists(*(np.concatenate(x)[: len(histories)] for x in zip(*parts, strict=True)))
+    if not found.positives.any():
+        raise DataError(
+            f"{histories.data.name}: none of {len(histories)} users has a positive in the query (threshold "
+            f"{target.threshold:g}), so that there is nothing to find; give the protocol a lower threshold"
+        )
+    return found
 
 
 def list_metrics(lists: Lists) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """ALS: matrix factorisation of ratings with fold-in, a user's bias and vector in closed form."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,19 @@ from metarec_jax.strategies.observed import Observed
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
+HELD_OUT = 4  # one in so many training users tells how large the noise is
+
 
 class Taste(NamedTuple):
-    """What is known of each user: ratings are `bias + b(x) + vector . v(x)`.
+    """What is known of each user: ratings are `mean + b(x) + taste . [1, v(x)]`.
 
     Attributes:
-      bias: `[users]`, the mean of all ratings included.
-      vector: `[users, rank]`.
-      variance: `[users]` of the bias, in units of the noise.
-      precision: `[users, rank, rank]` of the vector, in units of the noise.
+      value: `[users, 1 + rank]` the user's bias and vector.
+      precision: `[users, 1 + rank, 1 + rank]` of its posterior, in units of the noise; None with the prior "ridge".
     """
 
-    bias: jax.Array
-    vector: jax.Array
-    variance: jax.Array
-    precision: jax.Array
+    value: jax.Array
+    precision: jax.Array | None
 
 
 def als(
@@ -39,79 +37,91 @@ def als(
     *,
     loss: PointwiseLoss = optax.losses.squared_error,
     rank: int = 8,
-    penalty: float = 5.0,
+    penalty: float = 8.0,
     shrink: float = 5.0,
     sweeps: int = 15,
+    prior: Literal["population", "ridge"] = "population",
     learn: bool = False,
 ) -> Strategy:
     """Matrix factorisation of ratings; the items are fitted once, a user is folded in.
 
-        r(x) = mean + b(x) + b_u + u . v(x)
-        b_u = sum_S w (y - mean - b) / (sum_S w + s)
-        u = (sum_S w v v' + l I)^-1 sum_S w v (y - mean - b - b_u)
+        r(x) = mean + b(x) + taste . z(x),   z = [1, v(x)]
+        taste = (sum_S w z z' + s^2 C^-1)^-1 sum_S w z (y - mean - b)
 
     mean, b and V come from alternating least squares on the training users (`metarec_jax.factorise.explicit_als`); y
-    and w are the target and the weight of an example. An item that is new has the bias and the vector that a ridge
-    regression on its fields gives. `deviation` is that of the Gaussian posterior of b_u and u and of the noise, for
-    items that are known.
+    and w are the target and the weight of an example. A taste, a user's bias and vector, is N(0, C) and ratings have
+    the noise s^2, both found by expectation maximisation (`population`) on a quarter of the training users, with V of
+    the others. `deviation` is that of the posterior and the noise.
+
+    With the prior "ridge" a taste is found without C, as the baseline "ALS fold-in" does, first b_u, then u:
+
+        b_u = sum_S w (y - mean - b) / (sum_S w + shrink)
+        u = (sum_S w v v' + penalty I)^-1 sum_S w v (y - mean - b - b_u)
+
+    An item that is new has the bias and the vector that a ridge regression on its fields gives.
 
     Args:
       model: one without parameters, `design`: its `embed` reads the items' fields.
       loss: squared error.
       rank: width of the vectors.
-      penalty, shrink, sweeps: l, s and the sweeps of the alternating least squares.
-      learn: meta-train factors of l and s, from 1, on users that the item vectors have not seen; else nothing is
-        trained by gradients, and training ends with the fit.
+      penalty, shrink, sweeps: of the alternating least squares.
+      prior: of a user's taste.
+      learn: meta-train factors of s^2 C^-1, or of penalty and shrink, from 1, on users that the item vectors have not
+        seen; else nothing is trained by gradients, and training ends with the fit.
 
     Raises:
-      ValueError: another loss; the model has parameters; a number is not positive.
+      ValueError: another loss or prior; the model has parameters; a number is not positive.
 
     References:
       Zhou et al., Large-Scale Parallel Collaborative Filtering for the Netflix Prize, AAIM 2008.
       Koren, Factorization Meets the Neighborhood, KDD 2008, equation 1 (biases).
+      Laird and Ware, Random-Effects Models for Longitudinal Data, Biometrics 1982 (C and the noise).
     """
     if loss is not optax.losses.squared_error:
         raise ValueError('als predicts ratings: train it with objective="rating"')
     need_design(model, "als")
     if rank < 1 or sweeps < 1 or penalty <= 0 or shrink <= 0:
         raise ValueError(f"need positive numbers, got {rank=}, {penalty=}, {shrink=}, {sweeps=}")
-    embed = model.embed
+    if prior not in ("population", "ridge"):
+        raise ValueError(f'prior is "population" or "ridge", got {prior!r}')
+    embed, width = model.embed, 1 + rank
     assert embed is not None
 
+    def factors(observed: Observed, sweeps: int = sweeps) -> factorise.RatingFactors:
+        return factorise.explicit_als(
+            observed.user, observed.item, observed.grade.astype(float), observed.items, rank,
+            penalty=penalty, shrink=shrink, sweeps=sweeps,
+        )  # fmt: skip
+
     def fit(observed: Observed) -> Params:
-        rating = observed.grade.astype(float)
-        mean, bias, vectors = factorise.explicit_als(
-            observed.user, observed.item, rating, observed.items, rank, penalty=penalty, shrink=shrink, sweeps=sweeps
-        )
-        noise = noise_of(observed.user, vectors[observed.item], rating - mean - bias[observed.item])
+        mean, bias, vectors = factors(observed)
         count, columns = np.bincount(observed.item, minlength=observed.items), np.asarray(embed({}, observed.features))
         found = np.concatenate([bias[:, None], vectors], 1)
         content = ridge_regression(columns, found, CONTENT, count)
         found = np.where(count[:, None] > 0, found, columns @ content)
         found[0] = 0  # the unknown item: see `sides`
-        return {
-            "mean": np.float32(mean), "items": found.astype(np.float32), "content": content, "noise": np.float32(noise),
-        }  # fmt: skip
+        table = {"mean": mean, "items": found, "content": content}
+        if prior == "population":
+            covariance, noise = spread(observed)
+            table |= {"precision": noise * np.linalg.inv(covariance), "noise": noise}
+        return {name: np.asarray(value, np.float32) for name, value in table.items()}
 
-    def noise_of(user: np.ndarray, x: np.ndarray, rest: np.ndarray) -> float:
-        """Standard deviation of a rating around what the user's own others predict: leaving one out, e / (1 - h)."""
-        count = np.bincount(user)
-        of_user = np.bincount(user, rest) / (count + shrink)
-        rest = rest - of_user[user]
-        error = rest - (x * factorise.least_squares(user, x, rest, len(count), penalty)[user]).sum(1)
-        inverse = np.linalg.inv(factorise.gram_of(user, x, len(count)) + penalty * np.eye(rank))
-        leverage = np.zeros(len(x))
-        for a in range(rank):
-            for b in range(rank):
-                leverage += x[:, a] * x[:, b] * inverse[user, a, b]
-        left = np.maximum(1 - leverage - 1 / (count[user] + shrink), 0.05)
-        return float(np.sqrt(np.mean(error**2 / left)))
+    def spread(observed: Observed) -> tuple[np.ndarray, float]:
+        """Covariance of the tastes and variance of the noise, of a quarter of the users and by the others' items."""
+        held_out = np.arange(observed.users) % HELD_OUT == 0
+        own = observed.of(np.flatnonzero(held_out))
+        if held_out.all() or not len(own.user):
+            return np.eye(width), 1.0
+        mean, bias, vectors = factors(observed.of(np.flatnonzero(~held_out)), min(sweeps, 5))
+        z = np.concatenate([np.ones((len(own.item), 1)), vectors[own.item]], 1)
+        return population(own.user, z, own.grade - mean - bias[own.item])
 
     def init(key: jax.Array) -> Params:
-        return {name: jnp.zeros(()) for name in ("penalty", "shrink")} if learn else {}
+        names = ("penalty",) if prior == "population" else ("penalty", "shrink")
+        return {name: jnp.zeros(()) for name in names} if learn else {}
 
-    def number(params: Params, name: str, start: float) -> jax.Array:
-        return start * jnp.exp(params[name]) if learn else jnp.float32(start)
+    def factor(params: Params, name: str) -> jax.Array:
+        return jnp.exp(params[name]) if learn else jnp.ones(())
 
     def sides(params: Params, features: Features) -> jax.Array:
         """`[..., 1 + rank]` biases and vectors of items."""
@@ -119,33 +129,68 @@ def als(
         known = look_up(fitted["items"].__getitem__, features["item_id"], "categorical")
         return known + look_up(unknown, features["item_id"], "categorical") * (embed({}, features) @ fitted["content"])
 
+    def inputs(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
+        """What is predicted of a user of whom nothing is known, `[...]`, and what a taste is multiplied by."""
+        side = sides(params, features)
+        shared = params["tables"]["fitted"]["mean"] + side[..., 0]
+        return shared, jnp.concatenate([jnp.ones_like(side[..., :1]), side[..., 1:]], -1)
+
     def adapt(params: Params, support: Examples, key: jax.Array) -> Taste:
-        mean, keep = params["tables"]["fitted"]["mean"], support.mask > 0
-        weight, side = jnp.where(keep, support.mask, 0.0), sides(params, support.features)
-        v = jnp.where(keep[..., None], side[..., 1:], 0.0)
-        rest = jnp.where(keep, support.target - mean - side[..., 0], 0.0)
-        total = weight.sum(1) + number(params, "shrink", shrink)
-        bias = (weight * rest).sum(1) / total
-        rest = jnp.where(keep, rest - bias[:, None], 0.0)
-        precision = jnp.einsum("unf,un,ung->ufg", v, weight, v)
-        precision += number(params, "penalty", penalty) * jnp.eye(rank)
-        return Taste(mean + bias, solve(precision, jnp.einsum("unf,un->uf", v, weight * rest)), 1 / total, precision)
+        keep, (shared, z) = support.mask > 0, inputs(params, support.features)
+        weight, z = jnp.where(keep, support.mask, 0.0), jnp.where(keep[..., None], z, 0.0)
+        rest = jnp.where(keep, support.target - shared, 0.0)
+        gram, moment = jnp.einsum("unf,un,ung->ufg", z, weight, z), jnp.einsum("unf,un->uf", z, weight * rest)
+        if prior == "population":
+            precision = gram + factor(params, "penalty") * params["tables"]["fitted"]["precision"]
+            return Taste(solve(precision, moment), precision)
+        bias = moment[:, :1] / (gram[:, 0, :1] + factor(params, "shrink") * shrink)
+        left = gram[:, 1:, 1:] + factor(params, "penalty") * penalty * jnp.eye(rank)
+        return Taste(jnp.concatenate([bias, solve(left, moment[:, 1:] - bias * gram[:, 1:, 0])], 1), None)
 
     def predict(params: Params, taste: Taste, features: Features) -> jax.Array:
-        side = sides(params, features)
-        return taste.bias[:, None] + side[..., 0] + jnp.einsum("unf,uf->un", side[..., 1:], taste.vector)
+        shared, z = inputs(params, features)
+        return shared + jnp.einsum("unf,uf->un", z, taste.value)
 
-    def score(params: Params, taste: Taste, side: jax.Array) -> jax.Array:
-        return taste.bias[:, None] + side[:, 0] + taste.vector @ side[:, 1:].T
+    def items(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
+        return inputs(params, features)
+
+    def score(params: Params, taste: Taste, side: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return side[0] + taste.value @ side[1].T
 
     def deviation(params: Params, taste: Taste, features: Features) -> jax.Array:
-        v = sides(params, features)[..., 1:]
-        covariance = solve(taste.precision, jnp.broadcast_to(jnp.eye(rank), taste.precision.shape))
-        spread = jnp.maximum(jnp.einsum("unf,ufg,ung->un", v, covariance, v), 0.0)
-        return params["tables"]["fitted"]["noise"] * jnp.sqrt(1 + taste.variance[:, None] + spread)
+        _, z = inputs(params, features)
+        assert taste.precision is not None
+        covariance = solve(taste.precision, jnp.broadcast_to(jnp.eye(width), taste.precision.shape))
+        of_taste = jnp.einsum("unf,ufg,ung->un", z, covariance, z)
+        return jnp.sqrt(params["tables"]["fitted"]["noise"] * (1 + jnp.maximum(of_taste, 0.0)))
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         scores = predict(params, adapt(params, task.support, key), task.query.features)
         return query_loss(scores, task.query, loss), {}
 
-    return Strategy(init, adapt, predict, meta_loss, deviation, items=sides, score=score, fit=fit)
+    known = deviation if prior == "population" else None
+    return Strategy(init, adapt, predict, meta_loss, known, items=items, score=score, fit=fit)
+
+
+def population(user: np.ndarray, z: np.ndarray, y: np.ndarray, steps: int = 20) -> tuple[np.ndarray, float]:
+    """Expectation maximisation of linear random effects: covariance `[width, width]` of tastes, variance of the noise.
+
+        y = z . taste_u + e,   taste_u ~ N(0, C),   e ~ N(0, s^2)
+
+    Args:
+      user: `[n]` rows from 0.
+      z, y: `[n, width]` and `[n]`.
+      steps: of the maximisation, from C = 1 / 10 of the variance of y.
+    """
+    users, width = int(user.max()) + 1, z.shape[1]
+    gram = factorise.gram_of(user, z, users)
+    moment = np.stack([np.bincount(user, z[:, f] * y, users) for f in range(width)], 1)
+    noise = float(y.var()) + 1e-6
+    covariance = 0.1 * noise * np.eye(width)
+    for _ in range(steps):
+        posterior = np.linalg.inv(gram / noise + np.linalg.inv(covariance))
+        mean = (posterior @ moment[..., None])[..., 0] / noise
+        covariance = posterior.mean(0) + mean.T @ mean / users + 1e-8 * np.eye(width)
+        error = y - (z * mean[user]).sum(1)
+        noise = float((error @ error + (gram * posterior).sum()) / len(y)) + 1e-6
+    return covariance + 1e-3 * np.trace(covariance) / width * np.eye(width), noise

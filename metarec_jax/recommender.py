@@ -18,7 +18,7 @@ from metarec_jax.data.candidates import Among, judged_on
 from metarec_jax.data.candidates import candidates as draw
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.histories import History, encode_attributes, encode_history, is_one_user
-from metarec_jax.data.protocols import PROTOCOLS, Protocol
+from metarec_jax.data.protocols import PROTOCOLS, Protocol, ratings_of
 from metarec_jax.data.ranking_protocols import NextItem, StrongGeneralisation
 from metarec_jax.data.splits import ColdUsers, Split
 from metarec_jax.data.statistics import ItemStatistics
@@ -89,7 +89,8 @@ class Recommender:
       half_life: seconds in which an event of `update` loses half its weight, counted back from its user's latest one;
         None: all weigh the same.
       version: of the saved model that this was loaded from.
-      rater: of a ranking, the recommender that `predict` asks: how much an item would be liked.
+      rater: of a ranking, the recommender that `predict` asks: how much an item would be liked. Its test users are
+        those of the ranking: `rater.evaluate()`.
     """
 
     strategy: Strategy
@@ -154,7 +155,8 @@ class Recommender:
           approximate: find the best by `jax.lax.approx_max_k`: faster on a TPU, and may miss one in twenty.
           by: "score"; "rating", the rating that `predict` expects, which favours what few know and like much; or a
             share w from 0 to 1 of it: of the 100 or 10 k best by score, those with the largest (1 - w) z(score) +
-            w z(rating), z in standard deviations among them.
+            w z(rating), z in standard deviations from the mean of these candidates. That is then the `score` of a
+            recommendation. `deviation` and `explore` are those of the rating with "rating", else of the score.
 
         Returns:
           A list of `Recommendation`, best first; for a batch a list of such lists.
@@ -162,7 +164,8 @@ class Recommender:
         Raises:
           DataError: item ids of another type than in training; a rating that is no finite number or off the scale; an
             unknown attribute, context, field or category.
-          ValueError: the deviation is asked of a strategy that does not know it; `diversity` outside 0 to 1.
+          ValueError: the deviation is asked of a strategy that does not know it; `diversity` or `by` outside 0 to 1;
+            `by` where there is no rating to go by (see `predict`); a share together with `explore`.
 
         References:
           Carbonell and Goldstein, The Use of MMR, SIGIR 1998, section 2; the likeness of items is the cosine of what
@@ -185,11 +188,12 @@ class Recommender:
     ) -> Any:
         """What a new user, or each of a batch, would think of given items: expected ratings or click probabilities.
 
-        `recommend` answers another question: which items the user would choose.
+        `recommend` answers another question: which items the user would choose. A recommender trained for clicks or
+        ratings answers by itself, one that ranks by its `rater`. Items given alone as a history count as rated highest.
 
         Args:
           history, user, context: see `recommend`.
-          items: raw ids, in any order.
+          items: raw ids, in any order; one may come twice.
 
         Returns:
           A list of numbers in the order of `items`; for a batch a list of such lists. Ratings are within the scale of
@@ -197,30 +201,66 @@ class Recommender:
 
         Raises:
           DataError: as `recommend`; an item that the stock does not hold.
-          ValueError: the data had one rating only, so that nothing tells how much an item is liked.
+          ValueError: a ranking whose data had one rating only, or that was trained with `ratings=None`: nothing tells
+            how much an item is liked.
         """
         single, people = self._people(history, user)
+        found = self._expected(people, items, context)
+        return found[0] if single else found
+
+    def predict_for(
+        self, users: UserId | Sequence[UserId], items: Sequence[Any], *, context: Mapping[str, Any] | None = None
+    ) -> Any:
+        """What a user of `update`, or each of a list of users, would think of given items; see `predict`.
+
+        Args:
+          users: raw id or a list of ids; of one never seen nothing is known.
+          items, context: see `predict`.
+
+        Raises:
+          DataError, ValueError: as `predict`; an id that is no integer or string.
+          StoreError: the store cannot be read.
+        """
+        single, people = self._stored(users)
+        found = self._expected(people, items, context)
+        return found[0] if single else found
+
+    def _expected(
+        self, people: Sequence["_Person"], items: Sequence[Any], context: Mapping[str, Any] | None
+    ) -> list[list[float]]:
+        """Of each person the expected ratings, or click probabilities, of the items."""
+        if not isinstance(items, Sequence | np.ndarray) or isinstance(items, str | bytes):
+            raise DataError(f"items: expected a list of item ids, got {items!r}")
         asked = list(items)
-        rows = self.stock.encode(asked) if asked else np.zeros(0, np.int32)
+        rows = self.stock.encode(asked)
         if (rows == UNKNOWN).any():
-            raise DataError(f"item {asked[int((rows == UNKNOWN).argmax())]!r} is unknown; add it with add_items")
+            raise DataError(
+                f"item {asked[int((rows == UNKNOWN).argmax())]!r} is unknown; ask for items of the stock, or add it "
+                "with add_items"
+            )
         rater, found = self._rater(), []
         for start in range(0, len(people), USERS):
             chunk = people[start : start + USERS]
             known = rater._batch(chunk, context)
-            shape = (len(known.items), len(rows))
-            scores = rater.ranker.scores(rater.ranker.adapt(known), known, np.broadcast_to(rows, shape))
-            values = rater.target.decode(np.asarray(scores)[: len(chunk)])
-            found += (values if rater.target.kind == "click" else np.clip(values, *rater.limits)).tolist()
-        return found[0] if single else found
+            adapted, scores = rater.ranker.adapt(known), np.zeros((len(chunk), len(rows)), np.float32)
+            for first in range(0, len(rows), CELLS // USERS):
+                some = rows[first : first + CELLS // USERS]
+                padded = np.zeros((len(known.items), _bucket(len(some), 16)), np.int32)
+                padded[:, : len(some)] = some
+                tile = np.asarray(rater.ranker.scores(adapted, known, padded))
+                scores[:, first : first + len(some)] = tile[: len(chunk), : len(some)]
+            values = rater.target.decode(scores)
+            found += (np.clip(values, *rater.limits) if rater.target.kind == "rating" else values).tolist()
+        return found
 
     def _rater(self) -> "Recommender":
-        """Who knows how much an item is liked."""
+        """The recommender that knows how much an item is liked."""
         found = self if self.target.kind != "ranking" else self.rater
         if found is None:
             raise ValueError(
-                "this recommender knows what users choose and not how much they like it: its data held one rating "
-                "only, or it was trained with ratings=None"
+                "this recommender knows what users choose, not how much they like it: its data held one rating only, "
+                "or it was trained with ratings=None; train on data with ratings of several values, "
+                'mr.train(data, ratings="als")'
             )
         return found
 
@@ -250,16 +290,21 @@ class Recommender:
         Args:
           users: raw id or a list of ids; one never seen gets the ranking of a user about whom nothing is known.
           k, context: see `recommend`.
-          **choice: `exclude_seen` to `approximate` of `recommend`.
+          **choice: `exclude_seen` to `by` of `recommend`.
 
         Raises:
           DataError, ValueError: as `recommend`; an id that is no integer or string.
           StoreError: the store cannot be read.
         """
+        single, people = self._stored(users)
+        found = self._best(people, k, context, _Choice(**choice))
+        return found[0] if single else found
+
+    def _stored(self, users: UserId | Sequence[UserId]) -> tuple[bool, list["_Person"]]:
+        """Whether it is one user, and what the store knows of the users."""
         single = isinstance(users, int | str | np.integer)
         ids = [checked_id(u, None, "user") for u in ([users] if single else users)]  # type: ignore[union-attr, list-item]
-        found = self._best(self._known(ids), k, context, _Choice(**choice))
-        return found[0] if single else found
+        return single, self._known(ids)
 
     def update(self, events: Iterable[Event | Mapping[str, Any]]) -> int:
         """Keeps what users did; the next recommendation reflects it.
@@ -606,8 +651,12 @@ class Recommender:
         choice: "_Choice",
     ) -> list[list[Any]]:
         """Of each person the recommendations, best first."""
+        if choice.by != "score" and self.target.kind == "click":
+            raise ValueError(f'by={choice.by!r} needs ratings, and this recommender predicts clicks: by="score"')
         if choice.by == "rating":
-            return self._rater()._best(people, k, context, replace(choice, by="score"))
+            rater = self._rater()
+            lists, (low, high) = rater._best(people, k, context, replace(choice, by="score")), rater.limits
+            return [[r._replace(score=min(max(r.score, low), high)) for r in found] for found in lists]
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise DataError(f"k must be a positive integer, got {k!r}")
         where = choice.where
@@ -690,6 +739,8 @@ class _Choice:
         share = isinstance(self.by, int | float) and not isinstance(self.by, bool)
         if self.by not in ("score", "rating") and not (share and 0 <= float(self.by) <= 1):
             raise ValueError(f'by is "score", "rating" or a share from 0 to 1, got {self.by!r}')
+        if share and self.explore is not None:
+            raise ValueError(f'explore goes with by="score" or by="rating", got by={self.by!r}, which orders anew')
         if not 0 <= self.diversity <= 1:
             raise ValueError(f"diversity is a share from 0 to 1, got {self.diversity}")
         if self.explore not in (None, "ucb", "thompson"):
@@ -742,7 +793,8 @@ def train(
       protocol: which users train, validate and test (default: `StrongGeneralisation` to rank, else `ColdUsers`).
       graded: where clicks are made from ratings, learn what each rating of a support set tells of the user, and show
         the mean rating of an item beside its share of clicks; else a rating counts as a click or none.
-      ratings: of a ranking where the data hold ratings, the strategy that `predict` asks; None: no `predict`.
+      ratings: of a ranking where the data hold ratings of several values, the name of the strategy that `predict`
+        asks, trained on the same users with its own options as they are (`Recommender.rater`); None: no `predict`.
       strategy_options, model_options: keyword arguments of the two.
       start: a recommender trained on other data, to start from its parameters instead of random ones. Rows of tables
         are carried over where both know the raw value (an item id, a genre), layers where their shapes are the same.
@@ -769,13 +821,15 @@ def train(
     protocol, ranking = _asked(objective, protocol)
     if ranking is not None:
         fit_options["objective"] = ranking
+    if ratings is not None and ratings not in STRATEGIES | RATING:
+        raise ValueError(f"ratings: {ratings!r} is unknown; choose from {', '.join(RATING | STRATEGIES)}, or None")
     if strategy is None:
         strategy = DEFAULT_STRATEGY[protocol.target]
     model = default_model(strategy) if model is None else model
     split = protocol.split(data, seed)
     target = Target.fit(protocol, split.train, graded)
     statistics = ItemStatistics.fit(split.train, target)
-    data = statistics.extend(data)
+    given, data = data, statistics.extend(data)
     split = Split(*(replace(part, data=data) for part in split))
     recipe = {"strategy": saving.part(strategy, strategy_options), "model": saving.part(model, model_options)}
     built = build(strategy, strategy_options, model, model_options, data, target)
@@ -790,6 +844,7 @@ def train(
         learned = {name: value for name, value in start.params.items() if name != TABLES}
         fit_options["params"] = carry_over(learned, fresh, fields_of(start.catalogue), fields_of(data), shared)
     told = [fit_options.pop("report", None)]
+    progress = progress and bool(jax.tree.leaves(jax.eval_shape(built.init, jax.random.key(0))))  # there are epochs
     with (
         epochs_bar(progress, fit_options.get("epochs") or EPOCHS[target.kind], target.kind) as bar,
         event_files(tensorboard) as events,
@@ -816,8 +871,8 @@ def train(
     if target.kind == "ranking" and lowest >= target.threshold:
         lowest = target.threshold - 1  # a dismissal must not count as a positive
     rater = None
-    if target.kind == "ranking" and ratings is not None and np.ptp(rating) > 0:
-        rater = _trained_rater(data, split, ratings, seed)
+    if target.kind == "ranking" and ratings is not None and np.ptp(given.rating) > 0:
+        rater = train(given, ratings, seed=seed, protocol=ratings_of(protocol), progress=False)
     return Recommender(
         built,
         fitted.params,
@@ -830,20 +885,6 @@ def train(
         fitted.history,
         rater=rater,
     )
-
-
-def _trained_rater(data: Dataset, split: Split, strategy: str, seed: int) -> Recommender:
-    """The recommender that predicts ratings, from the same training users."""
-    if strategy not in RATING:
-        raise ValueError(f"ratings: {strategy!r} is unknown; choose from {', '.join(RATING)}, or None")
-    protocol, model = ColdUsers(target="rating"), default_model(strategy)
-    target = Target.fit(protocol, split.train)
-    built = build(strategy, None, model, None, data, target)
-    fitted = fit(built, split, target, query=protocol.query, seed=seed)
-    rating = data.rating[split.train.index]
-    recipe = {"strategy": saving.part(strategy, None), "model": saving.part(model, None)}
-    limits = (float(rating.min()), float(rating.max()))
-    return Recommender(built, fitted.params, data, target, protocol, seed, recipe, limits, fitted.history)
 
 
 def _asked(objective: str | Ranking | None, protocol: Protocol | None) -> tuple[Protocol, Ranking | None]:
@@ -904,6 +945,10 @@ def load(
         params = {**params, TABLES: saving.restore_tree(arrays, f"params[{TABLES!r}]", path)}
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
     protocol = PROTOCOLS[settings.pop("name", "ColdUsers")](**settings)
+    part = config.get("parts", {}).get(RATER)
+    rater = None if part is None else load(Path(path) / RATER)
+    if rater is not None and not part.startswith(rater.version):
+        raise ModelFileError(f"{path}: it was replaced while it was read; load it again")
     found = Recommender(
         built,
         params,
@@ -916,7 +961,7 @@ def load(
         config["history"],
         stock,
         version=config["version"],
-        rater=load(Path(path) / RATER) if (Path(path) / RATER).exists() else None,
+        rater=rater,
     )
     if users is None and half_life is None:
         return found

@@ -39,7 +39,7 @@ def write(
 ) -> None:
     """Write a model folder. What stands at `path` is replaced only when it is a model, and only by a complete one.
 
-    `parts` write folders in it, by name.
+    `parts` write models in it, folders by name; the config holds the checksum of each one's own config.
 
     Raises:
       ModelFileError: something that is no model stands at `path`.
@@ -56,21 +56,20 @@ def write(
         CATALOGUE: json.dumps(_describe(catalogue) | {"added": added}).encode(),
         ARRAYS: save({name: np.array(x, order="C") for name, x in arrays.items()}),
     }
-    checks = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    for name, part_of in (parts or {}).items():
+        part_of(fresh / name)
     head = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "metarec_jax": version("metarec-jax"),
-        "sha256": checks,
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+        "parts": {name: hashlib.sha256((fresh / name / CONFIG).read_bytes()).hexdigest() for name in parts or {}},
     }
     contents[CONFIG] = json.dumps(head | dict(config), indent=1).encode()
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     for name, content in contents.items():
         (fresh / name).write_bytes(content)
-    for name, part_of in (parts or {}).items():
-        part_of(fresh / name)
     if path.exists():
         old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
         os.replace(path, old / "model")
@@ -97,7 +96,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], Dataset, Stock, dict[str, np
             f"this version reads format {FORMAT_VERSION}; load it with that version, or train again"
         )
     contents = {}
-    for name, sha256 in config["sha256"].items():
+    parts = {f"{name}/{CONFIG}": sha256 for name, sha256 in config.get("parts", {}).items()}
+    for name, sha256 in (config["sha256"] | parts).items():
         contents[name] = _bytes(path / name)
         if hashlib.sha256(contents[name]).hexdigest() != sha256:
             raise ModelFileError(

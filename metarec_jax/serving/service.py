@@ -195,6 +195,7 @@ OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {  # of `Recommender.recommen
     "strength": ((int, float), "a number"),
     "seed": ((int,), "an integer of 32 bits"),
     "deviation": ((bool,), "true or false"),
+    "by": ((str, int, float), '"score", "rating" or a number from 0 to 1'),
 }
 
 

@@ -278,6 +278,7 @@ def _host_auc(scores: np.ndarray, target: np.ndarray, mask: np.ndarray) -> float
         return sum(threads.map(wins, stretches(len(up), 1 << 14))) / 2 / len(up) / len(down)
 
 
+@jax.jit
 def _row_auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
     """`_auc` of each row of a narrow table, by comparing with one candidate after another: no sorting."""
 

@@ -21,7 +21,7 @@ def purchases():
 
 @pytest.fixture(scope="module")
 def recommender(purchases):
-    return mr.train(mr.data.from_tables(purchases), epochs=2, progress=False)
+    return mr.train(mr.data.from_tables(purchases), progress=False)
 
 
 def test_it_ranks_by_default_and_follows_the_users_kind(recommender):

@@ -141,9 +141,7 @@ def _ndcg_by_weight(
     return [float(np.nanmean(np.concatenate(found))) for found in tried]
 
 
-def _lists(
-    score: Score, weights: Sequence[float], log_popularity: np.ndarray, task: RankingTask
-) -> list[np.ndarray]:
+def _lists(score: Score, weights: Sequence[float], log_popularity: np.ndarray, task: RankingTask) -> list[np.ndarray]:
     """For each weight the best items by `score + weight log popularity`; without a support by popularity."""
     known = task.known
     users, place = np.nonzero(known.weight > 0)

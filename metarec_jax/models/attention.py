@@ -49,9 +49,7 @@ class TransformerBlock(nnx.Module):
       Raffel et al., Exploring the Limits of Transfer Learning (T5), JMLR 2020, section 2.1 (the bias).
     """
 
-    def __init__(
-        self, width: int, heads: int, rngs: nnx.Rngs, relative: bool = False, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs, relative: bool = False, dropout: float = 0.0) -> None:
         self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
         self.attention = nnx.MultiHeadAttention(heads, width, use_bias=False, decode=False, rngs=rngs)
         self.wide, self.narrow = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)

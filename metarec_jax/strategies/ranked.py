@@ -25,14 +25,15 @@ class Ranking:
 
     Of a strategy with `prefixes` and histories in order, u runs over all places of all histories, each with the item
     that came next as its one positive, among all items. Otherwise j runs over the query positives of u, and w_uj is
-    p_uj^focus, held constant: a positive that will not come near the top of the list counts less, as it does for nDCG.
+    p_uj^(focus n / (n + 50)) with n support positives, held constant: of a user who is known well, a positive that will
+    not come near the top of the list counts less, as it does for nDCG; of one who is not, all count about the same.
 
     Attributes:
       sample: how many items the softmax runs over, drawn once a step for the whole batch and corrected by the log of
         how likely each is to be drawn; None: all, where the catalogue has at most `FULL` items and the batch not more
         than `CELLS` scores of them, else 2,048.
       by: how they are drawn: "uniform", "popularity", or "batch", the other users' query items.
-      focus: exponent of the weights; 0 is the plain log-likelihood.
+      focus: exponent of the weights for long supports; 0 is the plain log-likelihood.
       short: share of training users whose support is cut to a random length, log-uniform to all, or to nothing.
       dislikes: share of training users whose support shows the interactions below the threshold too.
       unknown: share of users, and of items, whose identity is hidden in a step, so that what is new is trained too.
@@ -48,7 +49,7 @@ class Ranking:
     by: Literal["uniform", "popularity", "batch"] = "uniform"
     focus: float = 0.8
     short: float = 0.7
-    dislikes: float = 0.5
+    dislikes: float = 0.8
     unknown: float = 0.05
     folds: int = 4
     query: int = 64
@@ -62,6 +63,7 @@ class Ranking:
             raise ValueError(f"short, dislikes and unknown are shares from 0 to 1, got {self}")
 
 
+FOCUSED = 50  # support positives of which the weights have half the focus
 FULL = 20_000  # items up to which the softmax runs over all
 SAMPLE = 2_048
 CELLS = 1 << 27  # scores of a batch up to which the softmax runs over all
@@ -236,7 +238,9 @@ def ranking_loss(
             both = jnp.concatenate([others, jnp.where(mask > 0, chosen, -jnp.inf)], 1)
             total = jax.nn.logsumexp(both, axis=1)
         log_chosen = jnp.where(mask > 0, chosen - total[:, None], 0.0)
-        weight = mask * jax.lax.stop_gradient(jnp.exp(objective.focus * log_chosen))
+        count = (task.known.weight * jnp.clip(task.known.target, 0, 1)).sum(1, keepdims=True)
+        focus = objective.focus * count / (count + FOCUSED)
+        weight = mask * jax.lax.stop_gradient(jnp.exp(focus * log_chosen))
         per_user = -(weight * log_chosen).sum(1) / jnp.maximum(weight.sum(1), 1e-20)
         real = (mask > 0).any(1)
         return jnp.where(real, per_user, 0.0).sum() / jnp.maximum(real.sum(), 1), {}

@@ -124,7 +124,8 @@ def loss_by_hand(params, task, focus):
         chosen = [scores[r] for r in task.query.rows[u][task.query.mask[u] > 0].tolist() if r in scores]
         if chosen:
             log_p = np.array(chosen) - total
-            weight = np.exp(log_p) ** focus
+            count = known.weight[u] @ known.target[u]
+            weight = np.exp(log_p) ** (focus * count / (count + 50))
             losses.append(-(weight @ log_p) / weight.sum())
     return np.mean(losses)
 
@@ -140,6 +141,7 @@ def test_the_weights_of_the_focus_are_held_constant():
     """The gradient is that of a weighted mean of log-likelihoods, whose weights do not move."""
     task, params = random_task(12), toy_params(12)
     loss = ranking_loss(toy(), mr.Ranking(focus=1.0, unknown=0.0))
+    count = (task.known.weight * task.known.target).sum(1)[:4, None]
 
     def with_weights(bias, weights):
         scores = score_shared(toy(), params | {"bias": bias}, adapted(bias), task.known, params["tables"]["items"])
@@ -148,7 +150,7 @@ def test_the_weights_of_the_focus_are_held_constant():
         log_p = jnp.take_along_axis(jax.nn.log_softmax(scores[:4]), task.query.rows[:4], 1)
         kept = (task.query.mask[:4] > 0) & jnp.isfinite(log_p)
         log_p = jnp.where(kept, log_p, 0.0)
-        weights = jnp.where(kept, jnp.exp(log_p), 0.0) if weights is None else weights
+        weights = jnp.where(kept, jnp.exp(log_p * count / (count + 50)), 0.0) if weights is None else weights
         return -((weights * log_p).sum(1) / weights.sum(1)).mean(), weights
 
     def adapted(bias):

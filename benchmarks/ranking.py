@@ -52,10 +52,11 @@ def read(name: str) -> mr.data.Dataset:
             if column != "item_id" and items[column].dtype.is_integer():
                 items = items.with_columns(pl.col(column).cast(pl.String))
     elif (folder / "tags.parquet").exists():
-        tags = pl.read_parquet(folder / "tags.parquet").group_by("item_id", "tag").len().sort("len", descending=True)
+        tags = pl.read_parquet(folder / "tags.parquet").group_by("item_id", "tag").len()
+        tags = tags.sort("len", "item_id", "tag", descending=[True, False, False])
         items = tags.group_by("item_id", maintain_order=True).agg(pl.col("tag").head(TAGS).alias("tags"))
     elif "category" in table.columns:
-        items = table.group_by("item_id").agg(pl.col("category").first().cast(pl.String))
+        items = table.group_by("item_id", maintain_order=True).agg(pl.col("category").first().cast(pl.String))
     columns = {"timestamp": "position"} if "position" in table.columns else {}
     kept = ["user_id", "item_id", "rating", *(c for c in ("timestamp", "position") if c in table.columns)]
     return mr.data.from_tables(table.select(kept), items=items, columns=columns, name=folder.name)

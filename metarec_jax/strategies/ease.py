@@ -13,6 +13,7 @@ from metarec_jax.strategies.ials import need_design, only_ranks
 from metarec_jax.strategies.observed import Observed, popularity
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.strategies.weights import example_weights, need_half_life, weigh
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 
 MEMORY = 1 << 31  # bytes
@@ -31,6 +32,7 @@ def ease(
     loss: PointwiseLoss = optax.losses.squared_error,
     penalty: float = 400.0,
     rank: int | None = None,
+    half_life: float | None = None,
     memory: int = MEMORY,
 ) -> Strategy:
     """Linear autoencoder without hidden units, from support to scores.
@@ -46,6 +48,8 @@ def ease(
       loss: not used: the strategy ranks.
       penalty: of B.
       rank: keep B in this many components (`metarec_jax.factorise.low_rank_ease`) instead of in `items^2` numbers.
+      half_life: places in time after which an example has half the weight, at first; it is learned. None: all weigh
+        the same.
       memory: bytes that B may take; five copies of it are made while training (one a fold).
 
     Raises:
@@ -58,6 +62,9 @@ def ease(
     need_design(model, "ease")
     if penalty <= 0 or (rank is not None and rank < 1):
         raise ValueError(f"need penalty > 0 and rank >= 1, got {penalty=}, {rank=}")
+    need_half_life(half_life)
+    assert model.items is not None
+    rows = model.items
 
     def fit(observed: Observed) -> Params:
         confidences = observed.confidences()
@@ -70,17 +77,16 @@ def ease(
         return {"left": left, "right": right}
 
     def init(key: jax.Array) -> Params:
-        return {"scale": smooth(), "popularity": smooth(), "weight": jnp.zeros(model.items), "dislike": jnp.zeros(())}
+        return {"scale": smooth(), "popularity": smooth()} | example_weights(rows, half_life)
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Weighed:
         fitted, count, keep = params["tables"]["fitted"], positives(support), support.mask > 0
         target, ids = jnp.where(keep, support.target, 0.0), support.features["item_id"]
-        log_weight = params["weight"][ids] + (10 * params["dislike"] - 0.7) * (1 - target)
-        weight = jnp.where(keep, support.mask * jnp.exp(log_weight), 0.0) * target
+        weight = weigh(params, support, half_life) * target
         scale = 4 * jnp.exp(at(params["scale"], count))[:, None]
         if rank is None:
-            rows = jnp.zeros((len(ids), fitted["weights"].shape[0])).at[jnp.arange(len(ids))[:, None], ids].add(weight)
-            own = rows @ fitted["weights"]
+            known = jnp.zeros((len(ids), fitted["weights"].shape[0])).at[jnp.arange(len(ids))[:, None], ids].add(weight)
+            own = known @ fitted["weights"]
         else:
             own = jnp.einsum("un,unf->uf", weight, fitted["left"][ids])
         return Weighed(scale * own, 0.1 + at(params["popularity"], count))

@@ -14,6 +14,7 @@ from metarec_jax.models.profile import look_up, profile_of
 from metarec_jax.strategies.observed import Observed, popularity
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.strategies.weights import example_weights, need_half_life, weigh
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
 
 NUMBERS = ("unobserved", "penalty", "prior", "mean", "scale", "popularity")  # smooth functions of n
@@ -71,14 +72,16 @@ def ials(
       Rendle et al., Revisiting the Performance of iALS on Item Recommendation Benchmarks, RecSys 2022.
     """
     need_design(model, "ials")
-    if rank < 1 or sweeps < 1 or any(x is not None and x <= 0 for x in (unobserved, penalty, half_life)):
-        raise ValueError(f"need positive numbers, got {rank=}, {unobserved=}, {penalty=}, {sweeps=}, {half_life=}")
+    if rank < 1 or sweeps < 1 or any(x is not None and x <= 0 for x in (unobserved, penalty)):
+        raise ValueError(f"need positive numbers, got {rank=}, {unobserved=}, {penalty=}, {sweeps=}")
+    need_half_life(half_life)
     embed, profile = model.embed, model.profile
     usual = factorise.scales(model.items or 1)
     everything, ridge = (u if given is None else given for given, u in zip((unobserved, penalty), usual, strict=True))
     assert embed is not None
     assert profile is not None
     assert model.items is not None
+    rows = model.items
 
     def fit(observed: Observed) -> Params:
         confidences = observed.confidences()
@@ -105,9 +108,7 @@ def ials(
         }
 
     def init(key: jax.Array) -> Params:
-        params: dict[str, Any] = {name: smooth() for name in NUMBERS}
-        params |= {"weight": jnp.zeros(model.items), "dislike": jnp.zeros(())}
-        return params | ({} if half_life is None else {"half_life": jnp.zeros(())})
+        return {name: smooth() for name in NUMBERS} | example_weights(rows, half_life)
 
     def vectors(params: Params, features: Features) -> jax.Array:
         fitted, unknown = params["tables"]["fitted"], lambda x: (x == 0).astype(jnp.float32)[..., None]
@@ -119,12 +120,7 @@ def ials(
         numbers = {name: at(params[name], count) for name in NUMBERS}
         v = jnp.where(keep[..., None], vectors(params, support.features), 0.0)
         target = jnp.where(keep, support.target, 0.0)
-        item = look_up(lambda x: params["weight"][x][..., None], support.features["item_id"], "categorical")[..., 0]
-        log_weight = item + (10 * params["dislike"] - 0.7) * (1 - target)
-        if half_life is not None:
-            age = keep.sum(1, keepdims=True) - 1 - support.features["order"]
-            log_weight -= jnp.log(2.0) / half_life * jnp.exp(10 * params["half_life"]) * jnp.maximum(age, 0)
-        weight = jnp.where(keep, support.mask * jnp.exp(log_weight), 0.0)
+        weight = weigh(params, support, half_life)
         prior = (fitted["penalty"] * jnp.exp(numbers["penalty"]))[:, None, None] * jnp.eye(rank)
         prior += (0.03 * jnp.exp(numbers["prior"]))[:, None, None] * fitted["precision"]
         precision = (everything * jnp.exp(numbers["unobserved"]))[:, None, None] * fitted["gram"] + prior

@@ -170,7 +170,7 @@ def test_without_a_history_attributes_choose_the_items_of_the_users_group(data, 
 
 def test_bad_settings_are_refused(data):
     design, linear = (MODELS[name](fields_of(data)) for name in ("design", "linear"))
-    for wrong in ({"rank": 0}, {"sweeps": 0}, {"penalty": -1.0}, {"unobserved": 0.0}, {"half_life": 0.0}):
+    for wrong in ({"rank": 0}, {"sweeps": 0}, {"penalty": -1.0}, {"unobserved": 0.0}):
         with pytest.raises(ValueError, match="need positive numbers"):
             mr.ials(design, **wrong)
     with pytest.raises(ValueError, match='model="design"'):

@@ -71,7 +71,7 @@ def ials(
       Rendle et al., Revisiting the Performance of iALS on Item Recommendation Benchmarks, RecSys 2022, equations 3 to 5
       (with nu = 1).
     """
-    usual = scales(matrix.shape[1])
+    usual = scales(matrix)
     unobserved, penalty = (u if given is None else given for given, u in zip((unobserved, penalty), usual, strict=True))
     by_user = matrix.tocsr().astype(np.float32)
     by_item = by_user.T.tocsr()
@@ -84,13 +84,14 @@ def ials(
         return Factors(fold_in(by_user, items, unobserved, penalty), items)
 
 
-def scales(items: int) -> tuple[float, float]:
-    """`unobserved` a and `penalty` l of `ials` that suit a catalogue of this size.
+def scales(matrix: sp.csr_matrix) -> tuple[float, float]:
+    """`unobserved` a and `penalty` l of `ials` that suit these confidences.
 
-    a = 0.3 and l = 0.01 suit MovieLens-100K; a falls with the root of the number of items, and a l items, the penalty
-    of a user who has done nothing, stays.
+    What is not observed has 8.6 times the weight of what is, as with a = 0.3 on MovieLens-100K, and a l items, the
+    penalty of a user who has done nothing, is 5.
     """
-    unobserved = 0.3 * (1682 / items) ** 0.5
+    users, items = matrix.shape
+    unobserved = 8.6 * max(float(matrix.sum()), 1.0) / (users * items)
     return unobserved, 5.0 / (unobserved * items)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from importlib.metadata import version
 
 import jax
@@ -19,6 +20,12 @@ QUICK = ["--xla_backend_optimization_level=0"]
 if Version(version("jaxlib")) < Version("0.11.1"):  # newer ones stop at a flag that they do not know
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")])
+
+# Many tests compile the same programs, such as a strategy on `tiny_model`: keep them, each process for itself.
+COMPILED = tempfile.TemporaryDirectory(prefix="metarec-compiled-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)

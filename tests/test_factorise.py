@@ -106,12 +106,14 @@ def test_fold_in_equals_that_of_implicit_where_the_penalties_are_equal():
         np.testing.assert_allclose(theirs, own * (1 + unobserved / c), rtol=1e-3, atol=1e-5)
 
 
-def test_scales_are_those_of_movielens_and_keep_the_penalty_of_an_empty_user():
-    unobserved, penalty = factorise.scales(1682)
-    np.testing.assert_allclose([unobserved, penalty], [0.3, 0.01], rtol=0.02)
-    for items in (10, 1000, 1_000_000):
-        unobserved, penalty = factorise.scales(items)
+def test_scales_weigh_what_is_not_observed_and_keep_the_penalty_of_an_empty_user():
+    rng = np.random.default_rng(0)
+    for users, items, density in ((943, 1682, 0.035), (200, 3000, 0.001), (50, 10, 0.5)):
+        matrix = sp.csr_matrix((rng.random((users, items)) < density).astype(np.float32))
+        unobserved, penalty = factorise.scales(matrix)
+        np.testing.assert_allclose(unobserved * users * items / matrix.sum(), 8.6, rtol=1e-6)
         np.testing.assert_allclose(unobserved * penalty * items, 5.0)
+    assert np.isfinite(factorise.scales(sp.csr_matrix((3, 4), dtype=np.float32))).all()
 
 
 def test_ease_is_least_squares_of_each_column_on_the_others():

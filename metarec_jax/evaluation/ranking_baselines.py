@@ -54,7 +54,7 @@ def ease(matrix: sp.csr_matrix, penalty: float = 400.0, rank: int = 512) -> Scor
 
 def ials(matrix: sp.csr_matrix, unobserved: float = 1.0, penalty: float = 1.0, rank: int = 64) -> Score:
     """See `metarec_jax.factorise.ials`; its two numbers in units of those of `metarec_jax.factorise.scales`."""
-    usual = factorise.scales(matrix.shape[1])
+    usual = factorise.scales(matrix)
     unobserved, penalty = unobserved * usual[0], penalty * usual[1]
     items = factorise.ials(matrix, rank, unobserved=unobserved, penalty=penalty).items
     return lambda supports: factorise.fold_in(supports, items, unobserved, penalty) @ items.T

@@ -76,8 +76,6 @@ def ials(
         raise ValueError(f"need positive numbers, got {rank=}, {unobserved=}, {penalty=}, {sweeps=}")
     need_half_life(half_life)
     embed, profile = model.embed, model.profile
-    usual = factorise.scales(model.items or 1)
-    everything, ridge = (u if given is None else given for given, u in zip((unobserved, penalty), usual, strict=True))
     assert embed is not None
     assert profile is not None
     assert model.items is not None
@@ -85,6 +83,8 @@ def ials(
 
     def fit(observed: Observed) -> Params:
         confidences = observed.confidences()
+        usual = factorise.scales(confidences)
+        everything, ridge = (u if own is None else own for own, u in zip((unobserved, penalty), usual, strict=True))
         found = factorise.ials(confidences, rank, unobserved=everything, penalty=ridge, sweeps=sweeps)
         count = np.asarray(confidences.sum(0)).ravel()
         items = np.asarray(embed({}, observed.features))
@@ -99,7 +99,7 @@ def ials(
         covariance += (1e-6 + 1e-3 * np.trace(covariance) / rank) * np.eye(rank)
         return {
             "vectors": vectors,
-            "gram": (vectors.T @ vectors).astype(np.float32),
+            "gram": (everything * vectors.T @ vectors).astype(np.float32),
             "content": content,
             "mean": mean,
             "precision": np.linalg.inv(covariance).astype(np.float32),
@@ -123,7 +123,7 @@ def ials(
         weight = weigh(params, support, half_life)
         prior = (fitted["penalty"] * jnp.exp(numbers["penalty"]))[:, None, None] * jnp.eye(rank)
         prior += (0.03 * jnp.exp(numbers["prior"]))[:, None, None] * fitted["precision"]
-        precision = (everything * jnp.exp(numbers["unobserved"]))[:, None, None] * fitted["gram"] + prior
+        precision = jnp.exp(numbers["unobserved"])[:, None, None] * fitted["gram"] + prior
         precision += jnp.einsum("unf,un,ung->ufg", v, weight, v)
         start = profile_of(profile, {}, support) @ fitted["mean"]
         pulled = (1 + numbers["mean"])[:, None] * jnp.einsum("ufg,ug->uf", prior, start)

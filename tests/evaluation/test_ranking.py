@@ -187,7 +187,7 @@ def test_methods_score_as_the_plain_models_do(method):
     elif method == "ease":
         expected = x @ factorise.ease(matrix, 400.0)
     else:
-        unobserved, penalty = factorise.scales(20)
+        unobserved, penalty = factorise.scales(matrix)
         items = factorise.ials(matrix, 64, unobserved=unobserved, penalty=penalty).items
         v = items.astype(np.float64)
         users = [

@@ -84,7 +84,7 @@ def test_adapting_and_the_deviation_follow_the_docstring(rows, data, observed):
     group = np.zeros(1 + 2 + 1)  # 1, unknown, "a", "b"
     group[[0, 1 + int(observed.profile["group"][1])]] = 1
     prior_mean = group @ np.asarray(params["tables"]["fitted"]["mean"], np.float64)
-    h, u, tau, n = by_hand(params, observed, rows, target, prior_mean, factorise.scales(len(data.items))[0])
+    h, u, tau, n = by_hand(params, observed, rows, target, prior_mean, factorise.scales(observed.confidences())[0])
     np.testing.assert_allclose(adapted.mean[0], tau * u, rtol=2e-4, atol=1e-5)
     every = support(observed, np.arange(1, 1 + ITEMS), np.zeros(ITEMS), user=1).features
     vectors = np.asarray(params["tables"]["fitted"]["vectors"], np.float64)[1:]

@@ -16,7 +16,7 @@ from metarec_jax.strategies.observed import Observed
 from metarec_jax.strategies.ranked import Chosen, Ranking, RankingTask
 
 USERS = 4096  # training users an epoch, at most
-EMPTY = 0.05  # share of empty supports among the short ones
+EMPTY = 0.15  # share of empty supports among the short ones
 
 
 def observe(histories: Histories, target: Target, statistics: ItemStatistics | None = None) -> Observed:

@@ -1,5 +1,6 @@
 """Fixtures that several parts of the suite share, and how hard the compiler tries for tests."""
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -22,8 +23,9 @@ if Version(version("jaxlib")) < Version("0.11.1"):  # newer ones stop at a flag 
 os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")])
 
 # Many tests compile the same programs, such as a strategy on `tiny_model`: keep them, each process for itself.
-COMPILED = tempfile.TemporaryDirectory(prefix="metarec-compiled-")
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+COMPILED = tempfile.mkdtemp(prefix="metarec-compiled-")
+atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -106,8 +106,11 @@ def test_fold_in_equals_that_of_implicit_where_the_penalties_are_equal():
         np.testing.assert_allclose(theirs, own * (1 + unobserved / c), rtol=1e-3, atol=1e-5)
 
 
-def test_scales_weigh_what_is_not_observed_and_keep_the_penalty_of_an_empty_user():
+def test_scales_are_those_of_movielens_and_keep_the_penalty_of_an_empty_user():
     rng = np.random.default_rng(0)
+    user, item = np.divmod(rng.permutation(943 * 1682)[:55_375], 1682)  # as many positives
+    movielens = sp.csr_matrix((np.ones(55_375, np.float32), (user, item)), shape=(943, 1682))
+    np.testing.assert_allclose(factorise.scales(movielens), [0.3, 0.01], rtol=0.02)
     for users, items, density in ((943, 1682, 0.035), (200, 3000, 0.001), (50, 10, 0.5)):
         matrix = sp.csr_matrix((rng.random((users, items)) < density).astype(np.float32))
         unobserved, penalty = factorise.scales(matrix)

@@ -238,7 +238,7 @@ def ranking_loss(
             both = jnp.concatenate([others, jnp.where(mask > 0, chosen, -jnp.inf)], 1)
             total = jax.nn.logsumexp(both, axis=1)
         log_chosen = jnp.where(mask > 0, chosen - total[:, None], 0.0)
-        count = (task.known.weight * jnp.clip(task.known.target, 0, 1)).sum(1, keepdims=True)
+        count = positives(support_of(items, task.known))[:, None]
         focus = objective.focus * count / (count + FOCUSED)
         weight = mask * jax.lax.stop_gradient(jnp.exp(focus * log_chosen))
         per_user = -(weight * log_chosen).sum(1) / jnp.maximum(weight.sum(1), 1e-20)

@@ -101,9 +101,14 @@ def one_thread() -> threadpool_limits:
 
 
 def fold_in(rows: sp.csr_matrix, vectors: np.ndarray, unobserved: float, penalty: float) -> np.ndarray:
-    """`[rows, rank]` vectors of the rows of a sparse matrix, given the vectors of its columns; see `ials`."""
+    """`[rows, rank]` vectors of the rows of a sparse matrix, given the vectors of its columns; see `ials`.
+
+    In the basis where V'V is diagonal, so that a row with fewer entries than `rank` is a system of so many equations:
+    with D = a V'V + l (...) and Y = C^1/2 V, (D + Y'Y)^-1 Y' = D^-1 Y' (I + Y D^-1 Y')^-1.
+    """
     rank, weight, lengths = vectors.shape[1], np.asarray(rows.sum(1)).ravel(), np.diff(rows.indptr)
-    gram = unobserved * (vectors.T @ vectors)
+    spectrum, basis = np.linalg.eigh(unobserved * (vectors.T @ vectors))
+    rotated = vectors @ basis
     ridge = penalty * (weight + unobserved * rows.shape[1]) + 1e-6
     found = np.empty((rows.shape[0], rank), np.float32)
     by_length, start = np.argsort(lengths, kind="stable"), 0
@@ -115,13 +120,19 @@ def fold_in(rows: sp.csr_matrix, vectors: np.ndarray, unobserved: float, penalty
         place = np.arange(longest)
         mask = place < lengths[part, None]
         at = np.where(mask, rows.indptr[part, None] + place, 0)
-        confidence = np.where(mask, rows.data[at], 0) if rows.nnz else np.zeros(mask.shape, np.float32)
-        x = vectors[rows.indices[at]] if rows.nnz else np.zeros((*mask.shape, rank), np.float32)
-        weighed = (x * confidence[..., None]).swapaxes(1, 2)
-        left = weighed @ x + gram
-        left[:, range(rank), range(rank)] += ridge[part, None]
-        found[part] = np.linalg.solve(left, weighed.sum(2)[..., None])[..., 0]
-    return found
+        root = np.sqrt(np.where(mask, rows.data[at], 0)) if rows.nnz else np.zeros(mask.shape, np.float32)
+        y = root[..., None] * (rotated[rows.indices[at]] if rows.nnz else 0 * rotated[at])
+        diagonal = np.maximum(spectrum, 0) + ridge[part, None]
+        if longest < rank:
+            z = y / diagonal[:, None]
+            inner = z @ y.swapaxes(1, 2) + np.eye(longest, dtype=y.dtype)
+            solved = z.swapaxes(1, 2) @ np.linalg.solve(inner, root[..., None])
+        else:
+            inner = y.swapaxes(1, 2) @ y
+            inner[:, range(rank), range(rank)] += diagonal
+            solved = np.linalg.solve(inner, y.swapaxes(1, 2) @ root[..., None])
+        found[part] = solved[..., 0]
+    return found @ basis.T
 
 
 def ease(matrix: sp.csr_matrix, penalty: float = 400.0) -> np.ndarray:

@@ -149,8 +149,8 @@ def lists_of(
     Raises:
       DataError: no user has a positive to find.
     """
-    items = len(histories.data.items)
-    size = int(np.clip(CELLS // items, 1, 256))
+    batches = -(-len(histories) // int(np.clip(CELLS // len(histories.data.items), 1, 256)))
+    size = -(-len(histories) // max(batches, 1))
     parts: list[Any] = []
     for task in tasks(histories, target, query=query, support=support, batch_size=size):
         rows = np.asarray(recommend(task))

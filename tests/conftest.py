@@ -136,7 +136,7 @@ def stocked():
             "tags": [[tags[i % 3], tags[(i // 3) % 3]] for i in range(50)],
         },
     )
-    return mr.train(data, objective="click", epochs=4, progress=False, seed=0, model_options={"width": 4})
+    return mr.train(data, objective="click", epochs=4, progress=False, buckets=1, seed=0, model_options={"width": 4})
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ HISTORY = {3: 5.0, 17: 4.5, 42: 1.0}
 @pytest.fixture(scope="module")
 def recommender():
     data = mr.data.synthetic(users=120, items=60, noise=0.3)
-    return mr.train(data, "ials", epochs=1, progress=False, strategy_options={"rank": 8, "sweeps": 2})
+    return mr.train(data, "ials", epochs=1, progress=False, buckets=1, strategy_options={"rank": 8, "sweeps": 2})
 
 
 def test_expected_ratings_follow_the_truth(recommender):
@@ -132,7 +132,7 @@ def test_a_mix_lies_between(recommender):
 def test_a_mix_orders_the_best_by_score_alone():
     """Of 300 items the 100 best by score are candidates."""
     data = mr.data.synthetic(users=150, items=300)
-    recommender = mr.train(data, "ease", epochs=1, progress=False)
+    recommender = mr.train(data, "ease", epochs=1, progress=False, buckets=1)
     best = [r.item for r in recommender.recommend(HISTORY, k=100)]
     assert {r.item for r in recommender.recommend(HISTORY, k=10, by=1.0)} <= set(best)
     values = dict(zip(best, recommender.predict(HISTORY, best), strict=True))
@@ -153,7 +153,7 @@ def test_a_mix_orders_the_best_by_score_alone():
 )
 def test_the_rater_is_trained_on_what_the_ranking_is_trained_on(protocol, recommender, tmp_path):
     data = mr.data.synthetic(users=120, items=60, noise=0.3)
-    found = mr.train(data, "ease", epochs=1, progress=False, protocol=protocol)
+    found = mr.train(data, "ease", epochs=1, progress=False, buckets=1, protocol=protocol)
     ranking, rating = found.split(), found.rater.split()
     size = protocol.query
     assert set(rating.train.users) == set(ranking.train.users)
@@ -188,7 +188,7 @@ def test_next_ratings_come_after_all_that_is_known():
 
 def test_another_strategy_can_predict(recommender, monkeypatch):
     monkeypatch.setitem(training.EPOCHS, "rating", 1)
-    other = mr.train(recommender.catalogue, "ease", epochs=1, progress=False, ratings="ridge")
+    other = mr.train(recommender.catalogue, "ease", epochs=1, progress=False, buckets=1, ratings="ridge")
     assert other.rater.recipe["strategy"]["name"] == "ridge"
     assert len(other.rater.history) == 1
     assert len(other.predict(HISTORY, [5, 9])) == 2
@@ -246,7 +246,7 @@ def test_new_items_are_predicted_from_their_fields(recommender, tmp_path):
 
 def test_of_clicks_it_is_the_probability():
     data = mr.data.synthetic(users=120, items=60)
-    clicks = mr.train(data, "ridge", objective="click", epochs=1, progress=False)
+    clicks = mr.train(data, "ridge", objective="click", epochs=1, progress=False, buckets=1)
     (found,) = clicks.predict(HISTORY, [5])
     (wanted,) = [r.score for r in clicks.recommend(HISTORY, k=60) if r.item == 5]
     assert found == pytest.approx(wanted, rel=1e-4)
@@ -270,7 +270,9 @@ def test_of_ratings_it_is_the_recommenders_own():
 def test_data_without_ratings_have_no_rater():
     rng = np.random.default_rng(0)
     users, items = np.repeat(np.arange(60), 8), np.concatenate([rng.permutation(30)[:8] for _ in range(60)])
-    alone = mr.train(mr.data.from_tables({"user_id": users, "item_id": items}), "ease", epochs=1, progress=False)
+    alone = mr.train(
+        mr.data.from_tables({"user_id": users, "item_id": items}), "ease", epochs=1, progress=False, buckets=1
+    )
     assert alone.rater is None
     for ask in (lambda: alone.predict([3], [5]), lambda: alone.recommend([3], by="rating"),
                 lambda: alone.recommend([3], by=0.5), lambda: alone.predict_for("ann", [5])):  # fmt: skip
@@ -310,8 +312,8 @@ def test_bad_input_is_refused(recommender):
             recommender.recommend(HISTORY, by=by)
     with pytest.raises(ValueError, match="explore goes with"):
         recommender.recommend(HISTORY, by=0.5, explore="ucb")
-    alone = mr.train(recommender.catalogue, "ease", epochs=1, progress=False, ratings=None)
+    alone = mr.train(recommender.catalogue, "ease", epochs=1, progress=False, buckets=1, ratings=None)
     with pytest.raises(ValueError, match="not how much they like it"):
         alone.predict(HISTORY, [5])
     with pytest.raises(ValueError, match="ratings: 'luck'"):
-        mr.train(recommender.catalogue, "ease", epochs=1, progress=False, ratings="luck")
+        mr.train(recommender.catalogue, "ease", epochs=1, progress=False, buckets=1, ratings="luck")

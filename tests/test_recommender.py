@@ -16,7 +16,7 @@ import metarec_jax as mr
 from metarec_jax.data.batches import features
 from metarec_jax.evaluation.baselines import BASELINES, OF_RATINGS
 
-QUICK = {"objective": "click", "epochs": 2, "progress": False, "model_options": {"width": 4}}
+QUICK = {"objective": "click", "epochs": 2, "progress": False, "buckets": 1, "model_options": {"width": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def assert_best_of_all_scores(recommender, explained=True):
 
 @pytest.mark.parametrize("model", ["mlp", "gru", "two_tower", "deepfm"])
 def test_recommendations_of_every_kind_of_network_have_the_best_scores(model, synthetic):
-    assert_best_of_all_scores(mr.train(synthetic, "ridge", model, **QUICK | {"epochs": 1}, buckets=1))
+    assert_best_of_all_scores(mr.train(synthetic, "ridge", model, **QUICK | {"epochs": 1}))
 
 
 def test_a_batch_gives_what_each_user_gets_alone(recommender):
@@ -164,10 +164,21 @@ def test_string_ids_and_ids_beyond_32_bits_come_back_as_they_went_in():
 FAMILIES = ("ridge", "alpaca", "melu", "nlba", "tanp", "mwuf", "in_context", "gated", "lora")  # families
 
 
-@pytest.mark.parametrize("target", ["click", "rating"])
-@pytest.mark.parametrize("strategy", FAMILIES)  # all rank in strategies/test_ranked.py
-def test_every_family_trains_evaluates_saves_and_loads(strategy, target, synthetic, tmp_path):
-    recommender = mr.train(synthetic, strategy, **QUICK | {"objective": target}, buckets=1)
+RATING = [n if n in ("ridge", "melu", "tanp") else pytest.param(n, marks=pytest.mark.grid) for n in FAMILIES]
+
+
+@pytest.mark.parametrize("strategy", FAMILIES)  # they rank in strategies/test_ranked.py
+def test_every_family_is_trained_on_clicks_evaluated_saved_and_loaded(strategy, synthetic, tmp_path):
+    trains_evaluates_saves_and_loads(strategy, "click", synthetic, tmp_path)
+
+
+@pytest.mark.parametrize("strategy", RATING)
+def test_every_family_is_trained_on_ratings_evaluated_saved_and_loaded(strategy, synthetic, tmp_path):
+    trains_evaluates_saves_and_loads(strategy, "rating", synthetic, tmp_path)
+
+
+def trains_evaluates_saves_and_loads(strategy, target, synthetic, tmp_path):
+    recommender = mr.train(synthetic, strategy, **QUICK | {"objective": target})
     results = recommender.evaluate(baselines=strategy == "ridge")
     if strategy == "ridge":
         assert set(results) == {strategy} | {b for b in BASELINES if target == "click" or not b.endswith(OF_RATINGS)}
@@ -188,7 +199,7 @@ def test_what_the_protocol_says_is_not_said_twice(given, synthetic):
 def test_training_is_reproducible_and_learns(synthetic):
     one, two = (mr.train(synthetic, seed=5, **QUICK) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
-    longer = mr.train(synthetic, seed=5, epochs=40, progress=False, protocol=mr.ColdUsers(target="rating"))
+    longer = mr.train(synthetic, seed=5, epochs=40, progress=False, buckets=1, protocol=mr.ColdUsers(target="rating"))
     results = longer.evaluate()
     assert results["alpaca"]["rmse"] < results["two means"]["rmse"]
     # the best possible error is the noise, 0.5

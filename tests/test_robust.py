@@ -10,7 +10,7 @@ import metarec_jax as mr
 @pytest.fixture(scope="module")
 def plain():
     data = mr.data.synthetic(users=80, items=40, seed=0)
-    return mr.train(data, "ridge", objective="click", epochs=4, progress=False)
+    return mr.train(data, "ridge", objective="click", epochs=4, progress=False, buckets=1)
 
 
 def test_the_recommender_itself_is_not_trained_and_its_weights_are_saved(plain, tmp_path):

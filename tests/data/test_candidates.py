@@ -49,7 +49,7 @@ def test_sampled_items_are_new_to_the_user_and_the_same_each_time(test_users, am
 
 def test_evaluate_ranks_among_all_items_and_the_baselines_do_too():
     data = mr.data.synthetic(users=60, items=40, seed=0)
-    recommender = mr.train(data, strategy="prototypes", objective="click", epochs=2, progress=False)
+    recommender = mr.train(data, strategy="prototypes", objective="click", epochs=2, progress=False, buckets=1)
     scores = recommender.scores(candidates="all")
     (own, *baselines) = scores.values()
     assert own.scores.shape[1] > 10

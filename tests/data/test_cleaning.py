@@ -120,7 +120,7 @@ def test_a_dataset_tells_what_cleaning_did_and_a_model_keeps_it(tmp_path):
     expected = {"rows": 800, "rating between": 3, "k-core": 17, "duplicates": 0}
     assert data.report == expected
     assert len(data.rating) == 780
-    trained = mr.train(data, "ridge", objective="click", epochs=1, progress=False)
+    trained = mr.train(data, "ridge", objective="click", epochs=1, progress=False, buckets=1)
     trained.save(tmp_path / "model")
     assert mr.load(tmp_path / "model").catalogue.report == expected
 

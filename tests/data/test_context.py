@@ -8,6 +8,7 @@ import pytest
 import metarec_jax as mr
 from metarec_jax.data import Histories, Target, batches
 from metarec_jax.errors import DataError
+from metarec_jax.models import MODELS, fields_of
 
 
 def table(users: int = 150, seed: int = 0) -> dict[str, np.ndarray]:
@@ -67,19 +68,20 @@ def test_a_recommender_reads_the_context_of_the_call_and_survives_saving(tmp_pat
         trained.recommend(history, context={"place": "home"})
 
 
-def test_every_model_reads_contexts():
-    from metarec_jax.models import MODELS, fields_of
+READING = [name for name in MODELS if name != "design"]  # it reads the fields of items and users alone
+SOME = ("deepfm", "transformer")
 
+
+@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.grid) for n in READING])
+def test_every_model_reads_contexts(name):
     data = mr.data.from_tables(table(30), context=["device", "hour"])
     assert {"context/device", "context/hour"} < set(fields_of(data))
     other = mr.data.by_item(data)
     assert other.context_features["device"] is data.context_features["device"]
-    for name in (n for n in MODELS if n != "design"):  # it reads the fields of items and users alone
-        trained = mr.train(
-            data, "ridge", name, protocol=mr.ColdUsers(query=3, minimum=5), epochs=1, progress=False, buckets=1
-        )  # fmt: skip
-        one, two = (trained.recommend({1: 5.0}, 1, context={"device": d})[0].score for d in ("phone", "tv"))
-        assert np.isfinite([one, two]).all()
+    protocol = mr.ColdUsers(query=3, minimum=5)
+    trained = mr.train(data, "ridge", name, protocol=protocol, epochs=1, progress=False, buckets=1)
+    one, two = (trained.recommend({1: 5.0}, 1, context={"device": d})[0].score for d in ("phone", "tv"))
+    assert np.isfinite([one, two]).all()
 
 
 @pytest.mark.parametrize("wrong", ["device", ["device", "device"], ["rating"]], ids=str)

@@ -222,7 +222,7 @@ def test_a_model_keeps_how_every_kind_of_field_is_encoded(tmp_path):
         "face": {"kind": "multimodal"},
     }
     data = mr.data.from_tables(rows, users=users, fields=fields)
-    trained = mr.train(data, "ridge", objective="click", epochs=1, progress=False)
+    trained = mr.train(data, "ridge", objective="click", epochs=1, progress=False, buckets=1)
     trained.save(tmp_path / "model")
     loaded = mr.load(tmp_path / "model")
     for was, now in zip(trained.catalogue.user_fields, loaded.catalogue.user_fields, strict=True):

@@ -122,7 +122,7 @@ def test_the_transform_of_a_number_is_learned_where_a_line_cannot_follow(tmp_pat
     for transform in (None, "bins"):
         stock = {"item_id": np.arange(200), "price": price}
         data = mr.data.from_tables(table, items=stock, fields={"price": {"transform": transform}})
-        trained = mr.train(data, protocol=protocol, epochs=10, progress=False)
+        trained = mr.train(data, protocol=protocol, epochs=10, progress=False, buckets=1)
         found[transform] = trained.evaluate(baselines=False)["alpaca"]["auc"]
     assert found["bins"] > found[None] + 0.15
     trained.save(tmp_path / "model")

@@ -59,7 +59,7 @@ def test_they_are_read_as_context_and_models_train_on_them():
     assert [(f.name, f.kind, f.transform) for f in data.context_fields] == [
         ("daypart", "categorical", None), ("since_previous", "dense", "log")
     ]  # fmt: skip
-    trained = mr.train(data, "ridge", objective="click", epochs=1, progress=False)
+    trained = mr.train(data, "ridge", objective="click", epochs=1, progress=False, buckets=1)
     assert np.isfinite(trained.history[0]["log_loss"])
 
 

@@ -144,8 +144,13 @@ def test_one_user_and_a_batch_of_users_agree(model):
             np.testing.assert_allclose(alone, together[u], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("name", ["ridge", "maml", "melu", "anil", "in_context"])
+ON_TOP = [(name, reader) for name in ("ridge", "maml", "melu", "anil", "in_context") for reader in READERS]
+SOME = [("ridge", "gru"), ("maml", "transformer"), ("in_context", "hstu")]
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"), [x if x in SOME else pytest.param(*x, marks=pytest.mark.grid) for x in ON_TOP]
+)
 def test_strategies_adapt_on_top_of_them(reader, name):
     model = mr.models.MODELS[reader](FIELDS, width=4)
     options = {"steps": 1} if name in ("maml", "melu", "anil") else {}

@@ -21,7 +21,7 @@ def recommender(request):
     data = mr.data.from_tables(table, items=titles)
     protocol = mr.StrongGeneralisation(minimum=3)
     options = {"rank": 4, "penalty": 0.001}
-    return mr.train(data, "ials", protocol=protocol, strategy_options=options, epochs=2, progress=False)
+    return mr.train(data, "ials", protocol=protocol, strategy_options=options, epochs=2, progress=False, buckets=1)
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ FAMILIES = ("ridge", "maml", "mamlpp", "in_context", "alpaca", "prototypes", "ta
 PLAINLY_TRAINED = ("pretrain", "finetune", "finetune_head", "lora")  # training does not see any adaptation
 
 
-@pytest.fixture(params=list(mr.STRATEGIES), scope="module")  # tests of a strategy follow one another: they share programs
+@pytest.fixture(
+    params=list(mr.STRATEGIES), scope="module"
+)  # tests of a strategy follow one another: they share programs
 def strategy(request, tiny_model, tiny_reading_model):
     model = tiny_reading_model if request.param in READERS else tiny_model
     return mr.STRATEGIES[request.param](model, loss=LOGISTIC)

@@ -45,7 +45,7 @@ def test_a_stack_whose_members_fade_prefers_what_follows_the_latest_items():
     user, item, time = map(np.array, zip(*rows, strict=True))
     data = mr.data.from_tables({"user_id": user, "item_id": item, "timestamp": time})
     fading = {"members": ("ials", "ease"), "options": ({"half_life": 1.0, "rank": 8}, {"half_life": 1.0})}
-    recommender = mr.train(data, protocol=mr.NextItem(), strategy_options=fading, epochs=3, progress=False)
+    recommender = mr.train(data, protocol=mr.NextItem(), strategy_options=fading, epochs=3, progress=False, buckets=1)
 
     def of_second(history):
         return sum(12 <= found.item < 24 for found in recommender.recommend(history, k=8))

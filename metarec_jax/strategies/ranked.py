@@ -34,7 +34,8 @@ class Ranking:
         than `CELLS` scores of them, else 2,048.
       by: how they are drawn: "uniform", "popularity", or "batch", the other users' query items.
       focus: exponent of the weights for long supports; 0 is the plain log-likelihood.
-      short: share of training users whose support is cut to a random length, log-uniform to all, or to nothing.
+      short: share of training users whose support is cut to a random length, log-uniform to all, or to nothing. Without
+        any, what a user without a history gets is not trained.
       dislikes: share of training users whose support shows the interactions below the threshold too.
       unknown: share of users, and of items, whose identity is hidden in a step, so that what is new is trained too.
       folds: closed-form parts that meta-training sees are fitted to the users of the other folds.

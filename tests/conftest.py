@@ -1,6 +1,7 @@
 """Fixtures that several parts of the suite share, and how hard the compiler tries for tests."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -29,6 +30,10 @@ atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Tracing makes many small objects, and notes where each operation was written: a seventh of the time of the suite.
+gc.set_threshold(200_000, 50, 100)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 @pytest.fixture(autouse=True)

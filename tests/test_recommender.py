@@ -64,7 +64,9 @@ def assert_best_of_all_scores(recommender, explained=True):
         np.testing.assert_allclose(found.score, got[0].score, rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["mlp", "gru", "two_tower", "deepfm"])
+@pytest.mark.parametrize(
+    "model", ["gru", "deepfm", *(pytest.param(n, marks=pytest.mark.grid) for n in ("mlp", "two_tower"))]
+)
 def test_recommendations_of_every_kind_of_network_have_the_best_scores(model, synthetic):
     assert_best_of_all_scores(mr.train(synthetic, "ridge", model, **QUICK | {"epochs": 1}))
 

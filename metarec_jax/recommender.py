@@ -302,7 +302,7 @@ class Recommender:
 
     def _stored(self, users: UserId | Sequence[UserId]) -> tuple[bool, list["_Person"]]:
         """Whether it is one user, and what the store knows of the users."""
-        single = isinstance(users, int | str | np.integer)
+        single = isinstance(users, str) or not isinstance(users, Iterable)
         ids = [checked_id(u, None, "user") for u in ([users] if single else users)]  # type: ignore[union-attr, list-item]
         return single, self._known(ids)
 

@@ -71,8 +71,9 @@ def test_stored_users_are_predicted_as_their_histories_are(recommender):
     assert live.predict_for([], [9]) == []
     assert live.recommend_to("ann", by="rating") == recommender.recommend(HISTORY, by="rating")
     assert live.recommend_to("ann", by=0.3) == recommender.recommend(HISTORY, by=0.3)
-    with pytest.raises(mr.DataError, match="user: an id is"):
-        live.predict_for([1.5], [9])
+    for wrong in ([1.5], 1.5, None):
+        with pytest.raises(mr.DataError, match="user: an id is"):
+            live.predict_for(wrong, [9])
 
 
 def test_by_rating_ranks_by_what_predict_says(recommender):

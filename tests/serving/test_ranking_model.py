@@ -57,6 +57,19 @@ def test_it_recommends_explains_and_learns_over_http(run_app, service, recommend
         assert client.post("/v1/update", json={"events": [dismissed]}).json() == {"new": 1}
         assert expected[0] not in items(user="ann")
 
+        def refused(by):
+            answer = client.post("/v1/recommend", json={"history": [0, 2], "by": by})
+            return answer.json()["error"] if answer.status_code == 400 else ""
+
+        assert "by is" in refused("luck")
+        assert "by is" in refused(1.5)
+        assert "by: expected" in refused([])
+        if recommender.limits == (0.0, 1.0):  # without ratings there is nothing to predict
+            assert "rating" in refused("rating")
+        else:
+            for by in ("rating", 0.3):
+                assert items(history=[0, 2], by=by) == [r.item for r in recommender.recommend([0, 2], k=5, by=by)]
+
 
 def test_the_page_shows_places_and_bars_in_place_of_numbers(run_app, service, browser):
     positive_only = service.current.limits == (0.0, 1.0)

@@ -20,10 +20,9 @@ FAMILIES = ("ridge", "maml", "mamlpp", "in_context", "alpaca", "prototypes", "ta
 PLAINLY_TRAINED = ("pretrain", "finetune", "finetune_head", "lora")  # training does not see any adaptation
 
 
-@pytest.fixture(
-    params=list(mr.STRATEGIES), scope="module"
-)  # tests of a strategy follow one another: they share programs
+@pytest.fixture(params=list(mr.STRATEGIES), scope="module")
 def strategy(request, tiny_model, tiny_reading_model):
+    """Of a module, so that a strategy's tests follow one another and share compiled programs."""
     model = tiny_reading_model if request.param in READERS else tiny_model
     return mr.STRATEGIES[request.param](model, loss=LOGISTIC)
 

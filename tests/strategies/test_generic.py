@@ -127,7 +127,15 @@ def test_a_loss_on_the_support_set_moves_neither_its_targets_nor_its_weights(nam
     assert loss(jnp.full_like(target, 50.0), mask) == loss(jnp.ones_like(target), mask)
 
 
-@pytest.mark.parametrize("strategy", [name for name in mr.STRATEGIES if name not in PLAINLY_TRAINED], indirect=True)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        n if n in FAMILIES else pytest.param(n, marks=pytest.mark.grid)
+        for n in mr.STRATEGIES
+        if n not in PLAINLY_TRAINED
+    ],
+    indirect=True,
+)
 def test_meta_training_learns_users_that_differ_in_sign(strategy):
     """User u likes what sign_u * x_0 > 0 says: nothing can be known without adapting, everything with it."""
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from metarec_jax.strategies.strategy import Strategy
 DATA = mr.data.synthetic(users=60, items=30, ratings_per_user=(8, 16), seed=3)
 TARGET = mr.data.Target("ranking", 4.0, levels=(1.0, 3.0, 5.0))
 EVERY = mr.STRATEGIES | mr.strategies.RANKING
-FAMILIES = ("ridge", "alpaca", "melu", "nlba", "tanp", "mwuf", "in_context", "gated", "lora", "reptile")
+FAMILIES = ("ridge", "alpaca", "melu", "tanp", "mwuf", "in_context", "reptile")
 SOME = [*FAMILIES, *mr.strategies.RANKING]
 POPULAR_AT_FIRST = [name for name in SOME if name != "content"]  # it is a member of `stack`, and 0 without a history
 KEY = jax.random.key(0)

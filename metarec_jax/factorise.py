@@ -107,6 +107,8 @@ def fold_in(rows: sp.csr_matrix, vectors: np.ndarray, unobserved: float, penalty
     with D = a V'V + l (...) and Y = C^1/2 V, (D + Y'Y)^-1 Y' = D^-1 Y' (I + Y D^-1 Y')^-1.
     """
     rank, weight, lengths = vectors.shape[1], np.asarray(rows.sum(1)).ravel(), np.diff(rows.indptr)
+    if not rows.nnz:
+        return np.zeros((rows.shape[0], rank), np.float32)
     spectrum, basis = np.linalg.eigh(unobserved * (vectors.T @ vectors))
     rotated = vectors @ basis
     ridge = penalty * (weight + unobserved * rows.shape[1]) + 1e-6
@@ -120,8 +122,8 @@ def fold_in(rows: sp.csr_matrix, vectors: np.ndarray, unobserved: float, penalty
         place = np.arange(longest)
         mask = place < lengths[part, None]
         at = np.where(mask, rows.indptr[part, None] + place, 0)
-        root = np.sqrt(np.where(mask, rows.data[at], 0)) if rows.nnz else np.zeros(mask.shape, np.float32)
-        y = root[..., None] * (rotated[rows.indices[at]] if rows.nnz else 0 * rotated[at])
+        root = np.sqrt(np.where(mask, rows.data[at], 0))
+        y = root[..., None] * rotated[rows.indices[at]]
         diagonal = np.maximum(spectrum, 0) + ridge[part, None]
         if longest < rank:
             z = y / diagonal[:, None]

@@ -31,7 +31,7 @@ jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# Tracing makes many small objects, and notes where each operation was written: a seventh of the time of the suite.
+# Tracing makes many small objects, and notes where each operation was written.
 gc.set_threshold(200_000, 50, 100)
 jax.config.update("jax_traceback_in_locations_limit", 0)
 

@@ -149,8 +149,9 @@ def lists_of(
     Raises:
       DataError: no user has a positive to find.
     """
-    batches = -(-len(histories) // int(np.clip(CELLS // len(histories.data.items), 1, 256)))
-    size = -(-len(histories) // max(batches, 1))
+    most = int(np.clip(CELLS // len(histories.data.items), 1, 256))
+    batches = max(-(-len(histories) // most), 1)
+    size = min(most, 32 * max(-(-len(histories) // (32 * batches)), 1))  # test and validation users share a program
     parts: list[Any] = []
     for task in tasks(histories, target, query=query, support=support, batch_size=size):
         rows = np.asarray(recommend(task))

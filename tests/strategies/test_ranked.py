@@ -20,7 +20,7 @@ from metarec_jax.strategies.strategy import Strategy
 DATA = mr.data.synthetic(users=60, items=30, ratings_per_user=(8, 16), seed=3)
 TARGET = mr.data.Target("ranking", 4.0, levels=(1.0, 3.0, 5.0))
 EVERY = mr.STRATEGIES | mr.strategies.RANKING
-FAMILIES = ("ridge", "alpaca", "melu", "tanp", "mwuf", "in_context", "reptile")
+FAMILIES = ("ridge", "alpaca", "melu", "nlba", "tanp", "mwuf", "in_context", "gated", "lora", "reptile")
 SOME = [*FAMILIES, *mr.strategies.RANKING]
 POPULAR_AT_FIRST = [name for name in SOME if name != "content"]  # it is a member of `stack`, and 0 without a history
 KEY = jax.random.key(0)
@@ -366,5 +366,4 @@ def test_every_strategy_learns_to_rank(name, tmp_path):
     trained.save(tmp_path / "model")
     loaded = mr.load(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, trained.params)
-    if name in ("stack", "ridge", "in_context"):
-        assert loaded.recommend(histories, k=10) == lists
+    assert loaded.recommend(histories, k=10) == lists

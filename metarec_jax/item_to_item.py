@@ -67,11 +67,12 @@ def attribute_rows(codes: list[np.ndarray]) -> sp.csr_matrix:
     for field in codes:
         table = field.reshape(len(field), -1)
         row, place = np.nonzero(table)
-        part = sp.csr_matrix((np.ones(len(row), np.float32), (row, table[row, place])))
+        shape = (len(table), int(table.max(initial=0)) + 1)
+        part = sp.csr_matrix((np.ones(len(row), np.float32), (row, table[row, place])), shape=shape)
         part.data[:] = 1
         frequency = np.asarray(part.sum(0)).ravel()
         idf = np.log(len(table) / np.maximum(frequency, 1)) * (frequency > 0)
-        parts.append(sp.csr_matrix(sp.csr_matrix(part, shape=(len(table), part.shape[1])) @ sp.diags(idf)))
+        parts.append(sp.csr_matrix(part @ sp.diags(idf)))
     joined = sp.hstack(parts, format="csr").astype(np.float32)
     return _scaled(joined, np.sqrt(np.asarray(joined.multiply(joined).sum(1)).ravel()))
 
@@ -97,22 +98,23 @@ def vectors(sequences: Sequences, rank: int, power: int = 3, seed: int = 0) -> n
 
 
 def product(a: sp.spmatrix, b: sp.spmatrix, size: int, transform: Callable | None = None) -> sp.csr_matrix:
-    """The `size` largest entries of each row of `transform(a @ b)`, but for the diagonal and column 0."""
-    size, parts = min(size, b.shape[1] - 1), []
+    """The `size` largest entries of each row of `transform(a @ b)`, but for the diagonal and column 0.
+
+    Args:
+      a, b: `[rows, n]` and `[n, rows]`.
+      size: entries kept, those above 0.
+      transform: from entries and their columns to entries; of 0 it makes 0.
+    """
+    parts = []
     for start in range(0, a.shape[0], BLOCK):
-        dense = a[start : start + BLOCK] @ b
-        dense = (dense.toarray() if sp.issparse(dense) else dense).astype(np.float32)
-        dense = dense if transform is None else transform(dense).astype(np.float32)
-        dense[np.arange(len(dense)), start + np.arange(len(dense))] = 0
-        dense[:, 0] = 0
-        best = np.sort(np.argpartition(-dense, size - 1, axis=1)[:, :size], axis=1)
-        pointer = np.arange(len(dense) + 1) * size
-        parts.append(
-            sp.csr_matrix((np.take_along_axis(dense, best, 1).ravel(), best.ravel(), pointer), shape=dense.shape)
-        )
-    found = sp.vstack(parts, format="csr")
-    found.eliminate_zeros()
-    return found
+        part = a[start : start + BLOCK] @ b
+        part = sp.csr_matrix(part if sp.issparse(part) else np.where(part > 0, part, 0), dtype=np.float32)
+        row = np.repeat(np.arange(part.shape[0]), np.diff(part.indptr))
+        if transform is not None:
+            part.data = transform(part.data, part.indices).astype(np.float32)
+        part.data[(part.indices == start + row) | (part.indices == 0)] = 0
+        parts.append(top(part, size))
+    return sp.vstack(parts, format="csr")
 
 
 def stochastic(matrix: sp.spmatrix) -> sp.csr_matrix:
@@ -122,13 +124,21 @@ def stochastic(matrix: sp.spmatrix) -> sp.csr_matrix:
 
 def padded(matrix: sp.csr_matrix, size: int) -> tuple[np.ndarray, np.ndarray]:
     """`[rows, size]` columns (0 where there are fewer) and values of each row's largest entries, largest first."""
-    row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-    order = np.lexsort((-matrix.data, row))
-    place = np.arange(len(row)) - matrix.indptr[row]
-    order, place, row = (x[place < size] for x in (order, place, row))
-    size = min(size, int(place.max(initial=0)) + 1)
-    columns, values = np.zeros((matrix.shape[0], size), np.int32), np.zeros((matrix.shape[0], size), np.float32)
-    columns[row, place], values[row, place] = matrix.indices[order], matrix.data[order]
+    lengths = np.diff(matrix.indptr)
+    size = max(min(size, int(lengths.max(initial=0))), 1)
+    columns, values = np.zeros((len(lengths), size), np.int32), np.zeros((len(lengths), size), np.float32)
+    by_length = np.argsort(lengths, kind="stable")
+    data, indices = np.append(matrix.data, -np.inf), np.append(matrix.indices, 0)  # the last is no entry
+    for start in range(0, len(lengths), BLOCK):  # rows of about the same length together
+        rows = by_length[start : start + BLOCK]
+        place = np.arange(lengths[rows[-1]])
+        there = place < lengths[rows, None]
+        at = np.where(there, matrix.indptr[rows, None] + place, -1)
+        if len(place) > size:
+            at = np.take_along_axis(at, np.argpartition(-data[at], size - 1, axis=1)[:, :size], 1)
+        at = np.take_along_axis(at, np.argsort(-data[at], axis=1, kind="stable"), 1)
+        columns[rows, : at.shape[1]] = indices[at]
+        values[rows, : at.shape[1]] = np.where(at >= 0, data[at], 0)
     return columns, values
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import scipy.sparse as sp
 
+from metarec_jax.factorise import check_memory
 from metarec_jax.item_to_item import (
     Sequences,
     attribute_rows,
@@ -21,6 +22,7 @@ from metarec_jax.item_to_item import (
 from metarec_jax.item_to_item import transitions as counted
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import look_up
+from metarec_jax.strategies.ease import MEMORY
 from metarec_jax.strategies.ials import need_design, only_ranks
 from metarec_jax.strategies.observed import Observed
 from metarec_jax.strategies.strategy import Strategy
@@ -28,7 +30,8 @@ from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 
 FAST, SLOW, BACK = 0.5, 6.0, 0.5  # decay by a step of 5; by exp of 20 steps; weight of what went before
 SHARPNESS = 4.0  # power of a cosine
-REACH = 1000  # neighbours in a row of transitions while the gates are fitted
+REACH = 1000  # neighbours in a row of transitions while the gates are fitted, at most
+CELLS = 1 << 26  # of such a table
 FLOOR = 1e-4  # added to a probability: a target that no expert reaches does not shape the gates
 EXPERTS = ("fast", "slow", "back", "two", "vector", "attribute", "attribute_first", "attribute_last")
 
@@ -42,6 +45,7 @@ def transitions(
     rank: int = 256,
     lags: int = 20,
     steps: int = 150,
+    memory: int = MEMORY,
 ) -> Strategy:
     """Mixture of item-to-item experts over the latest items of a history.
 
@@ -69,9 +73,11 @@ def transitions(
       rank: of the item vectors.
       lags: latest items that are read.
       steps: of Adam on the gates.
+      memory: bytes that the tables may take, with all rows full.
 
     Raises:
       ValueError: the model is another; an unknown expert; a number below 1.
+      DataError: from `fit`, before anything is allocated: the tables may need more than `memory`.
 
     References:
       Jacobs et al., Adaptive Mixtures of Local Experts, Neural Computation 1991 (the gates).
@@ -87,8 +93,8 @@ def transitions(
         slow = counted(sequences, 20, lambda d: np.exp(-(d - 1) / SLOW), 0.5)
         step = stochastic(slow + BACK * slow.T)
 
-        def sharp(cosine: np.ndarray) -> np.ndarray:
-            return np.maximum(cosine, 0) ** SHARPNESS * np.sqrt(counts + 1)
+        def sharp(cosine: np.ndarray, column: np.ndarray) -> np.ndarray:
+            return np.maximum(cosine, 0) ** SHARPNESS * np.sqrt(counts[column] + 1)
 
         def of(expert: str) -> sp.csr_matrix:
             if expert == "fast":
@@ -122,6 +128,9 @@ def transitions(
         }
 
     def fit(observed: Observed) -> Params:
+        what, instead = f"transitions over {observed.items - 1:,} items", 'strategy_options={"size": 20}'
+        need = 8 * observed.items * min(size, observed.items) * len(experts)
+        check_memory(what, need, memory, f"keep fewer neighbours, {instead}")
         kept = observed.positive
         starts = np.searchsorted(observed.user[kept], np.arange(observed.users + 1))
         sequences = Sequences(starts, observed.item[kept], observed.items)
@@ -131,7 +140,8 @@ def transitions(
         before, target = sequences.without_last()
         gates = _start(len([e for e in experts if codes or not e.startswith("attribute")]))
         if len(target):
-            held_out = jax.device_put(tables(before, codes, size, REACH))
+            reach = max(size, min(REACH, CELLS // observed.items))
+            held_out = jax.device_put(tables(before, codes, size, reach))
             gates = _fitted(gates, held_out, *before.latest(lags), target, steps)
         return tables(sequences, codes, size, size) | {"gates": jax.device_get(gates)}
 
@@ -141,7 +151,8 @@ def transitions(
         place = jnp.where(liked, jnp.arange(liked.shape[1]), -1)
         latest = jnp.argsort(place, axis=1)[:, -lags:]  # padding first, the most recent last
         history, mask = (jnp.take_along_axis(x, latest, 1) for x in (support.features["item_id"], liked))
-        scores = _scores(fitted, jnp.where(mask, history, 0), mask & (history > 0))
+        weight = jnp.take_along_axis(support.mask, latest, 1)
+        scores = _scores(fitted, jnp.where(mask, history, 0), jnp.where(mask & (history > 0), weight, 0.0))
         return scores.at[:, 0].set(scores[:, 1:].min(1))  # an item that is new
 
     def predict(params: Params, adapted: jax.Array, features: Features) -> jax.Array:
@@ -166,22 +177,27 @@ def _start(experts: int) -> dict[str, jax.Array]:
     return {"bias": jnp.zeros(experts), "slopes": slopes, "popularity": jnp.full(2, -1.0)}
 
 
-def _gates(tables: Params, gates: Params, history: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights `[users, lags, experts]`, and of popularity `[users]`; of each user they sum to 1."""
+def _gates(tables: Params, gates: Params, history: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gates `[users, lags, experts]`, and of popularity `[users]`; of each user they sum to 1.
+
+    The gates of an item are in proportion to its `weight` `[users, lags]`, 0 for padding.
+    """
+    mask = weight > 0
     lag = jnp.maximum(jnp.cumsum(mask[:, ::-1], 1)[:, ::-1], 1)
     length = jnp.log(jnp.maximum(mask.sum(1), 1)) - 1.5
     count = jnp.log1p(tables["counts"][history]) - 2.0
     x = jnp.stack([jnp.log(lag), count, jnp.broadcast_to(length[:, None], lag.shape)], -1)
     known = jnp.stack([values[:, 0] > 0 for values in tables["values"]], -1)[history] & mask[..., None]
-    logits = jnp.where(known, gates["bias"] + x @ gates["slopes"], -jnp.inf)
+    log_weight = jnp.log(jnp.where(mask, weight, 1.0))[..., None]
+    logits = jnp.where(known, gates["bias"] + x @ gates["slopes"] + log_weight, -jnp.inf)
     popular = gates["popularity"][0] + gates["popularity"][1] * length
-    weights = jax.nn.softmax(jnp.concatenate([logits.reshape(len(logits), -1), popular[:, None]], 1), axis=1)
-    return weights[:, :-1].reshape(logits.shape), weights[:, -1]
+    found = jax.nn.softmax(jnp.concatenate([logits.reshape(len(logits), -1), popular[:, None]], 1), axis=1)
+    return found[:, :-1].reshape(logits.shape), found[:, -1]
 
 
-def _scores(tables: Params, history: jax.Array, mask: jax.Array) -> jax.Array:
+def _scores(tables: Params, history: jax.Array, weight: jax.Array) -> jax.Array:
     """Log-probabilities `[users, items]`; finite but for column 0."""
-    weights, popular = _gates(tables, tables["gates"], history, mask)
+    weights, popular = _gates(tables, tables["gates"], history, weight)
     users = jnp.arange(len(history))[:, None]
 
     def add(total: jax.Array, lag: Any) -> tuple[jax.Array, None]:

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 import metarec_jax as mr
 from metarec_jax import item_to_item
 from metarec_jax.item_to_item import Sequences
-from metarec_jax.strategies.transitions import _scores
+from metarec_jax.strategies.transitions import _gates, _scores
 
 ITEMS, LENGTH, USERS = 30, 12, 150
 
@@ -101,11 +101,31 @@ def test_vectors_have_the_cosines_of_a_truncated_svd():
     np.testing.assert_allclose(found @ found.T, wanted @ wanted.T, atol=1e-3)
 
 
+def test_items_without_attributes_have_empty_rows_wherever_they_stand():
+    codes = [np.array([[0, 0], [1, 2], [2, 2], [0, 0]]), np.array([0, 1, 0, 0])]
+    rows = item_to_item.attribute_rows(codes).toarray()
+    idf = np.log(4 / np.array([1, 2, 1]))  # of the two values of one field, and the one of the other
+    first = idf / np.linalg.norm(idf)
+    np.testing.assert_allclose(rows[:, [1, 2, 4]], [[0, 0, 0], first, [0, 1, 0], [0, 0, 0]], rtol=1e-6)
+    assert not rows[:, [0, 3]].any()
+
+
 @pytest.mark.parametrize("options", [{"experts": ("luck",)}, {"lags": 0}, {"experts": ()}])
 def test_bad_settings_are_refused(options):
     fields = mr.models.fields_of(mr.data.synthetic(users=20, items=50))
     with pytest.raises(ValueError, match=r"experts|need numbers"):
         mr.transitions(mr.models.design(fields), **options)
+
+
+def test_half_a_positive_has_half_the_gates(recommender):
+    fitted = recommender.params["tables"]["fitted"]
+    history, weight = jnp.array([[5, 6, 7]], jnp.int32), jnp.array([[1.0, 0.5, 1.0]])
+    (whole,), (popular,) = _gates(fitted, fitted["gates"], history, jnp.ones((1, 3)))
+    (half,), (other,) = _gates(fitted, fitted["gates"], history, weight)
+    np.testing.assert_allclose(half / other, whole / popular * weight[0][:, None], rtol=1e-5)
+    slope = jax.grad(lambda w: _scores(fitted, history, w)[0, 8])(weight)
+    assert np.isfinite(slope).all()
+    assert slope[0, 2] > 0
 
 
 def test_a_network_with_parameters_is_refused():

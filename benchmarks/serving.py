@@ -302,7 +302,7 @@ def main() -> None:
         http(recommender, given.seconds)
     if "million" in given.only:
         print("\n| catalogue | s | first call, s | peak memory, GB | of that before |\n|---|---|---|---|---|")
-        for strategy in ("alpaca", "ridge"):
+        for strategy in ("alpaca", "ridge", "ials"):
             sizes = ["--items", str(given.items), "--users", str(given.users)]
             subprocess.run([sys.executable, __file__, "--child", strategy, *sizes], check=True)
     if "store" in given.only:

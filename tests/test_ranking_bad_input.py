@@ -163,6 +163,7 @@ def test_training_users_with_one_positive_each_are_an_error():
         ({"strategy_options": {"members": ["ease", "maml"]}}, "member 'maml' is unknown"),
         ({"strategy": "ease", "strategy_options": {"penalty": 0.0}}, "need penalty > 0"),
         ({"strategy": "ease", "strategy_options": {"memory": 1000}}, "ease over 30 items needs .* GB"),
+        ({"strategy": "transitions", "strategy_options": {"memory": 1000}}, "transitions over 30 items needs .* GB"),
     ],
     ids=str,
 )

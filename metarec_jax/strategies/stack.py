@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metarec_jax.models.model import Model
@@ -14,18 +15,24 @@ from metarec_jax.strategies.ials import ials, only_ranks
 from metarec_jax.strategies.observed import Observed
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Adapted, Strategy
+from metarec_jax.strategies.transitions import transitions
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 
-DENSE = 6_000  # items up to which the ease of a stack has a matrix of items by items
-RANK = 256  # its components beyond
-MEMBERS: dict[str, Callable[..., Strategy]] = {"ials": ials, "ease": ease, "content": content}
+MEMBERS: dict[str, Callable[..., Strategy]] = {
+    "ials": ials, "ease": ease, "content": content, "transitions": transitions,
+}  # fmt: skip
+SMALL = 2_000  # items up to which a stack has no transitions unless they are asked for
+DENSE = 6_000  # items up to which its ease has a matrix of items by items
+RANK = 256  # components beyond
+ENTRIES = 1 << 27  # of its transitions, at most
+EXPERTS = ("fast", "slow", "back", "two", "attribute", "attribute_first", "attribute_last")  # "vector" is as ials
 
 
 def stack(
     model: Model,
     *,
     loss: PointwiseLoss = optax.losses.squared_error,
-    members: Sequence[str | Strategy] = ("ials", "ease", "content"),
+    members: Sequence[str | Strategy] | None = None,
     options: Sequence[dict[str, Any]] | None = None,
 ) -> Strategy:
     """Sum of the members' scores, with weights that are smooth functions of the number n of positives.
@@ -39,9 +46,10 @@ def stack(
     Args:
       model: of the members given by name.
       loss: not used: the strategy ranks.
-      members: names ("ials", "ease", "content") or strategies that rank.
-      options: keyword arguments of the members given by name, one dict a member (default: their own, and of "ease" 256
-        components where the catalogue has more than 6,000 items).
+      members: names ("ials", "ease", "content", "transitions") or strategies that rank (default: those four, without
+        "transitions" up to 2,000 items: in a catalogue that small most pairs of items are in many histories, and
+        nothing was gained on MovieLens-100K).
+      options: keyword arguments of the members given by name, one dict a member (default: `default_options`).
 
     Raises:
       ValueError: an unknown name, or a member that does not rank; another number of options.
@@ -49,10 +57,9 @@ def stack(
     References:
       Wolpert, Stacked Generalization, Neural Networks 1992 (weights from held-out scores).
     """
-    if options is None:
-        large = {"rank": RANK} if (model.items or 0) > DENSE else {}
-        options = [large if member == "ease" else {} for member in members]
-    settings = list(options)
+    if members is None:
+        members = [name for name in MEMBERS if name != "transitions" or (model.items or 0) > SMALL]
+    settings = [default_options(m, model.items or 0) for m in members] if options is None else list(options)
     if len(settings) != len(members) or not members:
         raise ValueError(f"need a member and a dict of options for each, got {len(members)} and {len(settings)}")
     if unknown := [m for m in members if isinstance(m, str) and m not in MEMBERS]:
@@ -110,3 +117,16 @@ def stack(
         fit=fit,
         ranks=True,
     )
+
+
+def default_options(member: str | Strategy, items: int) -> dict[str, Any]:
+    """Keyword arguments of a member for a catalogue of so many items.
+
+    "ease" has 256 components beyond 6,000 items; "transitions" has no expert of item vectors, which `ials` has, and
+    rows that are the shorter, the larger the catalogue, from 200 neighbours to 20.
+    """
+    if member == "ease":
+        return {"rank": RANK} if items > DENSE else {}
+    if member == "transitions":
+        return {"experts": EXPERTS, "size": int(np.clip(ENTRIES // (len(EXPERTS) * max(items, 1)), 20, 200))}
+    return {}

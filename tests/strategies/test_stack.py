@@ -1,5 +1,7 @@
 """Stack and content: weighted sums of members, and what the fields of a user's items have in common."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import metarec_jax as mr
 from metarec_jax.ranking_tasks import observe
 from metarec_jax.strategies.catalogue import Known, adapt, score, score_shared
 from metarec_jax.strategies.observed import tables
+from metarec_jax.strategies.stack import default_options
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +34,15 @@ def with_tables(strategy, observed):
 def test_a_stack_is_the_weighted_sum_of_its_members(made):
     data, observed, known = made
     model = mr.models.design(mr.models.fields_of(data))
-    members = [mr.ials(model, rank=4, sweeps=2), mr.ease(model, penalty=20.0), mr.content(model)]
+    members = [
+        mr.ials(model, rank=4, sweeps=2),
+        mr.ease(model, penalty=20.0),
+        mr.content(model),
+        mr.transitions(model, size=10, steps=5),
+    ]
     stacked = mr.stack(model, members=members)
     params = with_tables(stacked, observed)
-    params["weights"] = [jnp.full(3, 0.01 * i) for i in range(3)]
+    params["weights"] = [jnp.full(3, 0.01 * i) for i in range(len(members))]
     items = params["tables"]["items"]
     adapted = adapt(stacked, params, items, known)
     found = np.asarray(score_shared(stacked, params, adapted, known, items))
@@ -45,10 +53,19 @@ def test_a_stack_is_the_weighted_sum_of_its_members(made):
         count = jnp.array([2.0, 1.0, 0.0])
         log = jnp.log1p(count)
         delta = 10 * 0.01 * i * (1 + (log / 2 - 1) + (2 / (1 + count) - 0.3))
-        wanted += np.asarray(scores) * np.exp(np.asarray(delta))[:, None] / 3
+        wanted += np.asarray(scores) * np.exp(np.asarray(delta))[:, None] / len(members)
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
     rows = jnp.broadcast_to(jnp.arange(41), (3, 41))
     np.testing.assert_allclose(score(stacked, params, items, adapted, known, rows), found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("items", "members", "dense"), [(1_000, 3, True), (5_000, 4, True), (50_000, 4, False)])
+def test_the_members_follow_the_size_of_the_catalogue(made, items, members, dense):
+    fields = mr.models.fields_of(made[0])
+    strategy = mr.stack(mr.models.design(fields | {"item_id": replace(fields["item_id"], size=items)}))
+    assert len(jax.eval_shape(strategy.init, jax.random.key(0))["members"]) == members
+    assert default_options("ease", items) == ({} if dense else {"rank": 256})
+    assert 20 <= default_options("transitions", items)["size"] <= 200
 
 
 def test_content_prefers_items_whose_fields_the_user_chose(made):

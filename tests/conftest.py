@@ -21,7 +21,8 @@ from metarec_jax.tasks import Examples, History, Task
 # caller set wins.
 QUICK = ["--xla_backend_optimization_level=0"]
 if Version(version("jaxlib")) < Version("0.11.1"):  # newer ones stop at a flag that they do not know
-    QUICK.append("--xla_cpu_use_fusion_emitters=false")
+    QUICK += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    QUICK.append("--xla_llvm_disable_expensive_passes=true")
 os.environ["XLA_FLAGS"] = " ".join([*QUICK, os.environ.get("XLA_FLAGS", "")])
 
 # Many tests compile the same programs, such as a strategy on `tiny_model`: keep them, each process for itself.

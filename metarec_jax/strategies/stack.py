@@ -15,7 +15,7 @@ from metarec_jax.strategies.ials import ials, only_ranks
 from metarec_jax.strategies.observed import Observed
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.strategies.transitions import transitions
+from metarec_jax.strategies.transitions import EXPERTS, transitions
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 
 MEMBERS: dict[str, Callable[..., Strategy]] = {
@@ -24,8 +24,8 @@ MEMBERS: dict[str, Callable[..., Strategy]] = {
 SMALL = 2_000  # items up to which a stack has no transitions unless they are asked for
 DENSE = 6_000  # items up to which its ease has a matrix of items by items
 RANK = 256  # components beyond
+FULL = 20_000  # items up to which its transitions compare the vectors of all pairs of items
 ENTRIES = 1 << 27  # of its transitions, at most
-EXPERTS = ("fast", "slow", "back", "two", "attribute", "attribute_first", "attribute_last")  # "vector" is as ials
 
 
 def stack(
@@ -122,11 +122,12 @@ def stack(
 def default_options(member: str | Strategy, items: int) -> dict[str, Any]:
     """Keyword arguments of a member for a catalogue of so many items.
 
-    "ease" has 256 components beyond 6,000 items; "transitions" has no expert of item vectors, which `ials` has, and
-    rows that are the shorter, the larger the catalogue, from 200 neighbours to 20.
+    "ease" has 256 components beyond 6,000 items; "transitions" has no expert of item vectors beyond 20,000, and rows
+    that are the shorter, the larger the catalogue, from 200 neighbours to 20.
     """
     if member == "ease":
         return {"rank": RANK} if items > DENSE else {}
     if member == "transitions":
-        return {"experts": EXPERTS, "size": int(np.clip(ENTRIES // (len(EXPERTS) * max(items, 1)), 20, 200))}
+        chosen = EXPERTS if items <= FULL else tuple(e for e in EXPERTS if e != "vector")
+        return {"experts": chosen, "size": int(np.clip(ENTRIES // (len(chosen) * max(items, 1)), 20, 200))}
     return {}

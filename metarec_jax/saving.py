@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -57,26 +56,29 @@ def write(
         ARRAYS: save({name: np.array(x, order="C") for name, x in arrays.items()}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    for name, part_of in (parts or {}).items():
-        part_of(fresh / name)
-    head = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "metarec_jax": version("metarec-jax"),
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
-        "parts": {name: hashlib.sha256((fresh / name / CONFIG).read_bytes()).hexdigest() for name in parts or {}},
-    }
-    contents[CONFIG] = json.dumps(head | dict(config), indent=1).encode()
-    for name, content in contents.items():
-        (fresh / name).write_bytes(content)
-    if path.exists():
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
-        os.replace(path, old / "model")
-        os.replace(fresh, path)
-        shutil.rmtree(old)
-    else:
-        os.replace(fresh, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        fresh, old = Path(folder) / "fresh", Path(folder) / "old"
+        fresh.mkdir(0o700)
+        for name, part_of in (parts or {}).items():
+            part_of(fresh / name)
+        head = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "metarec_jax": version("metarec-jax"),
+            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+            "parts": {name: hashlib.sha256((fresh / name / CONFIG).read_bytes()).hexdigest() for name in parts or {}},
+        }
+        contents[CONFIG] = json.dumps(head | dict(config), indent=1).encode()
+        for name, content in contents.items():
+            (fresh / name).write_bytes(content)
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(fresh, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Dataset, Stock, dict[str, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 from dataclasses import replace
 from hashlib import sha256
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import metarec_jax as mr
+from metarec_jax import saving
 from metarec_jax.data.batches import features
 from metarec_jax.evaluation.baselines import BASELINES, OF_RATINGS
 
@@ -281,6 +283,27 @@ def test_saving_replaces_a_model_and_never_anything_else(recommender, saved, tmp
     with pytest.raises(mr.ModelFileError, match="is no model"):
         recommender.save(other)
     assert (other / "chapter.txt").read_text() == "do not touch"
+
+
+@pytest.mark.parametrize("fails", ["a part", "the last step"])
+def test_a_failed_save_leaves_the_model_that_was_there_and_nothing_else(recommender, tmp_path, monkeypatch, fails):
+    recommender.save(tmp_path / "model")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    def last(source, to, replace=os.replace):
+        return full() if str(source).endswith("fresh") else replace(source, to)
+
+    if fails == "the last step":
+        monkeypatch.setattr(os, "replace", last)
+    parts = {"rater": full} if fails == "a part" else None
+    r = recommender
+    with pytest.raises(OSError, match="no space left"):
+        saving.write(tmp_path / "model", {}, r.catalogue, r.params, r.stock, parts)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_model_saved_when_labels_were_values_loads_as_it_was(recommender, saved):

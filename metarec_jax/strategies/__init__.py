@@ -18,6 +18,7 @@ from metarec_jax.strategies.history import with_history
 from metarec_jax.strategies.ials import ials
 from metarec_jax.strategies.imaml import imaml
 from metarec_jax.strategies.in_context import in_context
+from metarec_jax.strategies.item_knn import item_knn
 from metarec_jax.strategies.labels import with_labels
 from metarec_jax.strategies.limaml import limaml
 from metarec_jax.strategies.mamlpp import mamlpp
@@ -74,6 +75,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 RANKING: dict[str, Callable[..., Strategy]] = {  # those that only rank
     "ials": ials,
     "ease": ease,
+    "item_knn": item_knn,
     "content": content,
     "softmax_ridge": softmax_ridge,
     "stack": stack,
@@ -94,6 +96,7 @@ DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
     "als": "design",
     "ials": "design",
     "ease": "design",
+    "item_knn": "design",
     "content": "design",
     "softmax_ridge": "linear",
     "stack": "design",
@@ -126,6 +129,7 @@ __all__ = [
     "ials",
     "imaml",
     "in_context",
+    "item_knn",
     "limaml",
     "lora",
     "lwa",

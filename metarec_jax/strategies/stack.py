@@ -12,6 +12,7 @@ from metarec_jax.models.model import Model
 from metarec_jax.strategies.content import content
 from metarec_jax.strategies.ease import ease
 from metarec_jax.strategies.ials import ials, only_ranks
+from metarec_jax.strategies.item_knn import item_knn
 from metarec_jax.strategies.observed import Observed
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Adapted, Strategy
@@ -19,9 +20,10 @@ from metarec_jax.strategies.transitions import EXPERTS, transitions
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 
 MEMBERS: dict[str, Callable[..., Strategy]] = {
-    "ials": ials, "ease": ease, "content": content, "transitions": transitions,
+    "ials": ials, "ease": ease, "content": content, "transitions": transitions, "item_knn": item_knn,
 }  # fmt: skip
-SMALL = 2_000  # items up to which a stack has no transitions unless they are asked for
+OF_SPARSE = ("transitions", "item_knn")  # members where the catalogue has more than `SMALL` items
+SMALL = 2_000
 DENSE = 6_000  # items up to which its ease has a matrix of items by items
 RANK = 256  # components beyond
 FULL = 20_000  # items up to which its transitions compare the vectors of all pairs of items
@@ -46,9 +48,9 @@ def stack(
     Args:
       model: of the members given by name.
       loss: not used: the strategy ranks.
-      members: names ("ials", "ease", "content", "transitions") or strategies that rank (default: those four, without
-        "transitions" up to 2,000 items: in a catalogue that small most pairs of items are in many histories, and
-        nothing was gained on MovieLens-100K).
+      members: names ("ials", "ease", "content", "transitions", "item_knn") or strategies that rank (default: all of
+        these, without the last two up to 2,000 items: in a catalogue that small most pairs of items are in many
+        histories, and nothing was gained on MovieLens-100K).
       options: keyword arguments of the members given by name, one dict a member (default: `default_options`).
 
     Raises:
@@ -58,7 +60,7 @@ def stack(
       Wolpert, Stacked Generalization, Neural Networks 1992 (weights from held-out scores).
     """
     if members is None:
-        members = [name for name in MEMBERS if name != "transitions" or (model.items or 0) > SMALL]
+        members = [name for name in MEMBERS if name not in OF_SPARSE or (model.items or 0) > SMALL]
     settings = [default_options(m, model.items or 0) for m in members] if options is None else list(options)
     if len(settings) != len(members) or not members:
         raise ValueError(f"need a member and a dict of options for each, got {len(members)} and {len(settings)}")

@@ -39,6 +39,7 @@ def test_a_stack_is_the_weighted_sum_of_its_members(made):
         mr.ease(model, penalty=20.0),
         mr.content(model),
         mr.transitions(model, size=10, steps=5),
+        mr.item_knn(model, neighbours=10),
     ]
     stacked = mr.stack(model, members=members)
     params = with_tables(stacked, observed)
@@ -59,7 +60,7 @@ def test_a_stack_is_the_weighted_sum_of_its_members(made):
     np.testing.assert_allclose(score(stacked, params, items, adapted, known, rows), found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("items", "members", "dense"), [(1_000, 3, True), (5_000, 4, True), (50_000, 4, False)])
+@pytest.mark.parametrize(("items", "members", "dense"), [(1_000, 3, True), (5_000, 5, True), (50_000, 5, False)])
 def test_the_members_follow_the_size_of_the_catalogue(made, items, members, dense):
     fields = mr.models.fields_of(made[0])
     strategy = mr.stack(mr.models.design(fields | {"item_id": replace(fields["item_id"], size=items)}))

@@ -1,0 +1,105 @@
+"""Item-kNN: items that the same users choose, with weights of items, of dislikes and of popularity that are
+meta-learned."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metarec_jax import factorise
+from metarec_jax.item_to_item import padded
+from metarec_jax.models.model import Model
+from metarec_jax.models.profile import look_up
+from metarec_jax.strategies.ials import need_design, only_ranks
+from metarec_jax.strategies.observed import Observed, popularity
+from metarec_jax.strategies.smooth import at, positives, smooth
+from metarec_jax.strategies.strategy import Strategy
+from metarec_jax.strategies.weights import example_weights, need_half_life, weigh
+from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+
+
+class Weighed(NamedTuple):
+    """A user's scores of all items `[users, items]`, and the weight of popularity `[users]`."""
+
+    own: jax.Array
+    popularity: jax.Array
+
+
+def item_knn(
+    model: Model,
+    *,
+    loss: PointwiseLoss = optax.losses.squared_error,
+    neighbours: int = 200,
+    shrink: float = 10.0,
+    half_life: float | None = None,
+) -> Strategy:
+    """Sum of the similarities to the support, on a log scale.
+
+        score(x_j) = tau log(1 + b sum_{i in S} w_i t_i s_ij) + c log p(x_j)
+        s_ij = x_i . x_j / (|x_i| |x_j| + shrink)
+
+    s is fitted to the training users (`metarec_jax.factorise.item_knn`) and sparse: of each item its nearest ones,
+    which suits catalogues that are too large or too sparse for `ease`. The logarithm leaves the order as it is, and
+    the softmax can trust the nearest items without being sure of them. t is an example's label, w = exp(weight of the
+    item + d (1 - t)), tau, b and c are smooth functions of the number n of positives, all learned by the loss of
+    `Ranking`. A new item has its popularity.
+
+    Args:
+      model: `design`; only the size of its catalogue is read.
+      loss: not used: the strategy ranks.
+      neighbours: kept of each item.
+      shrink: of the cosines.
+      half_life: places in time after which an example has half the weight, at first; it is learned. None: all weigh
+        the same.
+
+    Raises:
+      ValueError: the model is another; a number is not positive.
+
+    References:
+      Sarwar et al., Item-based Collaborative Filtering Recommendation Algorithms, WWW 2001.
+    """
+    need_design(model, "item_knn")
+    if neighbours < 1 or shrink < 0:
+        raise ValueError(f"need neighbours >= 1 and shrink >= 0, got {neighbours=}, {shrink=}")
+    need_half_life(half_life)
+    assert model.items is not None
+    rows = model.items
+
+    def fit(observed: Observed) -> Params:
+        similarity = factorise.item_knn(observed.confidences(), neighbours, shrink)
+        columns, values = padded(similarity, neighbours)
+        return {"columns": columns, "values": values}
+
+    def init(key: jax.Array) -> Params:
+        return {"scale": smooth(), "sharpness": smooth(), "popularity": smooth()} | example_weights(rows, half_life)
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Weighed:
+        fitted, count, keep = params["tables"]["fitted"], positives(support), support.mask > 0
+        ids = jnp.where(keep, support.features["item_id"], 0)
+        weight = weigh(params, support, half_life) * jnp.where(keep, support.target, 0.0)
+        users = jnp.arange(len(ids))[:, None]
+
+        def add(total: jax.Array, example: Any) -> tuple[jax.Array, None]:
+            row, w = example
+            return total.at[users, fitted["columns"][row]].add(w[:, None] * fitted["values"][row]), None
+
+        own, _ = jax.lax.scan(add, jnp.zeros((len(ids), len(fitted["columns"]))), (ids.T, weight.T))
+        scale, sharpness = 4 * jnp.exp(at(params["scale"], count)), 30 * jnp.exp(at(params["sharpness"], count))
+        own = scale[:, None] * jnp.log1p(sharpness[:, None] * jnp.maximum(own, 0.0))  # a label may be below 0
+        return Weighed(own, 0.1 + at(params["popularity"], count))
+
+    def predict(params: Params, adapted: Weighed, features: Features) -> jax.Array:
+        def column(ids: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(adapted.own, ids, 1)[..., None]
+
+        own = look_up(column, features["item_id"], "categorical")[..., 0]
+        return own + adapted.popularity[:, None] * popularity(params, features)
+
+    def items(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
+        return features["item_id"], popularity(params, features)
+
+    def score(params: Params, adapted: Weighed, side: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return adapted.own[:, side[0]] + adapted.popularity[:, None] * side[1]
+
+    return Strategy(init, adapt, predict, only_ranks("item_knn"), items=items, score=score, fit=fit, ranks=True)

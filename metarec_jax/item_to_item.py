@@ -16,6 +16,10 @@ class Sequences(NamedTuple):
     items: np.ndarray
     rows: int
 
+    def counts(self) -> np.ndarray:
+        """`[rows]` float32 how often each item is there."""
+        return np.bincount(self.items, minlength=self.rows).astype(np.float32)
+
     def without_last(self) -> tuple["Sequences", np.ndarray]:
         """The sequences without each one's last item, of users with two or more, and these items `[users]`."""
         length = np.diff(self.starts)

@@ -27,7 +27,7 @@ SMALL = 2_000
 DENSE = 6_000  # items up to which its ease has a matrix of items by items
 RANK = 256  # components beyond
 FULL = 20_000  # items up to which its transitions compare the vectors of all pairs of items
-ENTRIES = 1 << 27  # of its transitions, at most
+ENTRIES = 1 << 27  # of a member's tables of neighbours, at most
 
 
 def stack(
@@ -124,12 +124,12 @@ def stack(
 def default_options(member: str | Strategy, items: int) -> dict[str, Any]:
     """Keyword arguments of a member for a catalogue of so many items.
 
-    "ease" has 256 components beyond 6,000 items; "transitions" has no expert of item vectors beyond 20,000, and rows
-    that are the shorter, the larger the catalogue, from 200 neighbours to 20.
+    "ease" has 256 components beyond 6,000 items; "transitions" has no expert of item vectors beyond 20,000. An item has
+    200 neighbours, down to 20 where the catalogue is large.
     """
     if member == "ease":
         return {"rank": RANK} if items > DENSE else {}
     if member == "transitions":
         chosen = EXPERTS if items <= FULL else tuple(e for e in EXPERTS if e != "vector")
         return {"experts": chosen, "size": int(np.clip(ENTRIES // (len(chosen) * max(items, 1)), 20, 200))}
-    return {}
+    return {"neighbours": int(np.clip(ENTRIES // max(items, 1), 20, 200))} if member == "item_knn" else {}

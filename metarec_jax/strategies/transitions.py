@@ -30,8 +30,8 @@ from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 
 FAST, SLOW, BACK = 0.5, 6.0, 0.5  # decay by a step of 5; by exp of 20 steps; weight of what went before
 SHARPNESS = 4.0  # power of a cosine
-REACH = 1000  # neighbours in a row of transitions while the gates are fitted, at most
-CELLS = 1 << 26  # of such a table
+BLOCK = 2048  # users looked up at once
+TOGETHER = 512  # users are filled up to a multiple of this, so that folds of the training users share a program
 FLOOR = 1e-4  # added to a probability: a target that no expert reaches does not shape the gates
 EXPERTS = ("fast", "slow", "back", "two", "vector", "attribute", "attribute_first", "attribute_last")
 
@@ -88,8 +88,8 @@ def transitions(
     if min(size, rank, lags, steps) < 1 or not experts:
         raise ValueError(f"need numbers of 1 or more, and an expert; got {size=}, {rank=}, {lags=}, {steps=}")
 
-    def tables(sequences: Sequences, codes: list[np.ndarray], size: int, reach: int) -> Params:
-        counts = np.bincount(sequences.items, minlength=sequences.rows).astype(np.float32)
+    def tables(sequences: Sequences, codes: list[np.ndarray]) -> dict[str, sp.csr_matrix]:
+        counts = sequences.counts()
         slow = counted(sequences, 20, lambda d: np.exp(-(d - 1) / SLOW), 0.5)
         step = stochastic(slow + BACK * slow.T)
 
@@ -115,17 +115,7 @@ def transitions(
         if any(e.startswith("attribute") for e in chosen):
             rows = attribute_rows(codes)
             alike = product(rows, rows.T.tocsr(), size, sharp)
-        found = {
-            e: padded(stochastic(sp.csr_matrix(of(e))), reach if e in ("fast", "slow", "back") else size)
-            for e in chosen
-        }
-        popularity = np.append(0.0, counts[1:] + 0.5)
-        return {
-            "columns": [columns for columns, _ in found.values()],
-            "values": [values for _, values in found.values()],
-            "counts": counts,
-            "popularity": (popularity / popularity.sum()).astype(np.float32),
-        }
+        return {e: stochastic(sp.csr_matrix(of(e))) for e in chosen}
 
     def fit(observed: Observed) -> Params:
         what, instead = f"transitions over {observed.items - 1:,} items", 'strategy_options={"size": 20}'
@@ -140,10 +130,16 @@ def transitions(
         before, target = sequences.without_last()
         gates = _start(len([e for e in experts if codes or not e.startswith("attribute")]))
         if len(target):
-            reach = max(size, min(REACH, CELLS // observed.items))
-            held_out = jax.device_put(tables(before, codes, size, reach))
-            gates = _fitted(gates, held_out, *before.latest(lags), target, steps)
-        return tables(sequences, codes, size, size) | {"gates": jax.device_get(gates)}
+            history, mask = before.latest(lags)
+            gates = _fitted(gates, list(tables(before, codes).values()), before, history, mask, target, steps)
+        pairs = [padded(table, size) for table in tables(sequences, codes).values()]
+        return {
+            "columns": [columns for columns, _ in pairs],
+            "values": [values for _, values in pairs],
+            "counts": sequences.counts(),
+            "popularity": _popularity(sequences),
+            "gates": jax.device_get(gates),
+        }
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:
         fitted = params["tables"]["fitted"]
@@ -210,50 +206,86 @@ def _scores(tables: Params, history: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(total, jnp.finfo(total.dtype).tiny))
 
 
-@jax.jit
-def _evidence(tables: Params, history: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
+def _popularity(sequences: Sequences) -> np.ndarray:
+    """`[items]` float32 share of the interactions, half a one added to each item's."""
+    found = np.append(0.0, sequences.counts()[1:] + 0.5)
+    return (found / found.sum()).astype(np.float32)
+
+
+def _evidence(
+    tables: list[sp.csr_matrix], popularity: np.ndarray, history: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """What the likelihood needs of the tables, so that no step of the fit reads them: of each lag and expert the
     probability of the target and of what the history holds `[users, lags, experts]`; the same of popularity."""
 
-    def one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        own, wanted = row
-        seen = jnp.zeros_like(tables["popularity"]).at[own].set(1.0).at[0].set(0.0)
-        each = [(c[own], v[own]) for c, v in zip(tables["columns"], tables["values"], strict=True)]
-        return (
-            jnp.stack([jnp.where(c == wanted, v, 0).sum(1) for c, v in each], -1),
-            jnp.stack([(seen[c] * v).sum(1) for c, v in each], -1),
-            tables["popularity"][wanted],
-            seen @ tables["popularity"],
-        )
+    def looked_up(columns: np.ndarray) -> np.ndarray:
+        """`[users, lags, experts]` sums over `columns` `[users, n]`."""
+        rows, wide = np.broadcast_arrays(history[:, :, None], columns[:, None, :])
+        parts = [
+            [
+                np.asarray(t[rows[i : i + BLOCK].ravel(), wide[i : i + BLOCK].ravel()])
+                for i in range(0, len(rows), BLOCK)
+            ]
+            for t in tables
+        ]
+        each = [np.concatenate(p, axis=None).reshape(rows.shape).sum(-1) for p in parts]
+        return np.stack(each, -1).astype(np.float32)
 
-    return jax.lax.map(one, (history, target), batch_size=64)
+    for table in tables:
+        table.sum_duplicates()  # sorted, so that an entry is found by bisection
+    return looked_up(target[:, None]), looked_up(history), popularity[target], popularity[history].sum(1)
 
 
 def _fitted(
-    gates: Params, tables: Params, history: np.ndarray, mask: np.ndarray, target: np.ndarray, steps: int
+    gates: Params,
+    tables: list[sp.csr_matrix],
+    sequences: Sequences,
+    history: np.ndarray,
+    mask: np.ndarray,
+    target: np.ndarray,
+    steps: int,
 ) -> Params:
     """The gates after `steps` of Adam on -log p(target), where items of the history cannot be the next."""
-    small = {"counts": tables["counts"], "values": [values[:, :1] for values in tables["values"]]}
-    data = jax.device_put((small, history, mask, _evidence(tables, history, target)))
+    there = [(np.diff(table.indptr) > 0).astype(np.float32)[:, None] for table in tables]
+    evidence = _evidence(tables, _popularity(sequences), history, target)
+    more = -len(target) % TOGETHER
+    users = jax.tree.map(
+        lambda x: np.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1))), (history, mask, evidence, np.ones(len(target)))
+    )
+    return _adam(gates, {"counts": sequences.counts(), "values": there}, *users, steps)
+
+
+@partial(jax.jit, static_argnames="steps")
+def _adam(
+    gates: Params,
+    tables: Params,
+    history: jax.Array,
+    mask: jax.Array,
+    evidence: tuple[jax.Array, ...],
+    real: jax.Array,
+    steps: int,
+) -> Params:
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, steps))
 
-    @partial(jax.jit, donate_argnums=(0, 1))  # the data are arguments: XLA would fold constants for minutes
-    def step(gates: Params, state: Any, data: Any) -> tuple[Params, Any]:
-        updates, state = optimizer.update(jax.grad(_likelihood)(gates, *data), state)
-        return optax.apply_updates(gates, updates), state
+    def step(state: Any, _: None) -> tuple[Any, None]:
+        gates, own = state
+        updates, own = optimizer.update(jax.grad(_likelihood)(gates, tables, history, mask, evidence, real), own)
+        return (optax.apply_updates(gates, updates), own), None
 
-    state = optimizer.init(gates)
-    for _ in range(steps):
-        gates, state = step(gates, state, data)
-    return gates
+    return jax.lax.scan(step, (gates, optimizer.init(gates)), None, length=steps)[0][0]
 
 
 def _likelihood(
-    gates: Params, tables: Params, history: jax.Array, mask: jax.Array, evidence: tuple[jax.Array, ...]
+    gates: Params,
+    tables: Params,
+    history: jax.Array,
+    mask: jax.Array,
+    evidence: tuple[jax.Array, ...],
+    real: jax.Array,
 ) -> jax.Array:
-    """Mean -log(p(target) + floor) of the next items, of `_evidence`."""
+    """Mean -log(p(target) + floor) of the next items of real users, of `_evidence`."""
     weights, popular = _gates(tables, gates, history, mask)
     of_target, of_seen, popularity, popularity_seen = evidence
     p = (weights * of_target).sum((1, 2)) + popular * popularity
     seen = (weights * of_seen).sum((1, 2)) + popular * popularity_seen
-    return -jnp.mean(jnp.log(p / jnp.maximum(1 - seen, 1e-3) + FLOOR))
+    return -jnp.sum(real * jnp.log(p / jnp.maximum(1 - seen, 1e-3) + FLOOR)) / real.sum()

@@ -1,5 +1,7 @@
 """Transitions: tables against counts by hand, probabilities, and a next item that follows from the last."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import scipy.sparse as sp
 import metarec_jax as mr
 from metarec_jax import item_to_item
 from metarec_jax.item_to_item import Sequences
-from metarec_jax.strategies.transitions import _gates, _scores
+from metarec_jax.strategies.transitions import _adam, _evidence, _gates, _scores, _start
 
 ITEMS, LENGTH, USERS = 30, 12, 150
 
@@ -115,6 +117,32 @@ def test_bad_settings_are_refused(options):
     fields = mr.models.fields_of(mr.data.synthetic(users=20, items=50))
     with pytest.raises(ValueError, match=r"experts|need numbers"):
         mr.transitions(mr.models.design(fields), **options)
+
+
+def test_the_evidence_is_what_dense_tables_hold():
+    rng = np.random.default_rng(0)
+    tables = [sp.csr_matrix(rng.random((9, 9)) * (rng.random((9, 9)) < 0.4)) for _ in range(2)]
+    history, target = np.array([[0, 3, 5], [2, 4, 8]]), np.array([7, 1])
+    popularity = np.append(0, rng.random(8))
+    of_target, of_seen, popular, popular_seen = _evidence(tables, popularity, history, target)
+    for k, dense in enumerate(t.toarray() for t in tables):
+        np.testing.assert_allclose(of_target[..., k], dense[history, target[:, None]], rtol=1e-6)
+        np.testing.assert_allclose(of_seen[..., k], [dense[np.ix_(h, h)].sum(1) for h in history], rtol=1e-6)
+    np.testing.assert_allclose(popular, popularity[target])
+    np.testing.assert_allclose(popular_seen, popularity[history].sum(1))
+
+
+def test_users_that_fill_up_do_not_move_the_gates():
+    rng = np.random.default_rng(0)
+    tables = {"counts": jnp.arange(9.0), "values": [jnp.ones((9, 1))] * 2}
+    history, evidence = (
+        rng.integers(1, 9, (4, 3)),
+        (rng.random((4, 3, 2)), rng.random((4, 3, 2)) / 9, *rng.random((2, 4)) / 9),
+    )
+    real = np.array([1.0, 1.0, 1.0, 0.0])
+    some = jax.tree.map(lambda x: x[:3], (history, history > 0, evidence, real))
+    whole = _adam(_start(2), tables, history, history > 0, evidence, real, 20)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), whole, _adam(_start(2), tables, *some, 20))
 
 
 def test_half_a_positive_has_half_the_gates(recommender):

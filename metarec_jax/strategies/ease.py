@@ -10,7 +10,7 @@ from metarec_jax import factorise
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import look_up
 from metarec_jax.strategies.ials import need_design, only_ranks
-from metarec_jax.strategies.observed import Observed, popularity
+from metarec_jax.strategies.observed import Observed, among, popularity
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.weights import example_weights, need_half_life, weigh
@@ -93,11 +93,7 @@ def ease(
 
     def predict(params: Params, adapted: Weighed, features: Features) -> jax.Array:
         if rank is None:
-
-            def column(ids: jax.Array) -> jax.Array:
-                return jnp.take_along_axis(adapted.own, ids, 1)[..., None]
-
-            own = look_up(column, features["item_id"], "categorical")[..., 0]
+            own = among(adapted.own, features)
         else:
             right = look_up(params["tables"]["fitted"]["right"].__getitem__, features["item_id"], "categorical")
             own = jnp.einsum("unf,uf->un", right, adapted.own)

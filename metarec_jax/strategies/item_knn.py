@@ -1,7 +1,7 @@
 """Item-kNN: items that the same users choose, with weights of items, of dislikes and of popularity that are
 meta-learned."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,13 @@ import optax
 from metarec_jax import factorise
 from metarec_jax.item_to_item import padded
 from metarec_jax.models.model import Model
-from metarec_jax.models.profile import look_up
+from metarec_jax.strategies.ease import Weighed
 from metarec_jax.strategies.ials import need_design, only_ranks
-from metarec_jax.strategies.observed import Observed, popularity
+from metarec_jax.strategies.observed import Observed, among, popularity
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.weights import example_weights, need_half_life, weigh
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
-
-
-class Weighed(NamedTuple):
-    """A user's scores of all items `[users, items]`, and the weight of popularity `[users]`."""
-
-    own: jax.Array
-    popularity: jax.Array
 
 
 def item_knn(
@@ -90,11 +83,7 @@ def item_knn(
         return Weighed(own, 0.1 + at(params["popularity"], count))
 
     def predict(params: Params, adapted: Weighed, features: Features) -> jax.Array:
-        def column(ids: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(adapted.own, ids, 1)[..., None]
-
-        own = look_up(column, features["item_id"], "categorical")[..., 0]
-        return own + adapted.popularity[:, None] * popularity(params, features)
+        return among(adapted.own, features) + adapted.popularity[:, None] * popularity(params, features)
 
     def items(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
         return features["item_id"], popularity(params, features)

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
@@ -66,6 +67,15 @@ def popularity(params: Params, features: Features) -> jax.Array:
     """`[...]` log popularity of the items of some features; of an item that is new that of one nobody has chosen."""
     table = params["tables"]["log_popularity"]
     return look_up(lambda x: table[x][..., None], features["item_id"], "categorical")[..., 0]
+
+
+def among(scores: jax.Array, features: Features) -> jax.Array:
+    """`[users, n]` of a user's scores of all items `[users, items]` those of the items of some features."""
+
+    def column(ids: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(scores, ids, 1)[..., None]
+
+    return look_up(column, features["item_id"], "categorical")[..., 0]
 
 
 def tables(strategy: Strategy, observed: Observed) -> dict[str, Any]:

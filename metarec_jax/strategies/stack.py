@@ -22,7 +22,7 @@ from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 MEMBERS: dict[str, Callable[..., Strategy]] = {
     "ials": ials, "ease": ease, "content": content, "transitions": transitions, "item_knn": item_knn,
 }  # fmt: skip
-OF_SPARSE = ("transitions", "item_knn")  # members where the catalogue has more than `SMALL` items
+OF_SPARSE = ("transitions", "item_knn")  # members where the catalogue has more than `SMALL` rows
 SMALL = 2_000
 DENSE = 6_000  # items up to which its ease has a matrix of items by items
 RANK = 256  # components beyond
@@ -49,7 +49,7 @@ def stack(
       model: of the members given by name.
       loss: not used: the strategy ranks.
       members: names ("ials", "ease", "content", "transitions", "item_knn") or strategies that rank (default: all of
-        these, without the last two up to 2,000 items: in a catalogue that small most pairs of items are in many
+        these, without the last two below 2,000 items: in a catalogue that small most pairs of items are in many
         histories, and nothing was gained on MovieLens-100K).
       options: keyword arguments of the members given by name, one dict a member (default: `default_options`).
 

@@ -21,10 +21,9 @@ from metarec_jax.item_to_item import (
 )
 from metarec_jax.item_to_item import transitions as counted
 from metarec_jax.models.model import Model
-from metarec_jax.models.profile import look_up
 from metarec_jax.strategies.ease import MEMORY
 from metarec_jax.strategies.ials import need_design, only_ranks
-from metarec_jax.strategies.observed import Observed
+from metarec_jax.strategies.observed import Observed, among
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
 
@@ -88,7 +87,7 @@ def transitions(
     if min(size, rank, lags, steps) < 1 or not experts:
         raise ValueError(f"need numbers of 1 or more, and an expert; got {size=}, {rank=}, {lags=}, {steps=}")
 
-    def tables(sequences: Sequences, codes: list[np.ndarray]) -> dict[str, sp.csr_matrix]:
+    def tables(sequences: Sequences, chosen: list[str], attributes: sp.csr_matrix | None) -> list[sp.csr_matrix]:
         counts = sequences.counts()
         slow = counted(sequences, 20, lambda d: np.exp(-(d - 1) / SLOW), 0.5)
         step = stochastic(slow + BACK * slow.T)
@@ -111,11 +110,9 @@ def transitions(
             near = stochastic(top(stochastic(alike), min(50, size)))
             return product(near, step, size) if expert == "attribute_first" else product(step, near, size)
 
-        chosen = [e for e in experts if codes or not e.startswith("attribute")]
-        if any(e.startswith("attribute") for e in chosen):
-            rows = attribute_rows(codes)
-            alike = product(rows, rows.T.tocsr(), size, sharp)
-        return {e: stochastic(sp.csr_matrix(of(e))) for e in chosen}
+        if attributes is not None:
+            alike = product(attributes, attributes.T.tocsr(), size, sharp)
+        return [stochastic(sp.csr_matrix(of(e))) for e in chosen]
 
     def fit(observed: Observed) -> Params:
         what, instead = f"transitions over {observed.items - 1:,} items", 'strategy_options={"size": 20}'
@@ -127,12 +124,14 @@ def transitions(
         codes = [
             x for n, x in observed.features.items() if n.startswith("item/") and np.issubdtype(x.dtype, np.integer)
         ]
+        chosen = [e for e in experts if codes or not e.startswith("attribute")]
+        attributes = attribute_rows(codes) if any(e.startswith("attribute") for e in chosen) else None
         before, target = sequences.without_last()
-        gates = _start(len([e for e in experts if codes or not e.startswith("attribute")]))
+        gates = _start(len(chosen))
         if len(target):
             history, mask = before.latest(lags)
-            gates = _fitted(gates, list(tables(before, codes).values()), before, history, mask, target, steps)
-        pairs = [padded(table, size) for table in tables(sequences, codes).values()]
+            gates = _fitted(gates, tables(before, chosen, attributes), before, history, mask, target, steps)
+        pairs = [padded(table, size) for table in tables(sequences, chosen, attributes)]
         return {
             "columns": [columns for columns, _ in pairs],
             "values": [values for _, values in pairs],
@@ -152,10 +151,7 @@ def transitions(
         return scores.at[:, 0].set(scores[:, 1:].min(1))  # an item that is new
 
     def predict(params: Params, adapted: jax.Array, features: Features) -> jax.Array:
-        def column(ids: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(adapted, ids, 1)[..., None]
-
-        return look_up(column, features["item_id"], "categorical")[..., 0]
+        return among(adapted, features)
 
     def items(params: Params, features: Features) -> jax.Array:
         return features["item_id"]
@@ -220,16 +216,13 @@ def _evidence(
 
     def looked_up(columns: np.ndarray) -> np.ndarray:
         """`[users, lags, experts]` sums over `columns` `[users, n]`."""
-        rows, wide = np.broadcast_arrays(history[:, :, None], columns[:, None, :])
-        parts = [
-            [
-                np.asarray(t[rows[i : i + BLOCK].ravel(), wide[i : i + BLOCK].ravel()])
-                for i in range(0, len(rows), BLOCK)
-            ]
-            for t in tables
-        ]
-        each = [np.concatenate(p, axis=None).reshape(rows.shape).sum(-1) for p in parts]
-        return np.stack(each, -1).astype(np.float32)
+        parts = []
+        for start in range(0, len(history), BLOCK):
+            here = slice(start, start + BLOCK)
+            rows, wide = np.broadcast_arrays(history[here, :, None], columns[here, None, :])
+            each = [np.asarray(t[rows.ravel(), wide.ravel()]).reshape(rows.shape).sum(-1) for t in tables]
+            parts.append(np.stack(each, -1).astype(np.float32))
+        return np.concatenate(parts)
 
     for table in tables:
         table.sum_duplicates()  # sorted, so that an entry is found by bisection
@@ -252,24 +245,17 @@ def _fitted(
     users = jax.tree.map(
         lambda x: np.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1))), (history, mask, evidence, np.ones(len(target)))
     )
-    return _adam(gates, {"counts": sequences.counts(), "values": there}, *users, steps)
+    return _adam(gates, {"counts": sequences.counts(), "values": there}, users, steps)
 
 
 @partial(jax.jit, static_argnames="steps")
-def _adam(
-    gates: Params,
-    tables: Params,
-    history: jax.Array,
-    mask: jax.Array,
-    evidence: tuple[jax.Array, ...],
-    real: jax.Array,
-    steps: int,
-) -> Params:
+def _adam(gates: Params, tables: Params, users: tuple[Any, ...], steps: int) -> Params:
+    """`steps` of Adam on `_likelihood`, whose last arguments are `users`."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, steps))
 
     def step(state: Any, _: None) -> tuple[Any, None]:
         gates, own = state
-        updates, own = optimizer.update(jax.grad(_likelihood)(gates, tables, history, mask, evidence, real), own)
+        updates, own = optimizer.update(jax.grad(_likelihood)(gates, tables, *users), own)
         return (optax.apply_updates(gates, updates), own), None
 
     return jax.lax.scan(step, (gates, optimizer.init(gates)), None, length=steps)[0][0]

@@ -141,8 +141,8 @@ def test_users_that_fill_up_do_not_move_the_gates():
     )
     real = np.array([1.0, 1.0, 1.0, 0.0])
     some = jax.tree.map(lambda x: x[:3], (history, history > 0, evidence, real))
-    whole = _adam(_start(2), tables, history, history > 0, evidence, real, 20)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), whole, _adam(_start(2), tables, *some, 20))
+    whole = _adam(_start(2), tables, (history, history > 0, evidence, real), 20)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), whole, _adam(_start(2), tables, some, 20))
 
 
 def test_half_a_positive_has_half_the_gates(recommender):

@@ -43,6 +43,7 @@ from metarec_jax.strategies import RANKING, RATING, STRATEGIES, Ranking, Strateg
 from metarec_jax.strategies.catalogue import Known
 from metarec_jax.strategies.labels import shifts_of_labels
 from metarec_jax.strategies.ranked import TABLES
+from metarec_jax.strategies.stack import MEMBERS, of_catalogue
 from metarec_jax.tasks import Params
 from metarec_jax.training import EPOCHS, fit
 from metarec_jax.transfer import carry_over
@@ -831,6 +832,12 @@ def train(
     statistics = ItemStatistics.fit(split.train, target)
     given, data = data, statistics.extend(data)
     split = Split(*(replace(part, data=data) for part in split))
+    if strategy == "stack":
+        given_options = dict(strategy_options or {})
+        chosen = of_catalogue(
+            fields_of(data)["item_id"].size, given_options.get("members"), given_options.get("options")
+        )
+        strategy_options = given_options | chosen
     recipe = {"strategy": saving.part(strategy, strategy_options), "model": saving.part(model, model_options)}
     built = build(strategy, strategy_options, model, model_options, data, target)
     if start is None and shared is not None:
@@ -935,6 +942,9 @@ def load(
                 f"load it with load(path, {what}=...)"
             )
         options = recipe[what]["options"] if given is None else None
+        if given is None and name == "stack" and "members" not in options:  # saved before they were kept
+            weights = {key for key in arrays if key.startswith("params['weights']")}
+            options |= {"members": list(MEMBERS)[: len(weights)]}
         chosen |= {what: given or name, f"{what}_options": options}
     built = build(**chosen, data=catalogue, target=target)
     built = reweighted(built) if recipe.get("reweighted") else built

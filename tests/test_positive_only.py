@@ -1,9 +1,12 @@
 """Plays, purchases and clicks: data without ratings, from the table to recommendations and their evaluation."""
 
+import json
+
 import numpy as np
 import pytest
 
 import metarec_jax as mr
+from metarec_jax.strategies.stack import of_catalogue
 
 
 @pytest.fixture(scope="module")
@@ -61,5 +64,20 @@ def test_it_says_why_and_is_the_same_after_saving(recommender, tmp_path):
     why = recommender.explain(["sku0", "sku2"], "sku4")
     assert {cause.item for cause in why.causes} == {"sku0", "sku2"}
     recommender.save(tmp_path / "model")
+    again = mr.load(tmp_path / "model")
+    assert again.recommend(["sku0", "sku2"], k=5) == recommender.recommend(["sku0", "sku2"], k=5)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_saved_stack_keeps_its_members_when_the_defaults_change(recommender, tmp_path, monkeypatch, told):
+    recommender.save(tmp_path / "model")
+    path = tmp_path / "model" / "model.json"
+    config = json.loads(path.read_text())
+    assert config["recipe"]["strategy"]["options"]["members"] == ["ials", "ease", "content"]
+    if not told:  # as it was saved before the members were kept
+        config["recipe"]["strategy"]["options"] = {}
+        path.write_text(json.dumps(config))
+    for bound in ("SMALL", "DENSE") if told else ("SMALL",):
+        monkeypatch.setitem(of_catalogue.__globals__, bound, 1)
     again = mr.load(tmp_path / "model")
     assert again.recommend(["sku0", "sku2"], k=5) == recommender.recommend(["sku0", "sku2"], k=5)

@@ -59,9 +59,8 @@ def stack(
     References:
       Wolpert, Stacked Generalization, Neural Networks 1992 (weights from held-out scores).
     """
-    if members is None:
-        members = [name for name in MEMBERS if name not in OF_SPARSE or (model.items or 0) > SMALL]
-    settings = [default_options(m, model.items or 0) for m in members] if options is None else list(options)
+    chosen = of_catalogue(model.items or 0, members, options)
+    members, settings = chosen["members"], chosen["options"]
     if len(settings) != len(members) or not members:
         raise ValueError(f"need a member and a dict of options for each, got {len(members)} and {len(settings)}")
     if unknown := [m for m in members if isinstance(m, str) and m not in MEMBERS]:
@@ -119,6 +118,23 @@ def stack(
         fit=fit,
         ranks=True,
     )
+
+
+def of_catalogue(
+    items: int,
+    members: Sequence[str | Strategy] | None = None,
+    options: Sequence[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Arguments of `stack` with the defaults for a catalogue of so many rows filled in.
+
+    A saved model keeps them, so that it can be loaded when the defaults have changed.
+    """
+    if members is None:
+        members = [name for name in MEMBERS if name not in OF_SPARSE or items > SMALL]
+    return {
+        "members": list(members),
+        "options": [default_options(m, items) for m in members] if options is None else list(options),
+    }
 
 
 def default_options(member: str | Strategy, items: int) -> dict[str, Any]:

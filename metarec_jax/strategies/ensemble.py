@@ -196,15 +196,22 @@ def fit_weights(
 
 
 def given(strategy: Strategy, params: Params) -> Strategy:
-    """`strategy` with parameters that are trained already: nothing of it is trained, an ensemble's member as it is."""
-    deviation = strategy.deviation
+    """`strategy` with parameters that are trained already: nothing of it is trained, a member of an ensemble or, where
+    it ranks, of a stack."""
+
+    def own(function: Any) -> Any:
+        return function and (lambda _, *rest: function(params, *rest))
+
     return Strategy(
         init=lambda key: {},
-        adapt=lambda _, support, key: strategy.adapt(params, support, key),
-        predict=lambda _, adapted, features: strategy.predict(params, adapted, features),
-        loss=lambda _, task, key: strategy.loss(params, task, key),
-        deviation=deviation and (lambda _, adapted, features: deviation(params, adapted, features)),
+        adapt=own(strategy.adapt),
+        predict=own(strategy.predict),
+        loss=own(strategy.loss),
+        deviation=own(strategy.deviation),
         labelled=strategy.labelled,
+        items=own(strategy.items),
+        score=own(strategy.score),
+        ranks=strategy.ranks,
     )
 
 

@@ -50,7 +50,8 @@ def stack(
       loss: not used: the strategy ranks.
       members: names ("ials", "ease", "content", "transitions", "item_knn") or strategies that rank (default: all of
         these, without the last two below 2,000 items: in a catalogue that small most pairs of items are in many
-        histories, and nothing was gained on MovieLens-100K).
+        histories, and nothing was gained on MovieLens-100K). One that is trained already is
+        `metarec_jax.given(strategy, params)`; its weight is learned on users whom it has seen.
       options: keyword arguments of the members given by name, one dict a member (default: `default_options`).
 
     Raises:
@@ -113,6 +114,7 @@ def stack(
         predict,
         only_ranks("stack"),
         deviation if any(m.deviation for m in made) else None,
+        labelled=any(m.labelled for m in made),
         items=items if explicit else None,
         score=score if explicit else None,
         fit=fit,

@@ -1,5 +1,7 @@
 """Sequence learners that rank: every place of a history predicts what came next."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 import metarec_jax as mr
 from metarec_jax.build import build
 from metarec_jax.ranking_tasks import observe
-from metarec_jax.strategies.catalogue import Known, adapt, support_of
+from metarec_jax.strategies.catalogue import Known, adapt, score_shared, support_of
 from metarec_jax.strategies.observed import tables
 
 ITEMS, LENGTH, USERS = 20, 10, 120
@@ -50,3 +52,24 @@ def test_it_learns_what_follows(ordered):
     trained = mr.train(ordered, "in_context", "transformer", protocol=mr.NextItem(), **options)
     found = trained.evaluate()
     assert found["in_context"]["ndcg@10"] > found["popularity"]["ndcg@10"] + 0.1
+
+
+def test_a_trained_sequence_learner_is_a_member_of_a_stack(ordered):
+    short = {"protocol": mr.NextItem(), "progress": False}
+    trained = mr.train(
+        ordered, "in_context", "transformer", model_options={"width": 16, "tied": True}, epochs=20, **short
+    )
+    member = mr.given(trained.strategy, trained.params)
+    stack = partial(mr.stack, members=["transitions", member], options=[{"size": 20}, {}])
+    stacked = mr.train(ordered, stack, "design", epochs=2, **short)
+    assert stacked.params["members"] == [{}, {}]
+    items = stacked.params["tables"]["items"]
+    known = Known.blank(1, 3, (), ())
+    known.items[:], known.target[:], known.weight[:] = [3, 4, 5], 1, 1
+    alone = adapt(trained.strategy, trained.params, items, known)
+    both = adapt(stacked.strategy, stacked.params, items, known)
+    side = stacked.strategy.items(stacked.params, items)
+    expected = score_shared(trained.strategy, trained.params, alone, known, items)
+    np.testing.assert_allclose(member.score({}, both[0][1], side[1]), expected, rtol=1e-5)
+    (found,) = stacked.evaluate(baselines=False).values()
+    assert found["ndcg@10"] > 0.5

@@ -47,7 +47,8 @@ class Ranker:
         user: Sequence[Field] = (),
         context: Sequence[Field] = (),
     ) -> None:
-        self.strategy, self.params, self.stock, self.fields = strategy, params, stock, (tuple(user), tuple(context))
+        self.strategy, self.stock, self.fields = strategy, stock, (tuple(user), tuple(context))
+        self.params: Params = jax.device_put(params)  # those of a loaded model would be copied in each call
         tables = {"item_id": stock.code} | {f"item/{name}": table for name, table in stock.features.items()}
         self.tables: dict[str, jax.Array] = jax.device_put(tables)
         self._adapt, self._score = jax.jit(partial(adapt, strategy)), jax.jit(partial(score, strategy))

@@ -85,8 +85,7 @@ def ease(
         weight = weigh(params, support, half_life) * target
         scale = 4 * jnp.exp(at(params["scale"], count))[:, None]
         if rank is None:
-            known = jnp.zeros((len(ids), fitted["weights"].shape[0])).at[jnp.arange(len(ids))[:, None], ids].add(weight)
-            own = known @ fitted["weights"]
+            own = summed(fitted["weights"], ids, weight)
         else:
             own = jnp.einsum("un,unf->uf", weight, fitted["left"][ids])
         return Weighed(scale * own, 0.1 + at(params["popularity"], count))
@@ -108,3 +107,17 @@ def ease(
         return own + adapted.popularity[:, None] * side[1]
 
     return Strategy(init, adapt, predict, only_ranks("ease"), items=items, score=score, fit=fit, ranks=True)
+
+
+def summed(table: jax.Array, rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """`[users, columns]` weighted sums of rows of `table`, with `rows` and `weight` `[users, n]`.
+
+    One example of all users after the other, so that n users columns numbers are never held, also not for the gradient.
+    """
+
+    @jax.checkpoint
+    def add(total: jax.Array, example: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        row, weight = example
+        return total + weight[:, None] * table[row], None
+
+    return jax.lax.scan(add, jnp.zeros((len(rows), table.shape[1])), (rows.T, weight.T))[0]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from metarec_jax.data.protocols import PROTOCOLS, Protocol, ratings_of
 from metarec_jax.data.ranking_protocols import NextItem, StrongGeneralisation
 from metarec_jax.data.splits import ColdUsers, Split
 from metarec_jax.data.statistics import ItemStatistics
+from metarec_jax.data.tables import from_tables
 from metarec_jax.data.target import Target
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError, ModelFileError
@@ -38,7 +39,7 @@ from metarec_jax.progress import epochs_bar
 from metarec_jax.progress import tensorboard as event_files
 from metarec_jax.ranking import USERS, Explore, Ranker, diversify
 from metarec_jax.stock import Stock
-from metarec_jax.store import Event, SqliteStore, Store, UserId, open_store
+from metarec_jax.store import Event, SqliteStore, Store, Stored, UserId, open_store
 from metarec_jax.strategies import RANKING, RATING, STRATEGIES, Ranking, Strategy, reweighted
 from metarec_jax.strategies.catalogue import Known
 from metarec_jax.strategies.labels import shifts_of_labels
@@ -47,6 +48,9 @@ from metarec_jax.strategies.stack import MEMBERS, of_catalogue
 from metarec_jax.tasks import Params
 from metarec_jax.training import EPOCHS, fit
 from metarec_jax.transfer import carry_over
+
+if TYPE_CHECKING:
+    import polars as pl
 
 Where = Mapping[str, Any]
 DEFAULT_STRATEGY = {"ranking": "stack", "click": "alpaca", "rating": "alpaca"}
@@ -112,6 +116,10 @@ class Recommender:
     def __post_init__(self) -> None:
         if self.stock is None:
             object.__setattr__(self, "stock", Stock.of(self.catalogue))
+
+    def __repr__(self) -> str:
+        name = self.recipe["strategy"]["name"] or "a strategy of the caller"
+        return f"Recommender({name}, {self.target.kind}, {len(self.stock) - 1:,} items, {len(self.history)} epochs)"
 
     def recommend(
         self,
@@ -212,10 +220,10 @@ class Recommender:
     def predict_for(
         self, users: UserId | Sequence[UserId], items: Sequence[Any], *, context: Mapping[str, Any] | None = None
     ) -> Any:
-        """What a user of `update`, or each of a list of users, would think of given items; see `predict`.
+        """What a user of the dataset or of `update`, or each of a list, would think of given items; see `predict`.
 
         Args:
-          users: raw id or a list of ids; of one never seen nothing is known.
+          users: raw id or a list of ids, as of `recommend_to`; of one never seen nothing is known.
           items, context: see `predict`.
 
         Raises:
@@ -286,7 +294,10 @@ class Recommender:
     def recommend_to(
         self, users: UserId | Sequence[UserId], k: int = 10, *, context: Mapping[str, Any] | None = None, **choice: Any
     ) -> Any:
-        """The `k` best items for a user of `update`, or for each of a list of users.
+        """The `k` best items for a user of the dataset or of `update`, or for each of a list of users.
+
+        Of a user of the dataset the interactions there count, and then the events of `update`. A loaded model holds no
+        interactions, and knows the users of `update` alone.
 
         Args:
           users: raw id or a list of ids; one never seen gets the ranking of a user about whom nothing is known.
@@ -300,6 +311,69 @@ class Recommender:
         single, people = self._stored(users)
         found = self._best(people, k, context, _Choice(**choice))
         return found[0] if single else found
+
+    def recommend_all(
+        self,
+        k: int = 10,
+        users: Sequence[UserId] | None = None,
+        *,
+        context: Mapping[str, Any] | None = None,
+        **choice: Any,
+    ) -> "pl.DataFrame":
+        """The `k` best items of many users as a table: user_id, item_id, rank (from 1) and score.
+
+        Args:
+          k, context, **choice: see `recommend_to`.
+          users: raw ids (default: all users of the dataset).
+
+        Raises:
+          DataError: as `recommend_to`; a loaded model, which holds no users, without `users`.
+        """
+        import polars as pl
+
+        if users is None and not len(self.catalogue.rating):
+            raise DataError("a loaded model holds no users: recommend_all(k, users=[...])")
+        ids = self.catalogue.users.ids if users is None else np.asarray(users)
+        lists = self.recommend_to(ids.tolist(), k, context=context, **choice) if len(ids) else []
+        lengths = [len(found) for found in lists]
+        return pl.DataFrame(
+            {
+                "user_id": np.repeat(ids, lengths),
+                "item_id": self.stock.decode(
+                    np.concatenate(
+                        [np.zeros(0, np.int32), *(self.stock.encode([r.item for r in found]) for found in lists)]
+                    )
+                ),
+                "rank": np.concatenate([np.zeros(0, int), *(np.arange(1, n + 1) for n in lengths)]),
+                "score": [r.score for found in lists for r in found],
+            }
+        )
+
+    def similar_items(self, item: Any, k: int = 10) -> list[Recommendation]:
+        """The `k` items most like a given one, whatever a user's taste.
+
+        The score is the cosine of what the network computes of each item alone (`Ranker.vectors`): of the default, who
+        chose them and what their fields say.
+
+        Args:
+          item: raw id.
+          k: how many.
+
+        Raises:
+          DataError: an unknown item; a `k` that is no positive integer.
+        """
+        _checked_count(k)
+        row = self._row_of_item(item)
+        likeness = self._likeness @ self._likeness[row]
+        likeness[[UNKNOWN, row]] = -np.inf
+        rows = np.argsort(-likeness, kind="stable")[: min(k, len(likeness) - 2)]
+        return self._readable(rows, likeness[rows])
+
+    def _row_of_item(self, item: Any) -> int:
+        (row,) = self.stock.encode([item])
+        if row == UNKNOWN:
+            raise DataError(f"item {item!r} is unknown; name one of the stock, or add it with add_items")
+        return int(row)
 
     def _stored(self, users: UserId | Sequence[UserId]) -> tuple[bool, list["_Person"]]:
         """Whether it is one user, and what the store knows of the users."""
@@ -341,7 +415,8 @@ class Recommender:
         self.users.describe(checked_id(user, None, "user"), attributes)
 
     def forget(self, user: UserId) -> int:
-        """Removes every trace of a user from `users`; returns how many events there were."""
+        """Removes every trace of a user from `users`; returns how many events there were. What the dataset holds of the
+        user stays: train again without it."""
         return self.users.forget(checked_id(user, None, "user"))
 
     def explain(
@@ -355,7 +430,7 @@ class Recommender:
         """Why an item has its score: what each of the user's interactions did to it, and each field.
 
         Args:
-          who: a history, as of `recommend`, or the id of a user of `update`.
+          who: a history, as of `recommend`, or the id of a user, as of `recommend_to`.
           item: raw id.
           user: attributes that go with a history.
           context: see `recommend`.
@@ -363,9 +438,7 @@ class Recommender:
         Raises:
           DataError: an unknown item, a bad history; `user` with the id of a user.
         """
-        (row,) = self.stock.encode([item])
-        if row == UNKNOWN:
-            raise DataError(f"item {item!r} is unknown; explain one of the stock, or add it with add_items")
+        row = self._row_of_item(item)
         if isinstance(who, int | str | np.integer):
             if user is not None:
                 raise DataError("user: the attributes of a user of update are given to describe_user")
@@ -557,8 +630,7 @@ class Recommender:
           DataError: a loaded model without `data`, or data that do not fit.
           ValueError: the strategy adapts nothing.
         """
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise DataError(f"k must be a positive integer, got {k!r}")
+        _checked_count(k)
         value = evidence(self.strategy, self.params, self.split(data, "ask(k, data)").train, self.target)
         rows = np.argsort(-value, kind="stable")[: min(k, np.count_nonzero(value))]
         return self._readable(rows, value[rows])
@@ -619,15 +691,45 @@ class Recommender:
         return encode_attributes(given, self.catalogue.user_fields)
 
     def _known(self, users: Sequence[UserId]) -> list["_Person"]:
-        """What the store knows of users, encoded."""
+        """Users of the dataset and of the store, encoded: the interactions of the former come before the latter's."""
         found = []
         for user, person in zip(users, self.users.read(users, LONGEST), strict=True):
-            items, ratings, weights = taste(person.events, self.limits, self.target.threshold, self.half_life)
+            row = self._row_of(user)
+            events = self._interactions(row) + person.events
+            items, ratings, weights = taste(events, self.limits, self.target.threshold, self.half_life)
             try:
-                found.append(_Person(self.stock.encode(items), ratings, weights, self._attributes(person.attributes)))
+                attributes = self._attributes(person.attributes)
+                if row != UNKNOWN and not person.attributes:
+                    attributes = {name: table[row] for name, table in self.catalogue.user_features.items()}
+                found.append(_Person(self.stock.encode(items), ratings, weights, attributes))
             except DataError as error:
                 raise DataError(f"user {user!r}, as kept by the store: {error}") from error
         return found
+
+    def _row_of(self, user: UserId) -> int:
+        """The row of a user of the dataset, 0 where there is none or the interactions are not at hand."""
+        ids = self.catalogue.users
+        same = ids.ids.dtype.kind == ("U" if isinstance(user, str) else "i")
+        if not len(self.catalogue.rating) or ids.buckets is not None or not same:
+            return UNKNOWN
+        return int(ids.encode([user])[0])
+
+    def _interactions(self, row: int) -> list[Stored]:
+        """What a user of the dataset did, in the order of time."""
+        if row == UNKNOWN:
+            return []
+        data, (by_user, starts) = self.catalogue, self._by_user
+        index = by_user[starts[row] : starts[row + 1]][-LONGEST:]
+        items = data.items.decode(data.item[index]).tolist()
+        each = zip(items, data.rating[index].tolist(), data.timestamp[index].tolist(), strict=True)
+        return [Stored(item, "rating", rating, float(time)) for item, rating, time in each]
+
+    @cached_property
+    def _by_user(self) -> tuple[np.ndarray, np.ndarray]:
+        """Interactions of the dataset by user and time, and where each row's begin."""
+        data = self.catalogue
+        by_user = np.lexsort((data.order, data.user))
+        return by_user, np.searchsorted(data.user[by_user], np.arange(len(data.users) + 1))
 
     def _batch(self, people: Sequence["_Person"], context: Mapping[str, Any] | None) -> Known:
         """The people as arrays of a few fixed shapes."""
@@ -658,8 +760,7 @@ class Recommender:
             rater = self._rater()
             lists, (low, high) = rater._best(people, k, context, replace(choice, by="score")), rater.limits
             return [[r._replace(score=min(max(r.score, low), high)) for r in found] for found in lists]
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise DataError(f"k must be a positive integer, got {k!r}")
+        _checked_count(k)
         where = choice.where
         wheres: list[Any] = [where] if where is None or isinstance(where, Mapping) else list(where)
         if len(wheres) not in (1, len(people)):
@@ -757,12 +858,17 @@ class _Person(NamedTuple):
     attributes: dict[str, np.ndarray]
 
 
+def _checked_count(k: Any) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise DataError(f"k must be a positive integer, got {k!r}")
+
+
 def _standardised(values: np.ndarray) -> np.ndarray:
     return (values - values.mean()) / max(float(values.std()), 1e-9) if len(values) else values
 
 
 def train(
-    data: Dataset,
+    data: Dataset | Any,
     strategy: str | Callable[..., Strategy] | None = None,
     model: str | Callable[..., Model] | None = None,
     *,
@@ -782,7 +888,8 @@ def train(
     """Meta-train a recommender on a dataset.
 
     Args:
-      data: from `metarec_jax.data`.
+      data: from `metarec_jax.data`; or a table as of `metarec_jax.data.from_tables`, with the columns user_id, item_id
+        and, where there are any, rating and timestamp.
       strategy: a name in `metarec_jax.strategies.STRATEGIES` or `RANKING`, or a function `(model, loss=...) ->
         Strategy`; by default "stack" to rank and "alpaca" for clicks and ratings.
       model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model`; by default what
@@ -811,7 +918,7 @@ def train(
       DataError: the dataset has too few users for the protocol; all ratings of the training users are clicks, or none.
       ValueError: an unknown name; `start` was trained for another target, or with another strategy or model; `shared`
         without `start`.
-      TypeError: `start` is no recommender; an argument that the protocol has, or that nothing has.
+      TypeError: `data` is a name; `start` is no recommender; an argument that the protocol has, or that nothing has.
       FloatingPointError: the loss is no longer finite.
       ModelFileError: `checkpoint` is damaged or of another training.
       ModuleNotFoundError: `tensorboard` needs a package that is missing.
@@ -819,6 +926,10 @@ def train(
     for name in ("target", "query"):
         if name in fit_options:
             raise TypeError(f"`{name}` is the protocol's: train(..., protocol=mr.ColdUsers({name}=...))")
+    if isinstance(data, str | Path):
+        raise TypeError(f"train takes a dataset or a table, not a name: mr.data.load({str(data)!r})")
+    if not isinstance(data, Dataset):
+        data = from_tables(data)
     protocol, ranking = _asked(objective, protocol)
     if ranking is not None:
         fit_options["objective"] = ranking
@@ -832,6 +943,8 @@ def train(
     statistics = ItemStatistics.fit(split.train, target)
     given, data = data, statistics.extend(data)
     split = Split(*(replace(part, data=data) for part in split))
+    if progress:
+        print(_who_trains(split, protocol))
     if strategy == "stack":
         given_options = dict(strategy_options or {})
         chosen = of_catalogue(
@@ -894,6 +1007,18 @@ def train(
     )
 
 
+def _who_trains(split: Split, protocol: Protocol) -> str:
+    """What of a dataset a training uses, in words."""
+    data = split.train.data
+    used, sizes = len(np.unique(split.train.index)), [len(np.unique(part.users)) for part in split]
+    left_out = len(data.users) - 1 - len(np.unique(np.concatenate([part.users for part in split])))
+    name = type(protocol).__name__
+    return (
+        f"{name}: {sizes[0]:,} users train on {used:,} of {len(data.rating):,} interactions, {sizes[1]:,} validate, "
+        f"{sizes[2]:,} test" + (f"; {left_out:,} users have too few interactions for {name}" if left_out else "")
+    )
+
+
 def _asked(objective: str | Ranking | None, protocol: Protocol | None) -> tuple[Protocol, Ranking | None]:
     """The protocol and the ranking objective that are meant; None of the latter for clicks and ratings."""
     kind = "ranking" if isinstance(objective, Ranking) else objective
@@ -942,9 +1067,9 @@ def load(
                 f"load it with load(path, {what}=...)"
             )
         options = recipe[what]["options"] if given is None else None
-        if given is None and name == "stack" and "members" not in options:  # saved before they were kept
-            weights = {key for key in arrays if key.startswith("params['weights']")}
-            options |= {"members": list(MEMBERS)[: len(weights)]}
+        if given is None and name == "stack" and "members" not in (options or {}):  # saved before they were kept
+            weights = [key for key in arrays if key.startswith("params['weights']")]
+            options = {**(options or {}), "members": list(MEMBERS)[: len(weights)]}
         chosen |= {what: given or name, f"{what}_options": options}
     built = build(**chosen, data=catalogue, target=target)
     built = reweighted(built) if recipe.get("reweighted") else built

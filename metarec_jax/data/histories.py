@@ -11,7 +11,7 @@ from metarec_jax.errors import DataError
 
 ItemId = int | str
 History = Mapping[Any, float] | Sequence[tuple[Any, float]] | Sequence[ItemId]
-FORMS = "{item: rating, ...}, [(item, rating), ...] or [item, ...]"
+FORMS = "{item: rating, ...}, [(item, rating), ...], [item, ...] or a table with item_id"
 
 
 class Rows(Protocol):
@@ -22,7 +22,7 @@ class Rows(Protocol):
 
 
 def is_one_user(history: Any) -> bool:
-    """Whether this is one user's history: a mapping, an empty sequence, item ids, or (item, rating) tuples.
+    """Whether this is one user's history: a mapping, a table, an empty sequence, item ids, or (item, rating) tuples.
 
     A batch is a sequence of histories. Its entries must not be tuples of two, which are (item, rating) pairs.
 
@@ -47,7 +47,8 @@ def encode_history(
 
     Args:
       history: `{item: rating}`, `[(item, rating), ...]`, or item ids alone, `[item, ...]`, which are positives: their
-        rating is `limits[1]`.
+        rating is `limits[1]`; also an array or a column of ids, or a pandas or polars frame with the column item_id
+        and, where there is one, rating.
       items: rows of raw ids.
       limits: lowest and highest rating of the training.
       who: begins the message of an error.
@@ -83,9 +84,16 @@ def encode_history(
 
 
 def _sequence(history: Any) -> list[Any] | None:
-    """The entries of a sequence or of an array of ids; None where it is neither."""
+    """The entries of a sequence, an array or a column of ids, or a frame; None where it is neither."""
     if isinstance(history, np.ndarray) and history.ndim == 1:
         return history.tolist()
+    if hasattr(history, "columns"):  # a frame of pandas or polars
+        if "item_id" not in history.columns:
+            raise DataError(f"history: a table needs the column item_id; it has {', '.join(map(str, history.columns))}")
+        items = history["item_id"].to_list()
+        return list(zip(items, history["rating"].to_list(), strict=True)) if "rating" in history.columns else items
+    if hasattr(history, "to_list"):  # a column of theirs
+        return history.to_list()
     if isinstance(history, str | bytes) or not isinstance(history, Sequence):
         return None
     return list(history)

@@ -250,7 +250,7 @@ def _column(table: "pl.DataFrame", column: str, what: str) -> "pl.Series":
     if column not in table.columns:
         raise DataError(
             f"{what}: column {column!r} is missing (there are: {', '.join(table.columns)}); "
-            "give your own names with columns={...}"
+            f"name yours: mr.data.from_tables(..., columns={{{column!r}: 'your name'}})"
         )
     return table[column]
 

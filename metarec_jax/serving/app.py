@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from starlette.routing import Route
 
 from metarec_jax.errors import DataError, ModelFileError, StoreError
 from metarec_jax.serving.batcher import Batcher, Overloaded
-from metarec_jax.serving.service import Service
+from metarec_jax.serving.service import OPTIONS, Service
 
 LARGEST = 4 << 20  # bytes of a request
+EXPLAIN = ("item", "user", "history", "attributes", "context")
+RECOMMEND = ("user", "history", "attributes", "k", "where", *OPTIONS)
 PAGE = Path(__file__).with_name("page")
 SAFE = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
@@ -72,10 +74,10 @@ def create_app(
     model = Gauge("metarec_model", "The model in use.", ["version"], registry=registry)
 
     async def recommend(request: Request) -> Any:
-        return await recommending.submit(await _body(request))
+        return await recommending.submit(await _body(request, RECOMMEND))
 
     async def update(request: Request) -> Any:
-        events = (await _body(request)).get("events")
+        events = (await _body(request, ("events",))).get("events")
         if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
             raise BadRequest(400, 'expected {"events": [{"user": ..., "item": ..., "kind": ...}, ...]}')
         found = await updating.submit(events)
@@ -83,17 +85,17 @@ def create_app(
         return found
 
     async def explain(request: Request) -> Any:
-        return await _apart(others, service.explain, await _body(request))
+        return await _apart(others, service.explain, await _body(request, EXPLAIN))
 
     async def describe(request: Request) -> Any:
-        body = await _body(request)
+        body = await _body(request, ("user", "attributes"))
         if "user" not in body or not isinstance(body.get("attributes"), dict):
             raise BadRequest(400, 'expected {"user": ..., "attributes": {...}}')
         await _apart(others, service.current.describe_user, body["user"], body["attributes"])
         return {}
 
     async def forget(request: Request) -> Any:
-        body = await _body(request)
+        body = await _body(request, ("user",))
         if "user" not in body:
             raise BadRequest(400, 'expected {"user": ...}')
         return {"events": await _apart(others, service.current.forget, body["user"])}
@@ -194,8 +196,8 @@ async def _apart(limit: asyncio.Semaphore, work: Callable[..., Any], *args: Any)
         return await asyncio.get_running_loop().run_in_executor(None, work, *args)
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object of a request."""
+async def _body(request: Request, names: Collection[str]) -> dict[str, Any]:
+    """The JSON object of a request, which may hold these names."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise BadRequest(415, "send JSON, with Content-Type: application/json")
     content = bytearray()
@@ -209,6 +211,8 @@ async def _body(request: Request) -> dict[str, Any]:
         raise BadRequest(400, f"this is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise BadRequest(400, f"expected a JSON object, got {type(found).__name__}")
+    if unknown := sorted(found.keys() - set(names)):
+        raise BadRequest(400, f"{unknown[0][:50]!r} is unknown here; a request may hold {', '.join(names)}")
     return found
 
 

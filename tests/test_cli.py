@@ -129,6 +129,7 @@ def test_mistakes_get_one_line_and_no_traceback(monkeypatch, capsys, tmp_path):
 def test_compiled_programs_are_kept_for_the_next_command(ratings, tmp_path):
     """As a command of its own: only `main` keeps them."""
     model, where = tmp_path / "model", {**os.environ, "METAREC_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    where.pop("JAX_COMPILATION_CACHE_DIR", None)  # of the caller, which would be used in its place
     assert run("train", ratings, *COLUMNS, "--epochs", 1, "--out", model).exit_code == 0
     command = [sys.executable, "-m", "metarec_jax.cli", "explain", str(model), "4", "3=5", "2=1"]
     done = subprocess.run(command, env=where, capture_output=True, text=True, check=False)

@@ -40,12 +40,12 @@ def test_contradictions_the_later_one_counts_and_remove_takes_back(live):
 
 
 def test_attributes_alone_are_enough_and_context_of_users_is_checked(live):
-    live.describe_user(7, {"country": "de"})
-    assert live.recommend_to([7, 8], k=5) == live.recommend([{}, {}], k=5, user=[{"country": "de"}, None])
+    live.describe_user(1007, {"country": "de"})
+    assert live.recommend_to([1007, 1008], k=5) == live.recommend([{}, {}], k=5, user=[{"country": "de"}, None])
     with pytest.raises(mr.DataError, match="'age' is unknown to the model; it knows: country"):
-        live.describe_user(7, {"age": 3})
+        live.describe_user(1007, {"age": 3})
     with pytest.raises(mr.DataError, match="context 'device' is unknown"):
-        live.recommend_to(7, context={"device": "phone"})
+        live.recommend_to(1007, context={"device": "phone"})
 
 
 def test_unknown_users_and_items_are_taken_and_told_apart_later(live):

@@ -1,6 +1,7 @@
 """The command line: `metarec quickstart`, `train`, `evaluate`, `recommend`, `explain`, `serve`, ..."""
 
 import gc
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,10 @@ def train(
 @click.option("--support", type=int, default=None, help="Adapt to at most so many ratings of a user (default: all).")
 @click.option("--candidates", default="query", show_default=True, help=CANDIDATES)
 @click.option("--column", multiple=True, metavar="NAME=YOURS", help="Your column names, e.g. --column rating=stars.")
-def evaluate(model: str, data: str, support: int | None, candidates: str, column: tuple[str, ...]) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print every metric of every learner as JSON.")
+def evaluate(
+    model: str, data: str, support: int | None, candidates: str, column: tuple[str, ...], as_json: bool
+) -> None:
     """Metrics of MODEL on DATA's test users, beside the plain baselines on the same tasks.
 
     DATA is what the model was trained on; the test users are those that training never saw. A model that ranks is
@@ -163,10 +167,13 @@ def evaluate(model: str, data: str, support: int | None, candidates: str, column
     import metarec_jax as mr
 
     recommender = mr.load(model)
-    if recommender.target.kind != "ranking":
-        _print_evaluation(recommender, _read(data, column), support, _among(candidates))
-    elif candidates != "query":
+    if recommender.target.kind == "ranking" and candidates != "query":
         raise click.UsageError("--candidates is for clicks; this model ranks, and is judged among all items")
+    if as_json:
+        found = recommender.evaluate(_read(data, column), support=support, candidates=_among(candidates))
+        click.echo(json.dumps(found, indent=1))
+    elif recommender.target.kind != "ranking":
+        _print_evaluation(recommender, _read(data, column), support, _among(candidates))
     else:
         _print_ranking(recommender, _read(data, column), support)
 

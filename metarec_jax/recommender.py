@@ -335,17 +335,13 @@ class Recommender:
             raise DataError("a loaded model holds no users: recommend_all(k, users=[...])")
         ids = self.catalogue.users.ids if users is None else np.asarray(users)
         lists = self.recommend_to(ids.tolist(), k, context=context, **choice) if len(ids) else []
-        lengths = [len(found) for found in lists]
+        text = self.stock.trained.ids.dtype.kind == "U"
         return pl.DataFrame(
             {
-                "user_id": np.repeat(ids, lengths),
-                "item_id": self.stock.decode(
-                    np.concatenate(
-                        [np.zeros(0, np.int32), *(self.stock.encode([r.item for r in found]) for found in lists)]
-                    )
-                ),
-                "rank": np.concatenate([np.zeros(0, int), *(np.arange(1, n + 1) for n in lengths)]),
-                "score": [r.score for found in lists for r in found],
+                "user_id": np.repeat(ids, [len(found) for found in lists]),
+                "item_id": pl.Series([r.item for found in lists for r in found], dtype=pl.String if text else pl.Int64),
+                "rank": pl.Series([i for found in lists for i in range(1, len(found) + 1)], dtype=pl.Int64),
+                "score": pl.Series([r.score for found in lists for r in found], dtype=pl.Float64),
             }
         )
 

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -42,6 +43,9 @@ def test_train_evaluate_and_recommend_in_a_row(ratings, tmp_path):
     assert all(learner in judged.output for learner in ("stack", "popularity", "item-kNN", "EASE", "iALS"))
     assert all(column in judged.output for column in ("1 known", "5 known", "all known", "recall@20"))
     assert re.search(r"With 5 known, stack is 0\.\d+ (ahead of|behind) .*95 % interval", judged.output)
+    told = json.loads(run("evaluate", model, ratings, *COLUMNS, "--json", "--support", 2).output)
+    assert list(told) == ["stack", "popularity", *(f"{name} + popularity" for name in ("item-kNN", "EASE", "iALS"))]
+    assert all(0 < values["ndcg@100, 2 known"] < 1 for values in told.values())
     few = run("evaluate", model, ratings, *COLUMNS, "--support", 2)
     assert re.search(r"With 2 known, stack is", few.output), few.output
     refused = run("evaluate", model, ratings, *COLUMNS, "--candidates", "all")

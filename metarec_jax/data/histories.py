@@ -11,7 +11,7 @@ from metarec_jax.errors import DataError
 
 ItemId = int | str
 History = Mapping[Any, float] | Sequence[tuple[Any, float]] | Sequence[ItemId]
-FORMS = "{item: rating, ...}, [(item, rating), ...], [item, ...] or a table with item_id"
+FORMS = "{item: rating, ...}, [(item, rating), ...] or [item, ...], or a table with item_id"
 
 
 class Rows(Protocol):

@@ -215,7 +215,8 @@ def million(strategy: str, items: int, users: int) -> None:
         },
         items={"item_id": np.arange(items), "price": rng.lognormal(size=items)},
     )
-    recommender = mr.train(data, strategy, epochs=1, progress=False)
+    objective = "ranking" if strategy in mr.strategies.RANKING else "click"
+    recommender = mr.train(data, strategy, objective=objective, epochs=1, progress=False)
     sent = histories(recommender, users)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begun = time.perf_counter()

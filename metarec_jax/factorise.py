@@ -88,8 +88,7 @@ def scales(matrix: sp.csr_matrix) -> tuple[float, float]:
     """`unobserved` a and `penalty` l of `ials` that suit these confidences.
 
     What is not observed has 8.6 times the weight of what is, as with a = 0.3 on MovieLens-100K. a l items, the penalty
-    of a user who has done nothing, is a fifth of what users say on average, and 5 at most: 5 suits histories of thirty
-    items and more (MovieLens-100K, Last.fm, Amazon HIN), 1.5 those of ten (Amazon Beauty, Yelp).
+    of a user who has done nothing, is a fifth of what users say on average, and 5 at most.
     """
     users, items = matrix.shape
     mean = max(float(matrix.sum()), 1.0) / users

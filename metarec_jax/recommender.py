@@ -327,21 +327,27 @@ class Recommender:
           users: raw ids (default: all users of the dataset).
 
         Raises:
-          DataError: as `recommend_to`; a loaded model, which holds no users, without `users`.
+          DataError: as `recommend_to`; a loaded model, which holds no users, without `users`; `users` that is no list,
+            or of several types.
         """
         import polars as pl
 
         if users is None and not len(self.catalogue.rating):
             raise DataError("a loaded model holds no users: recommend_all(k, users=[...])")
-        ids = self.catalogue.users.ids if users is None else np.asarray(users)
-        lists = self.recommend_to(ids.tolist(), k, context=context, **choice) if len(ids) else []
-        text = self.stock.trained.ids.dtype.kind == "U"
+        if isinstance(users, str) or not isinstance(users, Iterable | None):
+            raise DataError(f"users: expected a list of ids, got {users!r}")
+        ids = self.catalogue.users.ids.tolist() if users is None else [checked_id(u, None, "user") for u in users]
+        if len({type(user) for user in ids}) > 1:
+            raise DataError("users: integers and strings are mixed; a column holds ids of one type")
+        lists = self.recommend_to(ids, k, context=context, **choice) if ids else []
+        text = [isinstance(ids[0], str) if ids else False, self.stock.trained.ids.dtype.kind == "U"]
+        of_user, of_item = (pl.String if t else pl.Int64 for t in text)
         return pl.DataFrame(
             {
-                "user_id": np.repeat(ids, [len(found) for found in lists]),
-                "item_id": pl.Series([r.item for found in lists for r in found], dtype=pl.String if text else pl.Int64),
-                "rank": pl.Series([i for found in lists for i in range(1, len(found) + 1)], dtype=pl.Int64),
-                "score": pl.Series([r.score for found in lists for r in found], dtype=pl.Float64),
+                "user_id": pl.Series([user for user, own in zip(ids, lists, strict=True) for _ in own], dtype=of_user),
+                "item_id": pl.Series([r.item for own in lists for r in own], dtype=of_item),
+                "rank": pl.Series([i for own in lists for i in range(1, len(own) + 1)], dtype=pl.Int64),
+                "score": pl.Series([r.score for own in lists for r in own], dtype=pl.Float64),
             }
         )
 
@@ -714,18 +720,12 @@ class Recommender:
         """What a user of the dataset did, in the order of time."""
         if row == UNKNOWN:
             return []
-        data, (by_user, starts) = self.catalogue, self._by_user
-        index = by_user[starts[row] : starts[row + 1]][-LONGEST:]
+        data = self.catalogue
+        span = np.searchsorted(data.user, np.array([row, row + 1], data.user.dtype), sorter=data.by_user)
+        index = data.by_user[slice(*span)][-LONGEST:]
         items = data.items.decode(data.item[index]).tolist()
         each = zip(items, data.rating[index].tolist(), data.timestamp[index].tolist(), strict=True)
         return [Stored(item, "rating", rating, float(time)) for item, rating, time in each]
-
-    @cached_property
-    def _by_user(self) -> tuple[np.ndarray, np.ndarray]:
-        """Interactions of the dataset by user and time, and where each row's begin."""
-        data = self.catalogue
-        by_user = np.lexsort((data.order, data.user))
-        return by_user, np.searchsorted(data.user[by_user], np.arange(len(data.users) + 1))
 
     def _batch(self, people: Sequence["_Person"], context: Mapping[str, Any] | None) -> Known:
         """The people as arrays of a few fixed shapes."""
@@ -942,11 +942,8 @@ def train(
     if progress:
         print(_who_trains(split, protocol))
     if strategy == "stack":
-        given_options = dict(strategy_options or {})
-        chosen = of_catalogue(
-            fields_of(data)["item_id"].size, given_options.get("members"), given_options.get("options")
-        )
-        strategy_options = given_options | chosen
+        own = dict(strategy_options or {})
+        strategy_options = own | of_catalogue(fields_of(data)["item_id"].size, own.get("members"), own.get("options"))
     recipe = {"strategy": saving.part(strategy, strategy_options), "model": saving.part(model, model_options)}
     built = build(strategy, strategy_options, model, model_options, data, target)
     if start is None and shared is not None:

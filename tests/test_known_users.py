@@ -82,6 +82,9 @@ def test_all_users_come_as_one_table(recommender, table, tmp_path):
         assert rows["score"].is_sorted(descending=True)
     assert recommender.recommend_all(users=["u003"]).height == 10
     assert recommender.recommend_all(users=[]).height == 0
+    for users, message in (("u003", "expected a list of ids"), (3, "expected a list"), ([1, "u003"], "are mixed")):
+        with pytest.raises(DataError, match=message):
+            recommender.recommend_all(users=users)
     recommender.save(tmp_path / "model")
     with pytest.raises(DataError, match=r"recommend_all\(k, users="):
         mr.load(tmp_path / "model").recommend_all()
@@ -111,6 +114,8 @@ def test_frames_and_columns_are_histories(recommender, frame):
     assert_alike(two, recommender.recommend(["s03"], k=5))
     with pytest.raises(DataError, match="a table needs the column item_id; it has item"):
         recommender.recommend(frame({"item": items}))
+    with pytest.raises(DataError, match=r"every entry an item id; got 1\.5"):
+        recommender.recommend(frame({"item_id": [1.5]}))
 
 
 def test_what_is_no_table_is_refused_with_what_to_do():

@@ -46,9 +46,14 @@ class Dataset:
     truth: np.ndarray | None = None
 
     @cached_property
+    def by_user(self) -> np.ndarray:
+        """`[interactions]` positions of the interactions, user after user, of each in time (else in rows)."""
+        return np.lexsort((self.timestamp, self.user))
+
+    @cached_property
     def order(self) -> np.ndarray:
         """`[interactions]` int32: how many of the same user's interactions came before (by time, else by row)."""
-        by_user = np.lexsort((self.timestamp, self.user))
+        by_user = self.by_user
         first = np.searchsorted(self.user[by_user], self.user[by_user])
         order = np.empty(len(self.user), np.int32)
         order[by_user] = np.arange(len(self.user)) - first

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from metarec_jax.data.fields import Field, as_objects
+from metarec_jax.data.tables import to_polars
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError
 
@@ -29,7 +30,7 @@ def is_one_user(history: Any) -> bool:
     Raises:
       DataError: neither a mapping nor a sequence.
     """
-    if isinstance(history, Mapping):
+    if isinstance(history, Mapping) or _is_table(history):
         return True
     entries = _sequence(history)
     if entries is None:
@@ -47,8 +48,8 @@ def encode_history(
 
     Args:
       history: `{item: rating}`, `[(item, rating), ...]`, or item ids alone, `[item, ...]`, which are positives: their
-        rating is `limits[1]`; also an array or a column of ids, or a pandas or polars frame with the column item_id
-        and, where there is one, rating.
+        rating is `limits[1]`; also an array or a column of ids, or a pandas, polars or Arrow table with the column
+        item_id and, where there is one, rating.
       items: rows of raw ids.
       limits: lowest and highest rating of the training.
       who: begins the message of an error.
@@ -84,19 +85,25 @@ def encode_history(
 
 
 def _sequence(history: Any) -> list[Any] | None:
-    """The entries of a sequence, an array or a column of ids, or a frame; None where it is neither."""
+    """The entries of a sequence, an array or a column of ids, or a table; None where it is neither."""
     if isinstance(history, np.ndarray) and history.ndim == 1:
         return history.tolist()
-    if hasattr(history, "columns"):  # a frame of pandas or polars
-        if "item_id" not in history.columns:
-            raise DataError(f"history: a table needs the column item_id; it has {', '.join(map(str, history.columns))}")
-        items = history["item_id"].to_list()
-        return list(zip(items, history["rating"].to_list(), strict=True)) if "rating" in history.columns else items
+    if _is_table(history):
+        table = to_polars(history, "history")
+        if "item_id" not in table.columns:
+            raise DataError(f"history: a table needs the column item_id; it has {', '.join(table.columns)}")
+        items = table["item_id"].to_list()
+        return list(zip(items, table["rating"].to_list(), strict=True)) if "rating" in table.columns else items
     if hasattr(history, "to_list"):  # a column of theirs
         return history.to_list()
     if isinstance(history, str | bytes) or not isinstance(history, Sequence):
         return None
     return list(history)
+
+
+def _is_table(history: Any) -> bool:
+    """Whether it is a pandas, polars or Arrow table."""
+    return hasattr(type(history), "columns")
 
 
 def _is_id(entry: Any) -> bool:

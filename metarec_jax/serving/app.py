@@ -211,8 +211,8 @@ async def _body(request: Request, names: Collection[str]) -> dict[str, Any]:
         raise BadRequest(400, f"this is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise BadRequest(400, f"expected a JSON object, got {type(found).__name__}")
-    if unknown := sorted(found.keys() - set(names)):
-        raise BadRequest(400, f"{unknown[0][:50]!r} is unknown here; a request may hold {', '.join(names)}")
+    if unknown := found.keys() - set(names):
+        raise BadRequest(400, f"{min(unknown)[:50]!r} is unknown here; a request may hold {', '.join(names)}")
     return found
 
 

@@ -71,3 +71,5 @@ def test_a_trained_sequence_learner_is_a_member_of_a_stack(ordered):
     side = stacked.strategy.items(stacked.params, items)
     expected = score_shared(trained.strategy, trained.params, alone, known, items)
     np.testing.assert_allclose(member.score({}, both[0][1], side[1]), expected, rtol=1e-5)
+    (found,) = stacked.evaluate(baselines=False).values()
+    assert found["ndcg@10"] > 0.5

@@ -24,7 +24,7 @@ from quality import LESS_IS_BETTER, paired
 
 import metarec_jax as mr
 from metarec_jax.strategies import Strategy
-from metarec_jax.tasks import Task
+from metarec_jax.types import Task
 
 PHASES = ("cold", "warm-a", "warm-b", "warm-c")
 METRICS = ("auc", "log_loss")

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import metarec_jax as mr
 from metarec_jax.core import sparse
-from metarec_jax.tasks import Examples, Task
+from metarec_jax.types import Examples, Task
 
 SUPPORT, QUERY, WIDTH, WARM_UP = 40, 20, 32, 3
 DENSE = {"optax.adagrad": (optax.adagrad(0.01), 1), "optax.adam": (optax.adam(0.001), 2)}  # and copies kept as state

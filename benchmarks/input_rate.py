@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import metarec_jax as mr
-from metarec_jax.training import default_optimizer
+from metarec_jax.training.loop import default_optimizer
 
 ROUNDS = 5
 
@@ -34,19 +34,19 @@ def per_second(work: Callable[[], int]) -> float:
 def main() -> None:
     data, protocol = mr.data.load("ml-100k"), mr.ColdUsers()
     split = protocol.split(data)
-    target = mr.data.Target.fit(protocol, split.train)
-    statistics = mr.data.ItemStatistics.fit(split.train, target)
-    users = mr.data.Histories.of(statistics.extend(data), split.train.users)
+    target = mr.tasks.Target.fit(protocol, split.train)
+    statistics = mr.tasks.ItemStatistics.fit(split.train, target)
+    users = mr.tasks.Histories.of(statistics.extend(data), split.train.users)
     model = mr.models.linear(mr.models.fields_of(statistics.extend(data)))
     strategy = mr.alpaca(model, loss=optax.losses.sigmoid_binary_cross_entropy)
-    buckets = mr.data.bucket_sizes(np.maximum(users.lengths - protocol.query, 1))
+    buckets = mr.tasks.bucket_sizes(np.maximum(users.lengths - protocol.query, 1))
     rng, optimizer = np.random.default_rng(0), default_optimizer()
     options = {"buckets": buckets, "rng": rng, "statistics": statistics, "unknown": 0.05}
 
-    made = per_second(lambda: sum(1 for _ in range(10) for _ in mr.data.batches(users, target, **options)))
-    endless = iter(mr.data.sampler(users, target, statistics=statistics).to_iter_dataset())
+    made = per_second(lambda: sum(1 for _ in range(10) for _ in mr.tasks.batches(users, target, **options)))
+    endless = iter(mr.tasks.sampler(users, target, statistics=statistics).to_iter_dataset())
     sampled = per_second(lambda: sum(1 for _ in islice(endless, 60)))
-    tasks = [batch.task for batch in mr.data.batches(users, target, **options)]
+    tasks = [batch.task for batch in mr.tasks.batches(users, target, **options)]
     params = jax.jit(strategy.init)(jax.random.key(0))
     state, step = optimizer.init(params), jax.jit(mr.meta_step(strategy.loss, optimizer))
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import metarec_jax as mr
 
-metrics = mr.evaluation.metrics
+metrics = mr.metrics
 
 
 def seconds(function: Any, arrays: tuple[Any, ...], repeats: int) -> tuple[float, float]:

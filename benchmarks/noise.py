@@ -20,7 +20,8 @@ import numpy as np
 from quality import paired, table
 
 import metarec_jax as mr
-from metarec_jax.evaluation.evaluate import score_baselines, score_tasks, summarise
+from metarec_jax.evaluation.baselines import score_baselines
+from metarec_jax.metrics.scoring import score_tasks, summarise
 
 SHOWN = ("auc", "within_user_auc", "ndcg@5", "log_loss")
 BUCKETS = (40, 90)  # the same for every split, so that a strategy compiles once
@@ -28,7 +29,7 @@ BEFORE = "alpaca"  # the default
 DRAWS = 5  # of the noise
 
 
-def corrupted(histories: mr.data.Histories, share: float, query: int, seed: list[int]) -> mr.data.Histories:
+def corrupted(histories: mr.tasks.Histories, share: float, query: int, seed: list[int]) -> mr.tasks.Histories:
     """The same users, a share of their interactions after the first `query` rated at random."""
     rng, data = np.random.default_rng(seed), histories.data
     levels, rating = np.unique(data.rating), data.rating.copy()
@@ -39,10 +40,10 @@ def corrupted(histories: mr.data.Histories, share: float, query: int, seed: list
     return replace(histories, data=replace(data, rating=rating))
 
 
-def judge(recommender: mr.Recommender, test: mr.data.Histories) -> dict[str, float]:
+def judge(recommender: mr.Recommender, test: mr.tasks.Histories) -> dict[str, float]:
     query, target = recommender.protocol.query, recommender.target
     width = -(-int(test.lengths.max()) // 32) * 32
-    tasks = mr.data.batches(test, target, query=query, batch_size=len(test), buckets=(width,))
+    tasks = mr.tasks.batches(test, target, query=query, batch_size=len(test), buckets=(width,))
     return summarise(score_tasks(recommender.strategy, recommender.params, tasks, target), target.kind)
 
 
@@ -58,7 +59,7 @@ def run(data: mr.data.Dataset, protocol: mr.ColdUsers, seed: int, noise: float, 
     split, query = plain.split(), protocol.query
     noisy = [corrupted(split.test, noise, query, [seed, draw]) for draw in range(DRAWS)]
 
-    def judged(test: mr.data.Histories) -> dict[str, dict[str, float]]:
+    def judged(test: mr.tasks.Histories) -> dict[str, dict[str, float]]:
         baselines = score_baselines(split.train, test, plain.target, query=query)
         own = {name: judge(recommender, test) for name, recommender in systems.items()}
         return own | {name: summarise(scores, plain.target.kind) for name, scores in baselines.items()}

@@ -77,19 +77,19 @@ def first_step() -> None:
     import optax
 
     import metarec_jax as mr
-    from metarec_jax.training import default_optimizer
+    from metarec_jax.training.loop import default_optimizer
 
     imported = time.perf_counter()
     data, protocol = mr.data.load("ml-100k"), mr.ColdUsers()
     split = protocol.split(data)
-    target = mr.data.Target.fit(protocol, split.train)
-    statistics = mr.data.ItemStatistics.fit(split.train, target)
+    target = mr.tasks.Target.fit(protocol, split.train)
+    statistics = mr.tasks.ItemStatistics.fit(split.train, target)
     strategy = mr.alpaca(
         mr.models.linear(mr.models.fields_of(statistics.extend(data))), loss=optax.losses.sigmoid_binary_cross_entropy
     )
-    extended = mr.data.Histories.of(statistics.extend(data), split.train.users)
+    extended = mr.tasks.Histories.of(statistics.extend(data), split.train.users)
     rng = np.random.default_rng(0)
-    batch = next(mr.data.batches(extended, target, buckets=(40, 90), rng=rng, statistics=statistics))
+    batch = next(mr.tasks.batches(extended, target, buckets=(40, 90), rng=rng, statistics=statistics))
     read = time.perf_counter()
     params, optimizer = jax.jit(strategy.init)(jax.random.key(0)), default_optimizer()
     step = jax.jit(mr.meta_step(strategy.loss, optimizer))

@@ -24,7 +24,7 @@ from scipy import stats
 
 import metarec_jax as mr
 from metarec_jax.evaluation.baselines import OF_RATINGS
-from metarec_jax.training import default_optimizer
+from metarec_jax.training.loop import default_optimizer
 
 SHOWN = {
     "click": ("auc", "within_user_auc", "precision@5", "ndcg@5", "mrr@5", "log_loss"),
@@ -40,7 +40,7 @@ BUCKETS = (40, 90)  # the same for every split, so that a strategy compiles once
 def adapted_values(recommender: mr.Recommender) -> int:
     """Numbers that one adapted user consists of, with eight support examples."""
     data = recommender.catalogue
-    features = mr.data.features(data, np.zeros(1, int), np.zeros((1, 8), int)) | {"order": np.zeros((1, 8), np.int32)}
+    features = mr.tasks.features(data, np.zeros(1, int), np.zeros((1, 8), int)) | {"order": np.zeros((1, 8), np.int32)}
     support = mr.Examples(features, np.zeros((1, 8), np.float32), np.ones((1, 8), np.float32))
     shapes = jax.eval_shape(lambda: recommender.strategy.adapt(recommender.params, support, jax.random.key(0)))
     return sum(int(np.prod(x.shape[1:])) for x in jax.tree.leaves(shapes))

@@ -22,13 +22,13 @@ import numpy as np
 import polars as pl
 
 import metarec_jax as mr
-from metarec_jax.data.splits import Split
-from metarec_jax.data.target import Target
-from metarec_jax.evaluation import lists as list_quality
-from metarec_jax.evaluation.ranking import SIZES, Lists, by_support, rank
+from metarec_jax.collaborative.factorise import log_popularity
 from metarec_jax.evaluation.ranking_baselines import ranking_baselines
-from metarec_jax.factorise import log_popularity
-from metarec_jax.ranking_tasks import observe
+from metarec_jax.metrics import lists as list_quality
+from metarec_jax.metrics.ranking import SIZES, Lists, by_support, rank
+from metarec_jax.tasks.observed import observe
+from metarec_jax.tasks.splits import Split
+from metarec_jax.tasks.target import Target
 
 COLUMNS = [f"ndcg@100, {n} known" for n in SIZES if n] + ["ndcg@100", "recall@20", "recall@50"]
 NEXT = ["hit_rate@10", "ndcg@10", "mrr@10"]

@@ -20,8 +20,9 @@ from jax.experimental.pallas import triton
 from rich.console import Console
 from rich.table import Table
 
-from metarec_jax.core import fastweights, inner, kernel, outer
-from metarec_jax.tasks import Examples, Task
+from metarec_jax.core import fastweights, inner, outer
+from metarec_jax.core.experimental import kernel
+from metarec_jax.types import Examples, Task
 
 try:
     import torch

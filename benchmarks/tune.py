@@ -19,7 +19,7 @@ import numpy as np
 from quality import DEFAULT, trainer
 
 import metarec_jax as mr
-from metarec_jax.training import SELECT
+from metarec_jax.training.loop import SELECT
 
 TUNED = Path(__file__).with_name("tuned.json")
 OUTER = {"learning_rate": (1e-3, 1e-2), "penalty": (3e-4, 1e-2)}  # drawn log-uniformly

@@ -417,7 +417,7 @@ def _print_evaluation(recommender: Any, data: Any, support: int | None, candidat
     from rich.console import Console
 
     from metarec_jax import ColdUsers
-    from metarec_jax.progress import results_table
+    from metarec_jax._progress import results_table
 
     results = recommender.evaluate(data, support=support, candidates=candidates)
     if recommender.target.kind == "click":
@@ -432,8 +432,8 @@ def _print_ranking(recommender: Any, data: Any = None, support: int | None = Non
     """The table of a ranking, and how far the learner is ahead of the best plain method."""
     from rich.console import Console
 
-    from metarec_jax.evaluation.ranking import SIZES
-    from metarec_jax.progress import results_table
+    from metarec_jax._progress import results_table
+    from metarec_jax.metrics.ranking import SIZES
 
     sizes = SIZES if support is None else (support,)
     columns = {f"ndcg@100, {size} known": f"{size} known" for size in sizes if size is not None}

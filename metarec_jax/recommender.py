@@ -11,43 +11,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax import saving
-from metarec_jax.build import build, default_model
-from metarec_jax.data.batches import batches
-from metarec_jax.data.candidates import Among, judged_on
-from metarec_jax.data.candidates import candidates as draw
+from metarec_jax._progress import epochs_bar
+from metarec_jax._progress import tensorboard as event_files
 from metarec_jax.data.dataset import Dataset
-from metarec_jax.data.histories import History, encode_attributes, encode_history, is_one_user
-from metarec_jax.data.protocols import PROTOCOLS, Protocol, ratings_of
-from metarec_jax.data.ranking_protocols import NextItem, StrongGeneralisation
-from metarec_jax.data.splits import ColdUsers, Split
-from metarec_jax.data.statistics import ItemStatistics
+from metarec_jax.data.schema import fields_of
 from metarec_jax.data.tables import from_tables
-from metarec_jax.data.target import Target
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError, ModelFileError
-from metarec_jax.evaluation.evaluate import Scores, score_baselines, score_tasks, summarise
+from metarec_jax.evaluation.baselines import score_baselines
 from metarec_jax.evaluation.protocol import fingerprint
-from metarec_jax.evaluation.ranking import SIZES, Lists, by_support, rank
 from metarec_jax.evaluation.ranking_baselines import ranking_baselines
-from metarec_jax.evidence import evidence
-from metarec_jax.explain import Cause, Explanation, effects, rank_correlation
-from metarec_jax.export import export, export_vectors
-from metarec_jax.feedback import LONGEST, checked, checked_id, taste
-from metarec_jax.models import MODELS, Model, fields_of
-from metarec_jax.progress import epochs_bar
-from metarec_jax.progress import tensorboard as event_files
-from metarec_jax.ranking import USERS, Explore, Ranker, diversify
-from metarec_jax.stock import Stock
-from metarec_jax.store import Event, SqliteStore, Store, Stored, UserId, open_store
-from metarec_jax.strategies import RANKING, RATING, STRATEGIES, Ranking, Strategy, reweighted
-from metarec_jax.strategies.catalogue import Known
-from metarec_jax.strategies.labels import shifts_of_labels
-from metarec_jax.strategies.ranked import TABLES
-from metarec_jax.strategies.stack import MEMBERS, of_catalogue
-from metarec_jax.tasks import Params
-from metarec_jax.training import EPOCHS, fit
-from metarec_jax.transfer import carry_over
+from metarec_jax.inference.evidence import evidence
+from metarec_jax.inference.explain import Cause, Explanation, effects, rank_correlation
+from metarec_jax.inference.export import export, export_vectors
+from metarec_jax.inference.histories import History, encode_attributes, encode_history, is_one_user
+from metarec_jax.inference.ranker import USERS, Explore, Ranker, diversify
+from metarec_jax.inference.stock import Stock
+from metarec_jax.metrics.ranking import SIZES, Lists, by_support, rank
+from metarec_jax.metrics.scoring import Scores, score_tasks, summarise
+from metarec_jax.models import MODELS, Model
+from metarec_jax.state import saving
+from metarec_jax.state.feedback import LONGEST, checked, checked_id, taste
+from metarec_jax.state.store import Event, SqliteStore, Store, Stored, UserId, open_store
+from metarec_jax.strategies import RANKING, RATING, STRATEGIES, Strategy
+from metarec_jax.strategies.wrappers.labels import shifts_of_labels
+from metarec_jax.strategies.wrappers.ranked import TABLES
+from metarec_jax.strategies.wrappers.reweight import reweighted
+from metarec_jax.strategies.wrappers.stack import MEMBERS, of_catalogue
+from metarec_jax.tasks.batching import batches
+from metarec_jax.tasks.candidates import Among, judged_on
+from metarec_jax.tasks.candidates import candidates as draw
+from metarec_jax.tasks.objective import Ranking
+from metarec_jax.tasks.protocols import PROTOCOLS, Protocol, ratings_of
+from metarec_jax.tasks.ranking import Known
+from metarec_jax.tasks.ranking_protocols import NextItem, StrongGeneralisation
+from metarec_jax.tasks.splits import ColdUsers, Split
+from metarec_jax.tasks.statistics import ItemStatistics
+from metarec_jax.tasks.target import Target
+from metarec_jax.training.build import build, default_model
+from metarec_jax.training.loop import EPOCHS, fit
+from metarec_jax.training.transfer import carry_over
+from metarec_jax.types import Params
 
 if TYPE_CHECKING:
     import polars as pl
@@ -539,7 +543,7 @@ class Recommender:
 
         Args:
           data: the dataset of the training; may be left out unless the model was loaded.
-          sizes: support sizes, None for all; see `metarec_jax.evaluation.ranking.by_support`.
+          sizes: support sizes, None for all; see `metarec_jax.metrics.ranking.by_support`.
           baselines: popularity, item-kNN, EASE and iALS too, tuned on the validation users; see `ranking_baselines`.
 
         Raises:
@@ -622,7 +626,7 @@ class Recommender:
         """The `k` items to ask a new user about first, most telling first: MeLU's evidence candidates.
 
         Those that many training users have rated and whose ratings, each taken alone, move the adapted parameters
-        the most; see `metarec_jax.evidence`, which is also what the scores are.
+        the most; see `metarec_jax.inference.evidence`, which is also what the scores are.
 
         Args:
           k: how many; fewer come back when fewer items have ratings.
@@ -655,11 +659,11 @@ class Recommender:
         saving.write(path, config, self.catalogue, self.params, self.stock, parts)
 
     def export(self, folder: str | Path, **options: Any) -> None:
-        """Writes adapting and recommending as a function that JAX alone can run; see `metarec_jax.export.export`."""
+        """Writes adapting and recommending as a function that JAX alone can run; see `inference.export`."""
         export(self, folder, **options)
 
     def export_vectors(self, path: str | Path) -> None:
-        """Writes the items' vectors as Parquet or npz; see `metarec_jax.export.export_vectors`."""
+        """Writes the items' vectors as Parquet or npz; see `metarec_jax.inference.export.export_vectors`."""
         export_vectors(self, path)
 
     def split(self, data: Dataset | None = None, call: str = "split(data)") -> Split:

@@ -15,7 +15,7 @@ import pytest
 from packaging.version import Version
 
 import metarec_jax as mr
-from metarec_jax.tasks import Examples, History, Task
+from metarec_jax.types import Examples, History, Task
 
 # Most of what the suite compiles runs a few times only. XLA reads this at its first use, after all imports; what the
 # caller set wins.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
-from metarec_jax.strategies.stack import of_catalogue
+from metarec_jax.strategies.wrappers.stack import of_catalogue
 
 
 @pytest.fixture(scope="module")

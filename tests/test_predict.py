@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
-from metarec_jax import training
-from metarec_jax.data.protocols import ratings_of
 from metarec_jax.serving import Service
+from metarec_jax.tasks.protocols import ratings_of
+from metarec_jax.training import loop as training
 
 HISTORY = {3: 5.0, 17: 4.5, 42: 1.0}
 

@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import metarec_jax as mr
-from metarec_jax import saving
-from metarec_jax.data.batches import features
 from metarec_jax.evaluation.baselines import BASELINES, OF_RATINGS
+from metarec_jax.state import saving
+from metarec_jax.tasks.batching import features
 
 QUICK = {"objective": "click", "epochs": 2, "progress": False, "buckets": 1, "model_options": {"width": 4}}
 
@@ -140,7 +140,7 @@ def test_user_attributes_reach_the_scores_and_unknown_ones_are_refused():
         {"user_id": np.arange(40), "group": group, "age": np.arange(40.0)},
     )
     recommender = mr.train(data, **QUICK)
-    everything = mr.data.features(recommender.catalogue, np.array([1, 2]), np.tile(np.arange(1, 31), (2, 1)))
+    everything = mr.tasks.features(recommender.catalogue, np.array([1, 2]), np.tile(np.arange(1, 31), (2, 1)))
     nothing = mr.Examples(jax.tree.map(lambda x: x[:, :8], everything), np.zeros((2, 8)), np.zeros((2, 8)))
     adapted = recommender.strategy.adapt(recommender.params, nothing, jax.random.key(0))
     scores = np.asarray(recommender.strategy.predict(recommender.params, adapted, everything))

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 
 import metarec_jax as mr
-from metarec_jax import factorise
+from metarec_jax.collaborative import factorise
 
 GENRES = ("Horror", "Children's", "Western", "Sci-Fi", "Romance")
 K = 10

@@ -7,6 +7,7 @@ Knows no files, no flax and no recommender; speaks `Examples` and `Task` and the
 `sparse` is the meta-step whose cost does not grow with the rows of its tables.
 """
 
+from metarec_jax._moved import moved
 from metarec_jax.core import fastweights, implicit, inner, outer, sparse
 from metarec_jax.core.fastweights import adapt, mean_change, predict, weights
 from metarec_jax.core.inner import merge, partition
@@ -28,3 +29,5 @@ __all__ = [
     "sparse",
     "weights",
 ]
+
+__getattr__ = moved(__name__, {"kernel": "metarec_jax.core.experimental.kernel"})

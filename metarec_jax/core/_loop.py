@@ -12,7 +12,7 @@ import optax
 
 from metarec_jax.core._plan import DUAL, EXPLICIT, MERGED, Plan, step_factors
 from metarec_jax.core._trace import Program
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, mean_loss
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, mean_loss
 
 # Inner steps written out; more are a scan, but for DUAL leaves. On a CPU a scan compiles faster and runs as fast; a GPU
 # copies what it keeps for the backward pass.

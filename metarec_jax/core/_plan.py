@@ -9,7 +9,7 @@ import optax
 
 from metarec_jax.core import _trace
 from metarec_jax.core._trace import Program, Site
-from metarec_jax.tasks import Apply, Features, Params
+from metarec_jax.types import Apply, Features, Params
 
 EXPLICIT, DUAL, MERGED = "explicit", "dual", "merged"
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core as jex
 
-from metarec_jax.tasks import Apply, Features, Params
+from metarec_jax.types import Apply, Features, Params
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call")  # calls that mean no more than their body
 _REMAT = ("checkpoint", "remat", "remat2")  # inlined only where an adapted weight enters, to reach its product

@@ -17,7 +17,7 @@ from metarec_jax.core._plan import PlainFormWarning, costs, make_plan, one_user
 from metarec_jax.core._trace import Site
 from metarec_jax.core.inner import check_count, partition
 from metarec_jax.core.outer import pieces
-from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss
+from metarec_jax.types import Apply, Examples, Features, Params, PointwiseLoss
 
 __all__ = [
     "Adapted",

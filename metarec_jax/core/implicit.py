@@ -14,7 +14,7 @@ import optax
 from metarec_jax.core._loop import Adapted, Explicit, Factored, Loop, as_precision, choose, healthy, reset
 from metarec_jax.core._plan import EXPLICIT, MERGED, make_plan
 from metarec_jax.core.inner import check_count, partition
-from metarec_jax.tasks import Apply, Examples, Params, PointwiseLoss
+from metarec_jax.types import Apply, Examples, Params, PointwiseLoss
 
 
 class ProximalState(NamedTuple):

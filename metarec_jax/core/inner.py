@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metarec_jax.tasks import Apply, Examples, Features, Params, PointwiseLoss, mean_loss
+from metarec_jax.types import Apply, Examples, Features, Params, PointwiseLoss, mean_loss
 
 
 def check_count(count: float | jax.Array) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metarec_jax.tasks import Examples, Params, PointwiseLoss, Task, masked_mean, mean_loss
+from metarec_jax.types import Examples, Params, PointwiseLoss, Task, masked_mean, mean_loss
 
 Loss = Callable[[Params, Task, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 

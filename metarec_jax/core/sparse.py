@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from metarec_jax.core.outer import Loss
-from metarec_jax.tasks import Features, Params, Task
+from metarec_jax.types import Features, Params, Task
 
 Tables = Mapping[str | tuple[str, ...], str | Sequence[str]]
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metarec_jax._files import write_whole
+from metarec_jax._progress import counter
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.hashing import hashed
 from metarec_jax.data.tables import COLUMNS, ids, numbers, seconds
 from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary, as_ids
 from metarec_jax.errors import DataError
-from metarec_jax.files import write_whole
-from metarec_jax.progress import counter
 
 if TYPE_CHECKING:
     import polars as pl

@@ -10,7 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metarec_jax import factorise
+from metarec_jax.collaborative import factorise
+from metarec_jax.metrics.scoring import Scores
+from metarec_jax.tasks.candidates import Among, candidates
+from metarec_jax.tasks.splits import Histories
+from metarec_jax.tasks.target import Target
 
 Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 BASELINES: dict[str, Callable[["Interactions"], Predict]] = {}
@@ -96,3 +100,40 @@ def item_knn(train: Interactions, neighbours: int = 40, shrink: float = 20.0, ri
 BASELINES |= {"two means": two_means, "ALS fold-in": als_fold_in, "item-kNN": item_knn}
 OF_RATINGS = " of ratings"  # ends the names of those that regress how much an item was liked, where clicks are judged
 BASELINES |= {name + OF_RATINGS: make for name, make in BASELINES.items()}
+
+
+def score_baselines(
+    train: Histories,
+    test: Histories,
+    target: Target,
+    *,
+    query: int = 10,
+    support: int | None = None,
+    among: Among = "query",
+) -> dict[str, Scores]:
+    """The plain baselines on the same tasks: same training users, same support sets, same candidates."""
+    data = train.data
+
+    known, graded = data.rating[train.index], target.levels is not None
+    judged = candidates(test, target, among, query=query)
+    queries, real = (judged.interaction >= 0).sum(1), judged.mask > 0
+    results = {}
+    for name, make in BASELINES.items():
+        of_ratings = name.endswith(OF_RATINGS)
+        if of_ratings and not graded:
+            continue
+        encode = (lambda rating: rating) if of_ratings else target.encode
+        values = encode(known).astype(float)
+        predict = make(Interactions(data.user[train.index], data.item[train.index], values, len(data.items)))
+        # the clicks that a liking stands for, by least squares
+        line = np.polyfit(values, target.encode(known), 1) if of_ratings else (1.0, 0.0)
+        scores = np.zeros_like(judged.target)
+        for u in range(len(test)):
+            seen = test.index[test.starts[u] : test.starts[u + 1]][queries[u] :][:support]
+            found = predict(data.item[seen], encode(test.data.rating[seen]).astype(float), judged.item[u, real[u]])
+            scores[u, real[u]] = np.polyval(line, found)
+        if target.kind == "click":  # least squares on 0 / 1 estimates the probability, but may leave [0, 1]
+            results[name] = Scores(np.clip(scores, 0, 1), judged.target, judged.mask)
+        else:
+            results[name] = Scores(target.decode(scores), target.decode(judged.target), judged.mask)
+    return results

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metarec_jax.evaluation import metrics
 from metarec_jax.evaluation.baselines import BASELINES
-from metarec_jax.evaluation.compare import Comparison
+from metarec_jax.evaluation.comparison import Comparison
+from metarec_jax.metrics import pointwise as metrics
 
 AT_5 = ("precision", "recall", "ndcg", "mrr", "map")
 PER_USER: dict[str, Callable] = {  # means over users who have a value

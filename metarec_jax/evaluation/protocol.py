@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from metarec_jax.data.candidates import Among
 from metarec_jax.data.dataset import Dataset
+from metarec_jax.tasks.candidates import Among
 
 VERSION = 1  # of the metrics' definitions and of the way tasks are drawn; a change of either is a new number
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from metarec_jax import factorise
-from metarec_jax.data.splits import Histories, Split
-from metarec_jax.data.target import Target
-from metarec_jax.evaluation.ranking import DEPTH, SIZES, Lists, by_support, list_metrics, lists_of
-from metarec_jax.strategies.ranked import RankingTask
+from metarec_jax.collaborative import factorise
+from metarec_jax.metrics.ranking import DEPTH, SIZES, Lists, by_support, list_metrics, lists_of
+from metarec_jax.tasks.ranking import RankingTask
+from metarec_jax.tasks.splits import Histories, Split
+from metarec_jax.tasks.target import Target
 
 Score = Callable[[sp.csr_matrix], np.ndarray]  # supports [users, items] -> scores [users, items]
 POPULARITY = (
@@ -38,13 +38,13 @@ def popularity(matrix: sp.csr_matrix) -> Score:
 
 
 def item_knn(matrix: sp.csr_matrix, neighbours: int = 100, shrink: float = 10.0) -> Score:
-    """Sum of the similarities to the support; see `metarec_jax.factorise.item_knn`."""
+    """Sum of the similarities to the support; see `factorise.item_knn`."""
     similarity = factorise.item_knn(matrix, int(neighbours), shrink)
     return lambda supports: (supports @ similarity).toarray()
 
 
 def ease(matrix: sp.csr_matrix, penalty: float = 400.0, rank: int = 512) -> Score:
-    """See `metarec_jax.factorise.ease`; of `rank` components where the catalogue is large."""
+    """See `factorise.ease`; of `rank` components where the catalogue is large."""
     if matrix.shape[1] <= DENSE:
         weights = factorise.ease(matrix, penalty)
         return lambda supports: supports @ weights
@@ -53,7 +53,7 @@ def ease(matrix: sp.csr_matrix, penalty: float = 400.0, rank: int = 512) -> Scor
 
 
 def ials(matrix: sp.csr_matrix, unobserved: float = 1.0, penalty: float = 1.0, rank: int = 64) -> Score:
-    """See `metarec_jax.factorise.ials`; its two numbers in units of those of `metarec_jax.factorise.scales`."""
+    """See `factorise.ials`; its two numbers in units of those of `factorise.scales`."""
     usual = factorise.scales(matrix)
     unobserved, penalty = unobserved * usual[0], penalty * usual[1]
     items = factorise.ials(matrix, rank, unobserved=unobserved, penalty=penalty).items

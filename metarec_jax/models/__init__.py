@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 
-from metarec_jax.data.dataset import Dataset
-from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import fields_of
 from metarec_jax.models.attention import hstu, transformer
-from metarec_jax.models.design import design
+from metarec_jax.models.dense import linear, mlp
+from metarec_jax.models.design_matrix import design
+from metarec_jax.models.embeddings import pretrained
 from metarec_jax.models.factorisation import deepfm, fm
-from metarec_jax.models.mlp import linear, mlp
 from metarec_jax.models.model import Encoder, Model, from_nnx
-from metarec_jax.models.pretrained import pretrained
 from metarec_jax.models.sequence import gru
-from metarec_jax.models.two_tower import two_tower
+from metarec_jax.models.towers import two_tower
 
 MODELS: dict[str, Callable[..., Model]] = {
     "linear": linear,
@@ -42,12 +41,3 @@ __all__ = [
     "transformer",
     "two_tower",
 ]
-
-
-def fields_of(data: Dataset) -> dict[str, Field]:
-    """The fields of a dataset's task batches, by the names that `metarec_jax.data.features` gives them."""
-    item_id = Field("item_id", "categorical", len(data.items), 1, data.items)
-    items = {f"item/{f.name}": f for f in data.item_fields}
-    users = {f"user/{f.name}": f for f in data.user_fields}
-    contexts = {f"context/{f.name}": f for f in data.context_fields}
-    return {"item_id": item_id} | items | users | contexts

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from metarec_jax.tasks import Examples, Features, Params
+from metarec_jax.types import Examples, Features, Params
 
 
 class Model(NamedTuple):

@@ -9,9 +9,9 @@ from flax import nnx
 
 from metarec_jax.data.fields import NUMBERS, Field
 from metarec_jax.models.model import Encoder
-from metarec_jax.tasks import Examples, History, Params
+from metarec_jax.types import Examples, History, Params
 
-ByField = Mapping[str, Any]  # features as `metarec_jax.data.features` makes them
+ByField = Mapping[str, Any]  # features as `metarec_jax.tasks.features` makes them
 PREFIX = "user/"  # of the fields that belong to the task, not to one of its examples
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metarec_jax.data.fields import Field
-from metarec_jax.models.mlp import EmbeddingMLP
+from metarec_jax.models.dense import EmbeddingMLP
 from metarec_jax.models.model import Model, from_nnx
 from metarec_jax.models.profile import (
     PREFIX,
@@ -19,7 +19,7 @@ from metarec_jax.models.profile import (
     table,
     vectors,
 )
-from metarec_jax.tasks import Examples, Features, History
+from metarec_jax.types import Examples, Features, History
 
 Encode = Callable[..., jax.Array]  # tokens `[examples, width]`, order and `nnx.Rngs` to states `[examples + 1, width]`
 

@@ -11,7 +11,7 @@ from metarec_jax.models.model import Model
 from metarec_jax.strategies.decoder import need_embed
 from metarec_jax.strategies.likelihood import likelihood
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 
 class Posterior(NamedTuple):

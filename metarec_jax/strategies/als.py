@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metarec_jax import factorise
+from metarec_jax.collaborative import factorise
 from metarec_jax.core import query_loss
 from metarec_jax.core.solve import solve
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import look_up
 from metarec_jax.strategies.ials import CONTENT, need_design, ridge_regression
-from metarec_jax.strategies.observed import Observed
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.tasks.observed import Observed
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 HELD_OUT = 4  # one in so many training users tells how large the noise is
 
@@ -48,7 +48,7 @@ def als(
         r(x) = mean + b(x) + taste . z(x),   z = [1, v(x)]
         taste = (sum_S w z z' + s^2 C^-1)^-1 sum_S w z (y - mean - b)
 
-    mean, b and V come from alternating least squares on the training users (`metarec_jax.factorise.explicit_als`); y
+    mean, b and V come from alternating least squares on the training users (`factorise.explicit_als`); y
     and w are the target and the weight of an example. A taste, a user's bias and vector, is N(0, C) and ratings have
     the noise s^2, both found by expectation maximisation (`population`) on a quarter of the training users, with V of
     the others. `deviation` is that of the posterior and the noise.

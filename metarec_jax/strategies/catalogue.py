@@ -1,47 +1,20 @@
 """Catalogue: what is known of a batch of users, and scores of items that all of them share."""
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from metarec_jax.data.fields import Field
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Params
-
-
-class Known(NamedTuple):
-    """What is known of a batch of users.
-
-    Attributes:
-      items: `[users, examples]` int32 rows of the interacted items, from the earliest to the latest.
-      target: `[users, examples]` float32, what each interaction says, as `Target.grade`.
-      weight: `[users, examples]` float32 of each; 0 for padding.
-      user: encoded attributes of the users, each `[users, ...]`.
-      context: encoded contexts in which items are to be recommended, each `[users, ...]`.
-    """
-
-    items: Any  # arrays, on the host or within a jitted function
-    target: Any
-    weight: Any
-    user: dict[str, Any]
-    context: dict[str, Any]
-
-    @classmethod
-    def blank(cls, users: int, width: int, user: Sequence[Field], context: Sequence[Field]) -> "Known":
-        """Users about whom nothing is known, to be filled in."""
-        rows = [{f.name: np.repeat(f.unknown()[None], users, 0) for f in fields} for fields in (user, context)]
-        shape = (users, width)
-        return cls(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32), *rows)
+from metarec_jax.tasks.ranking import Known
+from metarec_jax.types import Examples, Params
 
 
 def features(
     items: dict[str, jax.Array], user: dict[str, jax.Array], context: dict[str, jax.Array], order: jax.Array
 ) -> dict[str, jax.Array]:
-    """As `metarec_jax.data.features`, of item features `[users, n, ...]` and what each user has once."""
+    """As `metarec_jax.tasks.features`, of item features `[users, n, ...]` and what each user has once."""
     shape, found = items["item_id"].shape, dict(items)
     for prefix, values in (("user", user), ("context", context)):
         for name, value in values.items():

@@ -9,7 +9,7 @@ from metarec_jax.models.model import Model
 from metarec_jax.strategies.decoder import adapt_context, decoder
 from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 
 def cavia(

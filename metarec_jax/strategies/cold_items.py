@@ -17,7 +17,7 @@ from metarec_jax.strategies.decoder import adapt_context, decoder
 from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.likelihood import as_truth
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, History, Params, PointwiseLoss, Task, masked_mean, mean_loss
+from metarec_jax.types import Examples, Features, History, Params, PointwiseLoss, Task, masked_mean, mean_loss
 
 
 class Generator(NamedTuple):

@@ -9,10 +9,11 @@ import optax
 
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.ials import need_design, only_ranks
-from metarec_jax.strategies.observed import Observed, popularity
+from metarec_jax.strategies.observed import popularity
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+from metarec_jax.tasks.observed import Observed
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 
 RARE = 0.05  # smallest standard deviation that a column is divided by
 

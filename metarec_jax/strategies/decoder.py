@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from metarec_jax import core
 from metarec_jax.models.model import Model
-from metarec_jax.tasks import Examples, Features, Params
+from metarec_jax.types import Examples, Features, Params
 
 
 class Decoder(NamedTuple):

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metarec_jax import factorise
+from metarec_jax.collaborative import factorise
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import look_up
 from metarec_jax.strategies.ials import need_design, only_ranks
-from metarec_jax.strategies.observed import Observed, among, popularity
+from metarec_jax.strategies.observed import among, popularity
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.weights import example_weights, need_half_life, weigh
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+from metarec_jax.tasks.observed import Observed
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 
 MEMORY = 1 << 31  # bytes
 
@@ -39,7 +40,7 @@ def ease(
 
         score(x_j) = tau sum_{i in S} w_i t_i B_ij + c log p(x_j)
 
-    B is fitted to the training users (`metarec_jax.factorise.ease`); t is an example's label, w = exp(weight of the
+    B is fitted to the training users (`factorise.ease`); t is an example's label, w = exp(weight of the
     item + d (1 - t)), tau and c are smooth functions of the number n of positives, all learned by the loss of
     `Ranking`. A new item, which no column of B knows, has its popularity.
 
@@ -47,7 +48,7 @@ def ease(
       model: `design`; only the size of its catalogue is read.
       loss: not used: the strategy ranks.
       penalty: of B.
-      rank: keep B in this many components (`metarec_jax.factorise.low_rank_ease`) instead of in `items^2` numbers.
+      rank: keep B in this many components (`factorise.low_rank_ease`) instead of in `items^2` numbers.
       half_life: places in time after which an example has half the weight, at first; it is learned. None: all weigh
         the same.
       memory: bytes that B may take; five copies of it are made while training (one a fold).

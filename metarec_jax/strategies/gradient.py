@@ -10,7 +10,7 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 ALL = ("embedding", "decision", "head")
 

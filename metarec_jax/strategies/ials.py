@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metarec_jax import factorise
+from metarec_jax.collaborative import factorise
 from metarec_jax.core.solve import solve
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import look_up, profile_of
-from metarec_jax.strategies.observed import Observed, popularity
+from metarec_jax.strategies.observed import popularity
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.weights import example_weights, need_half_life, weigh
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.tasks.observed import Observed
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 NUMBERS = ("unobserved", "penalty", "prior", "mean", "scale", "popularity")  # smooth functions of n
 CONTENT = 30.0  # interactions of an item that the ridge regression of its vector on its fields counts as
@@ -60,7 +61,7 @@ def ials(
       model: one without parameters, `design`: its `embed` reads the items' fields, its `profile` the users'.
       loss: not used: the strategy ranks.
       rank: width of the vectors.
-      unobserved, penalty, sweeps: of the alternating least squares; see `metarec_jax.factorise.ials`.
+      unobserved, penalty, sweeps: of the alternating least squares; see `metarec_jax.collaborative.factorise.ials`.
       half_life: places in time after which an example has half the weight, at first; it is learned. None: all weigh
         the same.
 

@@ -9,7 +9,7 @@ from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.gradient import ALL, curvature, from_adapt, leaves_of
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Params, PointwiseLoss
+from metarec_jax.types import Examples, Params, PointwiseLoss
 
 
 def imaml(

@@ -6,10 +6,10 @@ import optax
 
 from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
-from metarec_jax.strategies.history import with_history
 from metarec_jax.strategies.likelihood import as_truth
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.strategies.wrappers.history import with_history
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 
 def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, dense: float = 0.0) -> Strategy:

@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metarec_jax import factorise
-from metarec_jax.item_to_item import padded
+from metarec_jax.collaborative import factorise
+from metarec_jax.collaborative.item_to_item import padded
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.ease import Weighed
 from metarec_jax.strategies.ials import need_design, only_ranks
-from metarec_jax.strategies.observed import Observed, among, popularity
+from metarec_jax.strategies.observed import among, popularity
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.weights import example_weights, need_half_life, weigh
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+from metarec_jax.tasks.observed import Observed
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 
 
 def item_knn(
@@ -32,7 +33,7 @@ def item_knn(
         score(x_j) = tau log(1 + b sum_{i in S} w_i t_i s_ij) + c log p(x_j)
         s_ij = x_i . x_j / (|x_i| |x_j| + shrink)
 
-    s is fitted to the training users (`metarec_jax.factorise.item_knn`) and sparse: of each item its nearest ones,
+    s is fitted to the training users (`factorise.item_knn`) and sparse: of each item its nearest ones,
     which suits catalogues that are too large or too sparse for `ease`. The logarithm leaves the order as it is, and
     the softmax can trust the nearest items without being sure of them. t is an example's label, w = exp(weight of the
     item + d (1 - t)), tau, b and c are smooth functions of the number n of positives, all learned by the loss of

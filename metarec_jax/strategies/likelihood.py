@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax.tasks import Examples, PointwiseLoss
+from metarec_jax.types import Examples, PointwiseLoss
 
 
 def likelihood(loss: PointwiseLoss) -> Literal["bernoulli", "gaussian"] | None:

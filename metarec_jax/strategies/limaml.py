@@ -10,7 +10,7 @@ from metarec_jax.models.profile import constant, profile_of
 from metarec_jax.strategies.decoder import decoder, score_one
 from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 
 def limaml(

@@ -10,7 +10,7 @@ import optax
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.gradient import ALL, default_inner, from_inner_loop
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Params, PointwiseLoss, Task
+from metarec_jax.types import Params, PointwiseLoss, Task
 
 
 def mamlpp(

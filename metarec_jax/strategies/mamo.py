@@ -10,7 +10,7 @@ from metarec_jax.models.profile import constant, profile_of
 from metarec_jax.strategies.decoder import need_embed
 from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 
 def mamo(

@@ -11,7 +11,7 @@ from metarec_jax.strategies.cold_items import check, normal
 from metarec_jax.strategies.decoder import adapt_context, decoder, need_embed
 from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task, masked_mean
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task, masked_mean
 
 
 def mwuf(

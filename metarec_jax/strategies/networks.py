@@ -6,7 +6,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 
-from metarec_jax.tasks import Params
+from metarec_jax.types import Params
 
 
 def dense(key: jax.Array, *widths: int) -> list[Params]:

@@ -12,7 +12,7 @@ from metarec_jax.models.model import Model
 from metarec_jax.strategies.decoder import decoder, need_embed
 from metarec_jax.strategies.networks import dense, run
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task, masked_mean, normal_per_user
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task, masked_mean, normal_per_user
 
 Normal = tuple[jax.Array, jax.Array]  # mean and standard deviation, `[users, size]`
 

@@ -7,10 +7,10 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.gradient import default_inner
-from metarec_jax.strategies.history import joined
 from metarec_jax.strategies.likelihood import as_truth
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.strategies.wrappers.history import joined
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 
 def reptile(

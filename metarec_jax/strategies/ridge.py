@@ -7,7 +7,7 @@ import optax
 from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 Head = dict[str, jax.Array]  # delta [users, width], bias [users]
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from metarec_jax.tasks import Examples
+from metarec_jax.types import Examples
 
 GAIN = 10.0  # a parameter is its number divided by this, so that the outer optimiser of embeddings moves it fast enough
 

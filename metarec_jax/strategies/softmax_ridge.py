@@ -10,7 +10,7 @@ from metarec_jax.strategies.ials import only_ranks
 from metarec_jax.strategies.observed import popularity
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 
 Vector = tuple[jax.Array, jax.Array]  # [users, width], [users]
 

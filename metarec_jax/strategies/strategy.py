@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from metarec_jax.tasks import Examples, Features, Params, Task
+from metarec_jax.types import Examples, Features, Params, Task
 
 Adapted = Any  # a pytree of arrays `[users, ...]`; what one user's adaptation consists of
 

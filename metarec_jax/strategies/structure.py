@@ -16,7 +16,7 @@ from metarec_jax.models.model import Model
 from metarec_jax.strategies.decoder import need_embed
 from metarec_jax.strategies.gradient import ALL, default_inner, from_adapt, from_inner_loop, one_each
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 
 MASKS = ("array", "row", "column", "weight")
 

@@ -12,7 +12,7 @@ from metarec_jax.models.model import Model
 from metarec_jax.strategies.gradient import ALL, default_inner, leaves_of, maml
 from metarec_jax.strategies.likelihood import as_truth
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 Loss = Callable[[Params, Task, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 

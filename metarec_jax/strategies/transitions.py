@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import scipy.sparse as sp
 
-from metarec_jax.factorise import check_memory
-from metarec_jax.item_to_item import (
+from metarec_jax.collaborative.factorise import check_memory
+from metarec_jax.collaborative.item_to_item import (
     Sequences,
     attribute_rows,
     padded,
@@ -19,13 +19,14 @@ from metarec_jax.item_to_item import (
     top,
     vectors,
 )
-from metarec_jax.item_to_item import transitions as counted
+from metarec_jax.collaborative.item_to_item import transitions as counted
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.ease import MEMORY
 from metarec_jax.strategies.ials import need_design, only_ranks
-from metarec_jax.strategies.observed import Observed, among
+from metarec_jax.strategies.observed import among
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.tasks import Examples, Features, Params, PointwiseLoss
+from metarec_jax.tasks.observed import Observed
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 
 FAST, SLOW, BACK = 0.5, 6.0, 0.5  # decay by a step of 5; by exp of 20 steps; weight of what went before
 SHARPNESS = 4.0  # power of a cosine

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from metarec_jax.models.profile import look_up
 from metarec_jax.strategies.smooth import GAIN
-from metarec_jax.tasks import Examples, Params
+from metarec_jax.types import Examples, Params
 
 DISLIKE = -0.7  # initial log weight of a dislike
 

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metarec_jax.core import _loop, fastweights, inner, outer
-from metarec_jax.core.fastweights import Explicit, Factored, PlainFormWarning
-from metarec_jax.tasks import Examples, Task
+from metarec_jax.core._loop import Explicit, Factored
+from metarec_jax.core._plan import PlainFormWarning
+from metarec_jax.types import Examples, Task
 
 USERS, SUPPORT, QUERY, INPUTS, ITEMS = 3, 5, 3, 6, 9
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}

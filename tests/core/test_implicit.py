@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from metarec_jax.core import fastweights, implicit, inner, outer
-from metarec_jax.tasks import Examples, Task
+from metarec_jax.types import Examples, Task
 
 USERS, SUPPORT, QUERY, INPUTS, ITEMS, DAMPING = 3, 5, 4, 3, 6, 3.0
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from metarec_jax import core
-from metarec_jax.tasks import Examples, Task
+from metarec_jax.types import Examples, Task
 
 
 def squared(scores, target):

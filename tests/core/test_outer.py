@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from metarec_jax import core
-from metarec_jax.tasks import Examples
+from metarec_jax.types import Examples
 
 
 def test_query_loss_is_the_mean_over_users_of_each_users_mean():

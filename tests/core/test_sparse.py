@@ -11,9 +11,9 @@ import pytest
 import metarec_jax as mr
 from metarec_jax import core
 from metarec_jax.core import sparse
-from metarec_jax.data.batches import batches
-from metarec_jax.data.target import Target
-from metarec_jax.tasks import Examples, Task, masked_mean
+from metarec_jax.tasks.batching import batches
+from metarec_jax.tasks.target import Target
+from metarec_jax.types import Examples, Task, masked_mean
 
 ROWS, WIDTH = 40, 3
 TABLES = {"item_id": ["item", "bias"], "genres": "genre"}

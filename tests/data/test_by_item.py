@@ -16,7 +16,7 @@ def test_exchanging_twice_gives_back_the_interactions(synthetic):
 def test_an_items_attributes_are_its_tasks_own(synthetic):
     data = mr.data.by_item(synthetic)
     rows = np.array([3, 7])
-    found = mr.data.features(data, rows, np.ones((2, 4), int))
+    found = mr.tasks.features(data, rows, np.ones((2, 4), int))
     np.testing.assert_array_equal(found["user/genre"], np.repeat(synthetic.item_features["genre"][rows, None], 4, 1))
     assert set(mr.models.fields_of(data)) == {"item_id", "user/genre"}
 
@@ -24,8 +24,8 @@ def test_an_items_attributes_are_its_tasks_own(synthetic):
 def test_the_statistics_of_its_items_are_those_of_users(synthetic):
     data = mr.data.by_item(synthetic)
     train = mr.ColdUsers(minimum=12, query=4).split(data, 0).train
-    target = mr.data.Target("rating", mean=3.5)
-    found = mr.data.ItemStatistics.fit(train, target)
+    target = mr.tasks.Target("rating", mean=3.5)
+    found = mr.tasks.ItemStatistics.fit(train, target)
     known = np.isin(synthetic.item, train.users)
     for user in (1, 50):
         values = synthetic.rating[known & (synthetic.user == user)] - 3.5

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
-from metarec_jax.data import ItemStatistics, Target, batches, by_key, from_tables
+from metarec_jax.data import by_key, from_tables
 from metarec_jax.errors import DataError
+from metarec_jax.tasks import ItemStatistics, Target, batches
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_raw_values_are_a_key_and_users_by_themselves_change_nothing(data):
 
 def test_statistics_leave_out_all_that_a_task_did_with_an_item(data):
     found = by_key(data, "user/country")
-    histories = mr.data.Histories.of(found, np.array([1, 2]))
+    histories = mr.tasks.Histories.of(found, np.array([1, 2]))
     target = Target("rating")
     statistics = ItemStatistics.fit(histories, target)
     (batch,) = batches(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
-from metarec_jax.data import Histories, Target, batches
+from metarec_jax.data.schema import fields_of
 from metarec_jax.errors import DataError
-from metarec_jax.models import MODELS, fields_of
+from metarec_jax.models import MODELS
+from metarec_jax.tasks import Histories, Target, batches
 
 
 def table(users: int = 150, seed: int = 0) -> dict[str, np.ndarray]:

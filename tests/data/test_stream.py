@@ -76,8 +76,8 @@ def test_shards_are_datasets_that_hold_every_user_once(tmp_path):
     assert sorted(users.tolist()) == sorted(frame["user_id"].unique().to_list())
     assert sum(len(s.rating) for s in shards) == frame.height - done.report["duplicates"]
     biggest = max(shards, key=lambda s: len(s.rating))
-    histories = mr.data.Histories.of(biggest, np.arange(1, len(biggest.users)))
-    (batch,) = mr.data.batches(histories, mr.data.Target("click"), query=2, buckets=(64,), batch_size=64)
+    histories = mr.tasks.Histories.of(biggest, np.arange(1, len(biggest.users)))
+    (batch,) = mr.tasks.batches(histories, mr.tasks.Target("click"), query=2, buckets=(64,), batch_size=64)
     assert batch.task.support.mask.sum() + batch.task.query.mask.sum() == len(biggest.rating)
     assert isinstance(biggest.item, np.memmap)
 

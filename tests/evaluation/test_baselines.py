@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 
-from metarec_jax import factorise
-from metarec_jax.data.batches import Target
-from metarec_jax.data.splits import ColdUsers
-from metarec_jax.data.synthetic import synthetic
-from metarec_jax.evaluation.baselines import BASELINES, Interactions, als_fold_in, item_knn, two_means
-from metarec_jax.evaluation.evaluate import score_baselines
+from metarec_jax.collaborative import factorise
+from metarec_jax.data.simulation import synthetic
+from metarec_jax.evaluation.baselines import BASELINES, Interactions, als_fold_in, item_knn, score_baselines, two_means
+from metarec_jax.tasks.splits import ColdUsers
+from metarec_jax.tasks.target import Target
 
 
 def random_train(seed: int, users: int = 9, items: int = 7) -> Interactions:

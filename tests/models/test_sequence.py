@@ -15,7 +15,7 @@ from metarec_jax import core
 from metarec_jax.data.fields import Field
 from metarec_jax.models.attention import HSTUBlock, TransformerBlock
 from metarec_jax.models.sequence import GRU
-from metarec_jax.tasks import Examples, History, Task
+from metarec_jax.types import Examples, History, Task
 
 LOSS = optax.losses.sigmoid_binary_cross_entropy
 FIELDS = {

@@ -14,7 +14,7 @@ from sklearn.gaussian_process.kernels import DotProduct
 import metarec_jax as mr
 from metarec_jax.strategies.alpaca import inverse_cholesky
 from metarec_jax.strategies.likelihood import likelihood
-from metarec_jax.tasks import Examples, Task
+from metarec_jax.types import Examples, Task
 
 LOGISTIC = optax.losses.sigmoid_binary_cross_entropy
 WIDTH = 4

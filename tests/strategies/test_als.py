@@ -9,12 +9,12 @@ import optax
 import pytest
 
 import metarec_jax as mr
-from metarec_jax.data.batches import batches, features
 from metarec_jax.evaluation.baselines import Interactions, als_fold_in
-from metarec_jax.evaluation.evaluate import score_tasks
-from metarec_jax.ranking_tasks import observe
+from metarec_jax.metrics.scoring import score_tasks
 from metarec_jax.strategies.als import population
-from metarec_jax.training import fit
+from metarec_jax.tasks.batching import batches, features
+from metarec_jax.tasks.observed import observe
+from metarec_jax.training.loop import fit
 
 KEY, RANK = jax.random.key(0), 3
 PROTOCOL = mr.ColdUsers(target="rating")
@@ -25,7 +25,7 @@ DATA = mr.data.synthetic(users=150, items=40, noise=0.3, seed=1)
 def fitted(**options):
     """Strategy, parameters, split and target."""
     split = PROTOCOL.split(DATA)
-    target = mr.data.Target.fit(PROTOCOL, split.train)
+    target = mr.tasks.Target.fit(PROTOCOL, split.train)
     strategy = mr.als(mr.models.design(mr.models.fields_of(DATA)), rank=RANK, sweeps=4, **options)
     params = {**strategy.init(KEY), "tables": {"fitted": strategy.fit(observe(split.train, target))}}
     return strategy, params, split, target
@@ -102,8 +102,8 @@ def test_new_items_are_predicted_from_their_fields():
     data = mr.data.synthetic(users=300, items=80, noise=0.2, ratings_per_user=(30, 50), seed=2)
     hidden = rng.permutation(np.arange(1, 81))[:16]
     kept = ~np.isin(data.item, hidden)
-    part = mr.data.Histories.of(data, np.arange(1, 301), kept)
-    target = mr.data.Target("rating", mean=3.5)
+    part = mr.tasks.Histories.of(data, np.arange(1, 301), kept)
+    target = mr.tasks.Target("rating", mean=3.5)
     strategy = mr.als(mr.models.design(mr.models.fields_of(data)))
     params = {"tables": {"fitted": strategy.fit(observe(part, target))}}
     (batch,) = batches(part, target, query=1, batch_size=300, buckets=(48,))
@@ -210,7 +210,7 @@ def test_what_it_cannot_do_is_refused():
 
 def test_one_rating_of_one_user_is_enough():
     one = replace(DATA, user=DATA.user[:1], item=DATA.item[:1], rating=DATA.rating[:1], timestamp=DATA.timestamp[:1])
-    histories = mr.data.Histories.of(one, DATA.user[:1])
+    histories = mr.tasks.Histories.of(one, DATA.user[:1])
     strategy = mr.als(mr.models.design(mr.models.fields_of(one)))
-    table = strategy.fit(observe(histories, mr.data.Target("rating")))
+    table = strategy.fit(observe(histories, mr.tasks.Target("rating")))
     assert all(np.isfinite(x).all() for x in table.values())

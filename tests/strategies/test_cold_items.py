@@ -13,7 +13,7 @@ from metarec_jax.models.profile import profile
 from metarec_jax.strategies.cold_items import gme, metaemb, shared_values
 from metarec_jax.strategies.decoder import decoder
 from metarec_jax.strategies.mwuf import mwuf
-from metarec_jax.tasks import Examples, Task, mean_loss
+from metarec_jax.types import Examples, Task, mean_loss
 
 LOGISTIC = optax.losses.sigmoid_binary_cross_entropy
 KEY = jax.random.key(0)

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import metarec_jax as mr
-from metarec_jax.core.fastweights import PlainFormWarning
-from metarec_jax.tasks import Examples, Task
+from metarec_jax.core._plan import PlainFormWarning
+from metarec_jax.types import Examples, Task
 
 LOGISTIC = optax.losses.sigmoid_binary_cross_entropy
 READERS = ("in_context",)  # strategies whose model must read the history
@@ -36,8 +36,8 @@ def name(request):
 def reading_task():
     """A dataset and one batch of its tasks."""
     data = mr.data.synthetic(users=30, items=40, seed=0)
-    histories = mr.data.Histories.of(data, np.arange(1, 5))
-    (batch,) = mr.data.batches(histories, mr.data.Target("click"), query=5, batch_size=4, buckets=(16,))
+    histories = mr.tasks.Histories.of(data, np.arange(1, 5))
+    (batch,) = mr.tasks.batches(histories, mr.tasks.Target("click"), query=5, batch_size=4, buckets=(16,))
     return data, batch.task
 
 

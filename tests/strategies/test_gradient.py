@@ -10,7 +10,7 @@ import pytest
 
 import metarec_jax as mr
 from metarec_jax import core
-from metarec_jax.tasks import History
+from metarec_jax.types import History
 
 LOSS = optax.losses.squared_error
 

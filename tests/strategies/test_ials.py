@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
-from metarec_jax import factorise
-from metarec_jax.models import MODELS, fields_of
-from metarec_jax.ranking_tasks import observe
+from metarec_jax.collaborative import factorise
+from metarec_jax.data.schema import fields_of
+from metarec_jax.models import MODELS
 from metarec_jax.strategies.observed import tables
+from metarec_jax.tasks.observed import observe
 
 RANK, ITEMS = 3, 24
 KEY = jax.random.key(0)
@@ -29,8 +30,8 @@ def data():
 
 @pytest.fixture(scope="module")
 def observed(data):
-    histories = mr.data.Histories.of(data, np.arange(1, len(data.users)))
-    return observe(histories, mr.data.Target("ranking", 4.0))
+    histories = mr.tasks.Histories.of(data, np.arange(1, len(data.users)))
+    return observe(histories, mr.tasks.Target("ranking", 4.0))
 
 
 def made(data, observed, **options):

@@ -8,7 +8,7 @@ import pytest
 
 import metarec_jax as mr
 from metarec_jax import core
-from metarec_jax.tasks import History
+from metarec_jax.types import History
 
 LOSS = optax.losses.sigmoid_binary_cross_entropy
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
-from metarec_jax import factorise
-from metarec_jax.ranking_tasks import observe
-from metarec_jax.strategies.catalogue import Known, adapt, score, score_shared
+from metarec_jax.collaborative import factorise
+from metarec_jax.strategies.catalogue import adapt, score, score_shared
 from metarec_jax.strategies.observed import tables
+from metarec_jax.tasks.observed import observe
+from metarec_jax.tasks.ranking import Known
 
 DATA = mr.data.synthetic(users=60, items=40)
 MODEL = mr.models.design(mr.models.fields_of(DATA))
@@ -18,7 +19,7 @@ MODEL = mr.models.design(mr.models.fields_of(DATA))
 @pytest.fixture(scope="module")
 def observed():
     split = mr.StrongGeneralisation(threshold=3.5).split(DATA, 0)
-    return observe(split.train, mr.data.Target("ranking", 3.5, levels=(1.0, 2.0, 3.0, 4.0, 5.0)))
+    return observe(split.train, mr.tasks.Target("ranking", 3.5, levels=(1.0, 2.0, 3.0, 4.0, 5.0)))
 
 
 @pytest.mark.parametrize("neighbours", [40, 6])

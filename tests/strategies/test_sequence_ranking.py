@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
-from metarec_jax.build import build
-from metarec_jax.ranking_tasks import observe
-from metarec_jax.strategies.catalogue import Known, adapt, score_shared, support_of
+from metarec_jax.strategies.catalogue import adapt, score_shared, support_of
 from metarec_jax.strategies.observed import tables
+from metarec_jax.tasks.observed import observe
+from metarec_jax.tasks.ranking import Known
+from metarec_jax.training.build import build
 
 ITEMS, LENGTH, USERS = 20, 10, 120
 
@@ -31,7 +32,7 @@ def ordered():
 @pytest.mark.parametrize("model", ["transformer", "hstu", "gru"])
 def test_prefixes_are_what_adapting_to_each_prefix_gives(ordered, model):
     protocol = mr.NextItem()
-    target = mr.data.Target.fit(protocol, protocol.split(ordered).train)
+    target = mr.tasks.Target.fit(protocol, protocol.split(ordered).train)
     strategy = build("in_context", {}, model, {"width": 8, "tied": True}, ordered, target)
     observed = observe(protocol.split(ordered).train, target)
     params = {**strategy.init(jax.random.key(0)), "tables": jax.device_put(tables(strategy, observed))}

@@ -8,7 +8,7 @@ import pytest
 
 import metarec_jax as mr
 from metarec_jax import core
-from metarec_jax.core.fastweights import Factored
+from metarec_jax.core._loop import Factored
 from metarec_jax.strategies.structure import straight_through
 
 LOSS = optax.losses.squared_error

@@ -11,7 +11,7 @@ import pytest
 import metarec_jax as mr
 from metarec_jax import core
 from metarec_jax.strategies.gradient import ALL
-from metarec_jax.tasks import Examples, History, Task
+from metarec_jax.types import Examples, History, Task
 
 LOGISTIC = optax.losses.sigmoid_binary_cross_entropy
 FAMILY = ("pretrain", "finetune", "finetune_head", "lora")
@@ -143,7 +143,7 @@ def test_on_a_model_with_tables_low_rank_finetuning_leaves_them_alone(synthetic)
     strategy = mr.lora(model, loss=LOGISTIC, rank=2)
     params = strategy.init(jax.random.key(0))
     rows = np.arange(1, 13).reshape(2, 6)
-    support = mr.Examples(mr.data.features(synthetic, np.array([1, 2]), rows), np.eye(2, 6), np.ones((2, 6)))
+    support = mr.Examples(mr.tasks.features(synthetic, np.array([1, 2]), rows), np.eye(2, 6), np.ones((2, 6)))
     adapted = jax.eval_shape(strategy.adapt, params, support, jax.random.key(0))
     inputs = 4 * 2  # two fields
     assert sorted(leaf.shape[1:] for leaf in jax.tree.leaves(adapted) if leaf.ndim > 1) == sorted(

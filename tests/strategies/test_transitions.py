@@ -9,8 +9,8 @@ import pytest
 import scipy.sparse as sp
 
 import metarec_jax as mr
-from metarec_jax import item_to_item
-from metarec_jax.item_to_item import Sequences
+from metarec_jax.collaborative import item_to_item
+from metarec_jax.collaborative.item_to_item import Sequences
 from metarec_jax.strategies.transitions import _adam, _evidence, _gates, _scores, _start
 
 ITEMS, LENGTH, USERS = 30, 12, 150

@@ -6,7 +6,7 @@ import pytest
 
 import metarec_jax as mr
 from metarec_jax.strategies.weights import example_weights, weigh
-from metarec_jax.tasks import Examples
+from metarec_jax.types import Examples
 
 
 @pytest.mark.parametrize("half_life", [None, 2.0])

@@ -1,0 +1,1 @@
+"""Experimental: parts of the core that nothing else calls yet."""

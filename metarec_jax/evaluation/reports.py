@@ -1,0 +1,231 @@
+"""Report: a comparison as one HTML file to look at, and as Markdown. Nothing in it is fetched from elsewhere."""
+
+import io
+import re
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from metarec_jax.evaluation.baselines import BASELINES
+from metarec_jax.evaluation.comparison import Comparison
+from metarec_jax.evaluation.intervals import (
+    LESS_IS_BETTER,
+    METRICS,
+    Difference,
+    best_baseline,
+    by_segment,
+    difference,
+    holm,
+    values,
+)
+from metarec_jax.evaluation.protocol import in_words
+from metarec_jax.metrics import pointwise as metrics
+
+MAIN = {"click": "within_user_auc", "rating": "rmse"}  # what plots and intervals are about
+GREY = "#808080"  # readable on white and on black
+STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+.best { font-weight: 700; }
+.baseline { color: #808080; }
+code { overflow-wrap: anywhere; }
+svg { max-width: 100%; height: auto; }
+"""
+
+
+def leaderboard(comparison: Comparison, *, draws: int = 2000) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: every metric with all support, the main metric's difference to the best baseline with its 95 %
+    interval over users and Holm's p over all strategies, and the costs."""
+    main, learners = MAIN[comparison.kind], comparison.learners
+    rival = best_baseline(comparison, main)
+    strategies = [n for n in learners if n not in BASELINES]
+    found = {n: difference(comparison, n, rival, main, draws=draws) for n in strategies}
+    corrected = holm({n: d.p for n, d in found.items()})
+    rows = []
+    for name in learners:
+        row = [name, *(f"{np.nanmean(values(comparison, name, m)):.4f}" for m in METRICS[comparison.kind])]
+        if name in BASELINES:
+            rows.append([*row, "-", "-", "-", "-", "-"])
+            continue
+        costs = [comparison.runs[name, seed].cost for seed in comparison.seeds]
+        cost = {key: float(np.median([c[key] for c in costs])) for key in costs[0]}
+        shown = (f"{cost['train_s']:.1f}", f"{cost['adapt_ms']:.4f}", f"{cost['bytes']:.0f}")
+        rows.append([*row, _interval(found[name]), f"{corrected[name]:.3f}", *shown])
+    header = ["learner", *METRICS[comparison.kind], f"{main} minus {rival}", "p (Holm)"]
+    return [*header, "train s", "adapt ms/user", "bytes/user"], rows
+
+
+def markdown(comparison: Comparison, *, draws: int = 2000) -> str:
+    """The leaderboard as Markdown, under a line that says what was measured."""
+    header, rows = leaderboard(comparison, draws=draws)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join([in_words(comparison.setting), "", *lines])
+
+
+def report(comparison: Comparison, path: str | Path, *, draws: int = 2000) -> Path:
+    """Write the HTML report: leaderboard, quality against support size, segments, calibration, learning curves, cost.
+
+    Args:
+      comparison: from `compare`.
+      path: the file.
+      draws: bootstrap samples of the intervals.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    plots: list[tuple[str, str, Callable[[Comparison, Any], None]]] = [
+        ("Quality against support size", "Minus the best baseline of each size; 95 % over users.", _by_support(draws)),
+        ("Segments", "The main metric within groups of users, and AUC or RMSE within groups of items.", _segments),
+        ("Learning curves", "Validation users, mean over splits that got as far.", _learning),
+        ("Quality against cost", "Seconds of training, and the main metric with all support.", _costs),
+    ]
+    if comparison.kind == "click":
+        plots.insert(2, ("Calibration", "Share of clicks among interactions of like probability.", _calibration))
+    header, rows = leaderboard(comparison, draws=draws)
+    failed = "".join(
+        f"<li>{escape(name)}, split {seed}: {escape(why)}</li>" for (name, seed), why in comparison.failed.items()
+    )
+    body = [
+        f"<h1>{escape(comparison.setting['data'])}: {len(comparison.learners)} learners</h1>",
+        f"<p>Hash <code>{comparison.setting['hash']}</code>; results of another hash are not comparable.</p>",
+        f"<p><code>{escape(in_words(comparison.setting))}</code></p>",
+        "<h2>Leaderboard</h2>",
+        _table(header, rows),
+        *(f"<h2>{title}</h2><p>{text}</p>{_svg(comparison, draw)}" for title, text, draw in plots),
+        f"<h2>Failed</h2><ul>{failed}</ul>" if failed else "",
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(comparison.setting['data'])}</title><style>{STYLE}</style></head>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+    path = Path(path)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _interval(found: Difference) -> str:
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """Baselines in grey, the best of each metric in bold."""
+    best = {}
+    for column, metric in enumerate(header):
+        if metric in {m for names in METRICS.values() for m in names}:
+            choose = min if metric in LESS_IS_BETTER else max
+            best[column] = choose((row[column] for row in rows), key=float)
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    lines = []
+    for row in rows:
+        cells = "".join(
+            f'<td class="best">{escape(cell)}</td>' if best.get(i) == cell else f"<td>{escape(cell)}</td>"
+            for i, cell in enumerate(row)
+        )
+        lines.append(f'<tr class="baseline">{cells}</tr>' if row[0] in BASELINES else f"<tr>{cells}</tr>")
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _svg(comparison: Comparison, draw: Callable[[Comparison, Any], None]) -> str:
+    """What `draw` draws on a matplotlib figure, as inline SVG without its XML head and metadata."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the report needs matplotlib: pip install 'metarec-jax[plot]'") from error
+    colours: dict[Any, Any] = {f"{part}.color": GREY for part in ("text", "xtick", "ytick")}
+    colours |= {"axes.labelcolor": GREY, "axes.edgecolor": GREY, "axes.titlecolor": GREY, "legend.labelcolor": GREY}
+    with rc_context({**colours, "svg.fonttype": "none", "svg.hashsalt": draw.__name__, "axes.spines.top": False}):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        draw(comparison, figure)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+
+
+def _by_support(draws: int) -> Callable[[Comparison, Any], None]:
+    def draw(comparison: Comparison, figure: Any) -> None:
+        axes, metric, sizes = figure.subplots(), MAIN[comparison.kind], comparison.setting["support"]
+        axes.axhline(0, color=GREY, linewidth=1)
+        rivals = [best_baseline(comparison, metric, size) for size in sizes]
+        for name in (n for n in comparison.learners if n not in BASELINES):
+            pairs = zip(rivals, sizes, strict=True)
+            found = [difference(comparison, name, rival, metric, size, draws=draws) for rival, size in pairs]
+            (line,) = axes.plot(range(len(sizes)), [d.mean for d in found], marker="o", label=name)
+            low, high = [d.low for d in found], [d.high for d in found]
+            axes.fill_between(range(len(sizes)), low, high, alpha=0.12, color=line.get_color())
+        axes.set_xticks(range(len(sizes)), ["all" if size is None else str(size) for size in sizes])
+        axes.set(xlabel="support examples", ylabel=f"{metric} minus best baseline")
+        _legend(axes)
+
+    return draw
+
+
+def _segments(comparison: Comparison, figure: Any) -> None:
+    pooled = "auc" if comparison.kind == "click" else "rmse"
+    shown = [s for s, labels in comparison.segments.items() if 1 < len(set(labels.tolist()) - {""}) <= 6][:4]
+    for axes, segment in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        metric = MAIN[comparison.kind] if segment.startswith("user/") else pooled
+        found = {name: by_segment(comparison, name, metric, segment) for name in comparison.learners}
+        labels = list(next(iter(found.values())))
+        width = 0.8 / len(found)
+        for i, (name, row) in enumerate(found.items()):
+            axes.bar(np.arange(len(labels)) + i * width, [row.get(k, np.nan) for k in labels], width, label=name)
+        every = [v for row in found.values() for v in row.values()]
+        axes.set_ylim(min(every) - 0.02, max(every) + 0.02)
+        axes.set_xticks(np.arange(len(labels)) + 0.4 - width / 2, labels, rotation=30)
+        axes.set(title=segment, ylabel=metric)
+    if shown:
+        _legend(axes)
+
+
+def _calibration(comparison: Comparison, figure: Any) -> None:
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1)
+    for name in comparison.learners:
+        runs = [comparison.scores(name, seed) for seed in comparison.seeds]
+        scores, target, mask = (jnp.concatenate(arrays) for arrays in zip(*runs, strict=True))
+        confidence, share, count = (np.asarray(x) for x in metrics.reliability(scores, target, mask))
+        enough = count >= 20
+        axes.plot(confidence[enough], share[enough], marker=".", label=name)
+    axes.set(xlabel="predicted probability", ylabel="share of clicks")
+    _legend(axes)
+
+
+def _learning(comparison: Comparison, figure: Any) -> None:
+    axes, metric = figure.subplots(), MAIN[comparison.kind]
+    for name in (n for n in comparison.learners if n not in BASELINES):
+        logs = [[e[metric] for e in comparison.runs[name, seed].history] for seed in comparison.seeds]
+        longest = max(map(len, logs))
+        padded = np.array([log + [np.nan] * (longest - len(log)) for log in logs])
+        axes.plot(np.nanmean(padded, 0), label=name)
+    axes.set(xlabel="epoch", ylabel=f"validation {metric}")
+    _legend(axes)
+
+
+def _costs(comparison: Comparison, figure: Any) -> None:
+    axes, metric = figure.subplots(), MAIN[comparison.kind]
+    for name in comparison.learners:
+        quality = np.nanmean(values(comparison, name, metric))
+        if name in BASELINES:
+            axes.axhline(quality, color=GREY, linewidth=1, linestyle=":")
+            axes.annotate(name, (1, quality), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            continue
+        seconds = np.median([comparison.runs[name, seed].cost["train_s"] for seed in comparison.seeds])
+        axes.scatter(seconds, quality)
+        axes.annotate(name, (seconds, quality), xytext=(4, 4), textcoords="offset points")
+    axes.set(xscale="log", xlabel="seconds of training (median)", ylabel=metric)
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

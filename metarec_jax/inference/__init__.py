@@ -1,0 +1,1 @@
+"""Inference: from what is known of a user to recommendations, and why."""

@@ -1,0 +1,119 @@
+"""Export: adapting and recommending as one serialised function that JAX alone can run, and item vectors as a table."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+
+from metarec_jax._files import write_whole
+from metarec_jax.strategies.catalogue import adapt, score
+from metarec_jax.tasks.ranking import Known
+
+if TYPE_CHECKING:
+    from metarec_jax.recommender import Recommender
+
+FUNCTION, DESCRIPTION = "recommend.jax", "recommend.json"
+
+
+def export(
+    recommender: "Recommender", folder: str | Path, *, k: int = 10, longest: int = 32, platforms: tuple[str, ...] = ()
+) -> None:
+    """Writes `recommend.jax`, the adapt-and-recommend function as a serialised `jax.export` artefact for any number of
+    users, and `recommend.json`, which says how to call it and whose rows the items are. No need of this package then:
+
+        function = jax.export.deserialize(bytearray(open("recommend.jax", "rb").read()))
+        scores, rows = function.call(items, ratings, weights, user, context)
+
+    items are rows `[users, longest]` int32 of "items" in the description, ratings and weights `[users, longest]`
+    float32 (weight 0: padding); user and context are dicts of encoded attributes, zeros where unknown, whose shapes the
+    description tells. Scores are click probabilities or ratings, -inf where nothing is left; what a user has seen is
+    left out.
+
+    Args:
+      recommender: a trained one.
+      folder: made when there is none.
+      k: recommendations a user.
+      longest: examples a user.
+      platforms: "cpu", "cuda", "tpu" (default: that of this process).
+
+    Raises:
+      ImportError: the package flatbuffers is missing: pip install 'metarec-jax[export]'.
+      ValueError: `k` is more than there are items, or not positive.
+    """
+    try:
+        import flatbuffers  # noqa: F401  # what serialises: missed before minutes of work, not after
+    except ImportError as error:
+        raise ImportError("exporting needs flatbuffers: pip install 'metarec-jax[export]'") from error
+
+    stock, target = recommender.stock, recommender.target
+    if not 1 <= k < len(stock) or longest < 1:
+        raise ValueError(f"need 1 <= k < {len(stock)} and longest >= 1, got {k=}, {longest=}")
+    strategy, tables = recommender.strategy, recommender.ranker.tables
+    params = jax.tree.map(jnp.asarray, recommender.params)  # arrays of numpy cannot be read at traced places
+    everything = jnp.arange(len(stock), dtype=jnp.int32)
+
+    def one(known: Known) -> tuple[jax.Array, jax.Array]:
+        alone = jax.tree.map(lambda x: x[None], known)
+        graded = alone._replace(target=target.grade(alone.target))
+        scores = score(strategy, params, tables, adapt(strategy, params, tables, graded), graded, everything[None])[0]
+        scores = scores.at[0].set(-jnp.inf)  # row 0 is the unknown item
+        left_out = jnp.where(known.weight > 0, known.items, 0)
+        best, rows = jax.lax.top_k(scores.at[left_out].set(-jnp.inf), k)
+        return jnp.where(jnp.isfinite(best), target.decode(best), -jnp.inf), rows
+
+    def recommend(
+        items: jax.Array, ratings: jax.Array, weights: jax.Array, user: dict[str, Any], context: dict[str, Any]
+    ) -> tuple[jax.Array, jax.Array]:
+        return jax.vmap(one)(Known(items, ratings, weights, user, context))
+
+    (users,) = jax_export.symbolic_shape("users")
+    example = Known.blank(1, longest, *recommender.ranker.fields)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((users, *x.shape[1:]), x.dtype), example)
+    exported = jax_export.export(jax.jit(recommend), platforms=platforms or None)(*shapes)
+    described = {
+        "k": k,
+        "longest": longest,
+        "platforms": list(exported.platforms),
+        "score": "click probability" if target.kind == "click" else "rating",
+        "ratings": {"lowest": recommender.limits[0], "highest": recommender.limits[1]},
+        "user": {f.name: _encoding(f, example.user[f.name]) for f in recommender.ranker.fields[0]},
+        "context": {f.name: _encoding(f, example.context[f.name]) for f in recommender.ranker.fields[1]},
+        "items": [None, *stock.decode(np.arange(1, len(stock))).tolist()],
+        "titles": None if stock.titles is None else stock.titles.tolist(),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / FUNCTION, bytes(exported.serialize()))
+    write_whole(folder / DESCRIPTION, json.dumps(described, indent=1).encode())
+
+
+def export_vectors(recommender: "Recommender", path: str | Path) -> None:
+    """Writes what the network computes of each item alone (`Ranker.vectors`) as a Parquet file with the columns
+    `item_id`, `title` and `vector`, or as an npz file with the arrays `item_id` and `vector`, as the path ends.
+
+    Raises:
+      ValueError: another ending.
+    """
+    path, stock = Path(path), recommender.stock
+    rows = np.arange(1, len(stock))
+    ids, vectors = stock.decode(rows), recommender.ranker.vectors()[rows]
+    if path.suffix == ".npz":
+        np.savez(path, item_id=ids, vector=vectors)
+    elif path.suffix == ".parquet":
+        import polars as pl
+
+        titles = [None] * len(rows) if stock.titles is None else stock.titles[rows].tolist()
+        pl.DataFrame({"item_id": ids, "title": titles, "vector": vectors}).write_parquet(path)
+    else:
+        raise ValueError(f"{path}: item vectors are written as .parquet or .npz")
+
+
+def _encoding(field: Any, example: np.ndarray) -> dict[str, Any]:
+    numbers = {k: None if (v := getattr(field, k)) is None else v.tolist() for k in ("mean", "scale", "knots")}
+    values = None if field.vocabulary is None else [None, *field.vocabulary.ids.tolist()]
+    shape = {"kind": field.kind, "shape": list(example.shape[1:]), "dtype": str(example.dtype)}
+    return shape | {"transform": field.transform, "values": values} | numbers

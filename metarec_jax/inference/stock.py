@@ -1,0 +1,169 @@
+"""Stock: the items that can be recommended, those of the training and those that came later, as rows of arrays."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.fields import Field
+from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary, as_ids, is_missing
+from metarec_jax.errors import DataError
+from metarec_jax.tasks.statistics import NAME as STATISTICS
+
+
+@dataclass(frozen=True, eq=False)
+class Stock:
+    """Items as rows; row 0 is the unknown item, rows of the training come first, later ones in the order they came.
+
+    Attributes:
+      trained: ids of the training's items.
+      added: ids of later items, as they came.
+      code: `[rows]` int32 what the model knows an item by; 0 (unknown) for later items, which their attributes tell.
+      features: encoded attributes, each `[rows, ...]`.
+      titles: `[rows]` or None.
+      fields: how attributes are encoded.
+    """
+
+    trained: Vocabulary
+    added: np.ndarray
+    code: np.ndarray
+    features: dict[str, np.ndarray]
+    titles: np.ndarray | None
+    fields: tuple[Field, ...]
+
+    @classmethod
+    def of(cls, data: Dataset) -> "Stock":
+        """The items of a dataset."""
+        code = np.arange(len(data.items), dtype=np.int32)
+        return cls(data.items, data.items.ids[:0], code, data.item_features, data.titles, data.item_fields)
+
+    def __len__(self) -> int:
+        """Number of rows, the unknown row included."""
+        return len(self.code)
+
+    def encode(self, values: Any) -> np.ndarray:
+        """Rows `[n]` int32 of raw ids; 0 where an id is unknown. Ids of another type raise `DataError`."""
+        rows = self.trained.encode(values)
+        if not len(self.added) or (rows != UNKNOWN).all():
+            return rows
+        order = np.argsort(self.added)
+        ids = as_ids(values, self.trained.name)
+        place = np.minimum(np.searchsorted(self.added, ids, sorter=order), len(order) - 1)
+        found = self.added[order[place]] == ids
+        return np.where((rows == UNKNOWN) & found, len(self.trained) + order[place], rows).astype(np.int32)
+
+    def decode(self, rows: ArrayLike) -> np.ndarray:
+        """Raw ids of `rows`, none of which may be 0."""
+        rows = np.asarray(rows)
+        if not len(self.added):
+            return self.trained.decode(rows)
+        if np.any(rows == UNKNOWN):
+            raise DataError(f"{self.trained.name}: row 0 stands for unknown and has no id")
+        return np.concatenate([self.trained.ids, self.added])[rows - 1]
+
+    def add(self, items: Mapping[str, Sequence[Any]]) -> "Stock":
+        """The stock with more items.
+
+        Args:
+          items: columns: `item_id`, and any of the item fields and `title`; a field that is left out is unknown.
+
+        Raises:
+          DataError: no `item_id`; an id that is there already, or twice; an unknown column; columns of several lengths;
+            a value that its field does not take.
+        """
+        columns = {name: list(values) for name, values in items.items()}
+        if "item_id" not in columns:
+            raise DataError(f"new items need a column 'item_id'; got {', '.join(columns) or 'none'}")
+        known = {f.name: f for f in self.fields if f.name != STATISTICS}
+        if unknown := columns.keys() - known.keys() - {"item_id", "title"}:
+            raise DataError(
+                f"column {sorted(unknown)[0]!r} is no item field of the model; it knows: {', '.join(known) or 'none'}"
+            )
+        ids = as_ids(columns["item_id"], "item_id")
+        for name, values in columns.items():
+            if len(values) != len(ids):
+                raise DataError(f"column {name!r} has {len(values)} values, item_id {len(ids)}")
+        if not len(ids):
+            return self
+        if (there := self.encode(ids) != UNKNOWN).any():
+            raise DataError(
+                f"item_id: row {int(there.argmax())} holds {ids[there.argmax()].item()!r}, which is there already"
+            )
+        if len(np.unique(ids)) < len(ids):
+            row = next(i for i, x in enumerate(ids.tolist()) if x in ids[:i].tolist())
+            raise DataError(
+                f"item_id: row {row} holds {ids[row].item()!r} for the second time; keep one row of each item"
+            )
+        features = {
+            name: known[name].encode(columns[name]) if name in columns else np.repeat(table[:1], len(ids), axis=0)
+            for name, table in self.features.items()
+        }
+        titles = [None if is_missing(t) else str(t) for t in columns["title"]] if "title" in columns else None
+        return self.with_rows(ids, features, titles)
+
+    def with_rows(
+        self, ids: np.ndarray, features: Mapping[str, np.ndarray], titles: Sequence[str | None] | None
+    ) -> "Stock":
+        """The stock with more items whose attributes are encoded already."""
+        if self.titles is None and titles is None:
+            shown = None
+        else:
+            before = np.full(len(self), None, object) if self.titles is None else self.titles
+            shown = np.append(before, np.full(len(ids), None, object))
+            shown[len(self) :] = [None] * len(ids) if titles is None else titles
+        return replace(
+            self,
+            added=np.concatenate([self.added, ids]),
+            code=np.append(self.code, np.zeros(len(ids), np.int32)),
+            features={name: np.concatenate([table, features[name]]) for name, table in self.features.items()},
+            titles=shown,
+        )
+
+    def allowed(self, where: Mapping[str, Any] | None = None, only: Sequence[Any] | None = None) -> np.ndarray | None:
+        """`[rows]` which items may be recommended; None where all may.
+
+        Args:
+          where: by item field: a value or a collection of values, one of which the item must have (categories), or
+            `(lowest, highest)`, either of which may be None (numbers). An item of which a number is missing counts as
+            the mean, as it does for the model.
+          only: ids of the items that are available.
+
+        Raises:
+          DataError: an unknown field; bounds where there are categories, or the other way round.
+        """
+        if not where and only is None:
+            return None
+        keep = np.ones(len(self), bool)
+        if only is not None:
+            keep[:] = False
+            keep[self.encode(list(only))] = True
+        fields = {f.name: f for f in self.fields if f.name != STATISTICS}
+        for name, wanted in (where or {}).items():
+            if name not in fields:
+                raise DataError(f"where: {name!r} is no item field; the model knows: {', '.join(fields) or 'none'}")
+            keep &= _matches(fields[name], self.features[name], wanted)
+        keep[UNKNOWN] = False
+        return keep
+
+
+def _matches(field: Field, table: np.ndarray, wanted: Any) -> np.ndarray:
+    if field.vocabulary is None:
+        if field.width != 1 or not isinstance(wanted, tuple) or len(wanted) != 2:
+            raise DataError(f"where: {field.name!r} holds numbers; give bounds (lowest, highest) of a single number")
+        low, high = (None if bound is None else field.encode([bound])[0, 0] for bound in wanted)
+        keep = np.ones(len(table), bool)
+        if low is not None:
+            keep &= table[:, 0] >= low - 1e-6 * abs(low)
+        if high is not None:
+            keep &= table[:, 0] <= high + 1e-6 * abs(high)
+        return keep
+    if isinstance(wanted, tuple):
+        raise DataError(f"where: {field.name!r} holds categories, not numbers; give a value or a list of values")
+    values = list(wanted) if isinstance(wanted, list | set | frozenset | np.ndarray) else [wanted]
+    codes = field.vocabulary.encode([str(value) for value in values])
+    if (codes == UNKNOWN).any():
+        raise DataError(f"where: no item has {field.name} {values[int((codes == UNKNOWN).argmax())]!r}")
+    return np.asarray(np.isin(table.reshape(len(table), -1), codes).any(1))

@@ -1,0 +1,1 @@
+"""State: what users did since the training, and saved models."""

@@ -1,0 +1,108 @@
+"""Feedback: events as people send them, checked at the boundary, and what they say of a user's taste."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from metarec_jax.errors import DataError
+from metarec_jax.inference.histories import checked_rating, is_number
+from metarec_jax.state.store import Event, Stored
+
+KINDS = ("rating", "click", "purchase", "dismiss", "remove")
+AHEAD = 300.0  # seconds that a sender's clock may be ahead
+LONGEST = 512  # latest events of a user that count
+
+
+def worth(kind: str, value: float | None, limits: tuple[float, float], threshold: float) -> float:
+    """The rating that an event stands for: a click the lowest rating that is one, a purchase the highest there is, a
+    dismissal the lowest."""
+    if kind == "rating":
+        assert value is not None
+        return value
+    low, high = limits
+    return {"click": min(max(threshold, low), high), "purchase": high, "dismiss": low}[kind]
+
+
+def checked(events: Iterable[Event | Mapping[str, Any]], kind: type, limits: tuple[float, float]) -> list[Event]:
+    """The events, each as an `Event` that may be kept.
+
+    Args:
+      events: `Event`s, or mappings with the same names.
+      kind: what ids of items must be, `int` or `str`.
+      limits: lowest and highest rating of the training.
+
+    Raises:
+      DataError: an event that cannot be one, by its place and what to do.
+    """
+    found, latest = [], time.time() + AHEAD
+    for place, given in enumerate(events):
+        where = f"event {place}"
+        try:
+            event = given if isinstance(given, Event) else Event(**given)
+        except TypeError as error:
+            raise DataError(
+                f"{where}: expected an Event or a mapping with {', '.join(Event._fields)}; got {given!r}"
+            ) from error
+        user = checked_id(event.user, None, f"{where}: user")
+        item = checked_id(event.item, kind, f"{where}: item")
+        if event.kind not in KINDS:
+            raise DataError(f"{where}: kind must be one of {', '.join(KINDS)}, got {event.kind!r}")
+        if (event.value is None) == (event.kind == "rating"):
+            raise DataError(f"{where}: a rating has a value, nothing else has; got {event.kind} {event.value!r}")
+        if event.kind == "rating":
+            checked_rating(event.value, limits, f"{where}: the rating")
+        if event.time is not None and not (is_number(event.time) and event.time >= 0):
+            raise DataError(f"{where}: time must be seconds since 1970, got {event.time!r}")
+        if event.time is not None and event.time > latest:
+            raise DataError(
+                f"{where}: its time {event.time:.0f} is {event.time - latest + AHEAD:.0f} s in the future; send "
+                "seconds (not milliseconds) of a clock that is right"
+            )
+        if event.id is not None and not (isinstance(event.id, str) and 0 < len(event.id) <= 256):
+            raise DataError(f"{where}: id must be a string of 1 to 256 characters, got {event.id!r}")
+        value = None if event.value is None else float(event.value)
+        at = None if event.time is None else float(event.time)
+        found.append(event._replace(user=user, item=item, value=value, time=at))
+    return found
+
+
+def checked_id(value: Any, kind: type | None, what: str) -> Any:
+    """A raw id as a plain `int` or `str`."""
+    plain = value.item() if isinstance(value, np.generic) else value
+    if isinstance(plain, bool) or not isinstance(plain, int | str):
+        raise DataError(f"{what}: an id is an integer or a string, got {value!r}")
+    if kind is not None and not isinstance(plain, kind):
+        raise DataError(f"{what}: ids of this model are of type {kind.__name__}, got {value!r}")
+    if isinstance(plain, int) and not -(2**63) <= plain < 2**63:
+        raise DataError(f"{what}: {plain} is beyond 64 bits; send it as a string")
+    if isinstance(plain, str) and not 0 < len(plain) <= 256:
+        raise DataError(f"{what}: an id has 1 to 256 characters, got {len(plain)}")
+    return plain
+
+
+def taste(
+    events: list[Stored], limits: tuple[float, float], threshold: float, half_life: float | None
+) -> tuple[list[Any], np.ndarray, np.ndarray]:
+    """What events say: items, ratings `[n]` and weights `[n]`, in the order of time.
+
+    Of several events with an item the latest counts, and after "remove" none before it. An event weighs
+
+        2 ** -((time of the user's latest event - its time) / half-life)
+
+    Args:
+      events: of one user, in the order of time.
+      limits, threshold: see `worth`.
+      half_life: seconds; None where all weigh the same.
+    """
+    latest: dict[Any, Stored] = {}
+    for event in events:
+        latest.pop(event.item, None)
+        latest[event.item] = event
+    kept = [event for event in latest.values() if event.kind != "remove"]
+    ratings = np.array([worth(e.kind, e.value, limits, threshold) for e in kept], np.float32)
+    times = np.array([e.time for e in kept], float)
+    weights = np.ones(len(kept)) if half_life is None else 0.5 ** ((times.max(initial=0) - times) / half_life)
+    weights = np.maximum(weights, np.finfo(np.float32).tiny)  # 0 would mean that there is no such event
+    return [e.item for e in kept], ratings, weights.astype(np.float32)

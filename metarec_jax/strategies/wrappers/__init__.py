@@ -1,0 +1,1 @@
+"""Wrappers: strategies made of other strategies."""

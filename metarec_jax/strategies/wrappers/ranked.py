@@ -1,0 +1,251 @@
+"""Ranked: any strategy trained to rank the catalogue, by a softmax over all items or a sample that the batch shares."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metarec_jax.strategies.catalogue import adapt, features, last, score, score_shared, support_of
+from metarec_jax.strategies.observed import popularity
+from metarec_jax.strategies.smooth import at, counts, positives, smooth
+from metarec_jax.strategies.strategy import Adapted, Strategy
+from metarec_jax.tasks.objective import Ranking
+from metarec_jax.tasks.ranking import Known, RankingTask
+from metarec_jax.types import Examples, Features, Params, Task
+
+TABLES = "tables"  # among the parameters: what is known of the catalogue, which no gradient changes
+OWN = "ranking"  # among the parameters: those of `ranked`
+
+
+FOCUSED = 50  # support positives of which the weights have half the focus
+FULL = 20_000  # items up to which the softmax runs over all
+SAMPLE = 2_048
+CELLS = 1 << 27  # scores of a batch up to which the softmax runs over all
+
+
+def ranked(strategy: Strategy, *, negatives: int = 32, ratio: float = 1.0) -> Strategy:
+    """`strategy`, whose scores rank the catalogue: popularity, bent by what it learns of a user.
+
+        score(x) = f_u(x) + c(n) log p(x)
+
+    Where it fits the support (`Strategy.contrast`), sampled negatives are put beside the positives, `ratio` times their
+    weight in all: the support loss has both classes. c is learned as a smooth function of the number n of positives,
+    from 1, so that a user without a history gets popularity at the start.
+
+    Args:
+      strategy: one whose parameters are a dict.
+      negatives: drawn uniformly once for the whole batch.
+      ratio: weight of all negatives over that of all positives.
+    """
+    if strategy.ranks:
+        return strategy
+    count = negatives if strategy.contrast else 0
+
+    def init(key: jax.Array) -> Params:
+        params = strategy.init(key)
+        if not isinstance(params, dict) or {OWN, TABLES} & params.keys():
+            raise TypeError(f"the parameters must be a dict without {OWN!r} and {TABLES!r}")
+        return {**params, OWN: {"popularity": smooth()}}
+
+    def own(params: Params) -> Params:
+        return {name: value for name, value in params.items() if name not in (OWN, TABLES)}
+
+    def extended(params: Params, support: Examples, key: jax.Array) -> Examples:
+        return support if not count else with_negatives(support, params[TABLES]["items"], key, count, ratio)
+
+    def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
+        draw, rest = jax.random.split(key)
+        weight = 1.0 + at(params[OWN]["popularity"], positives(support))
+        return strategy.adapt(own(params), extended(params, support, draw), rest), weight
+
+    def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        inner, weight = adapted
+        return strategy.predict(own(params), inner, features) + weight[:, None] * popularity(params, features)
+
+    def loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The strategy's own loss, with negatives beside the positives of support and query."""
+        one, two, rest = jax.random.split(key, 3)
+        items = params[TABLES]["items"]
+        both = (with_negatives(e, items, k, negatives, ratio) for e, k in zip(task, (one, two), strict=True))
+        return strategy.loss(own(params), Task(*both), rest)
+
+    def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
+        assert strategy.deviation is not None
+        return strategy.deviation(own(params), adapted[0], features)
+
+    def prefixes(params: Params, support: Examples, key: jax.Array | None) -> Adapted:
+        assert strategy.prefixes is not None
+        before = jnp.pad(jnp.cumsum(counts(support), 1), ((0, 0), (1, 0)))
+        weight = 1.0 + at(params[OWN]["popularity"], before)
+        return strategy.prefixes(own(params), support, key), weight
+
+    def of_items(params: Params, features: Features) -> Any:
+        assert strategy.items is not None
+        return strategy.items(own(params), features), popularity(params, features)
+
+    def score(params: Params, adapted: Adapted, side: Any) -> jax.Array:
+        assert strategy.score is not None
+        inner, weight = adapted
+        return strategy.score(own(params), inner, side[0]) + weight[:, None] * side[1]
+
+    return strategy._replace(
+        init=init,
+        adapt=adapt,
+        predict=predict,
+        loss=loss,
+        deviation=deviation if strategy.deviation else None,
+        items=of_items if strategy.items else None,
+        score=score if strategy.score else None,
+        prefixes=prefixes if strategy.prefixes else None,
+        ranks=True,
+    )
+
+
+def with_negatives(
+    examples: Examples, items: dict[str, jax.Array], key: jax.Array, count: int, ratio: float
+) -> Examples:
+    """The examples and `count` items drawn uniformly, with target 0; what a user has is masked.
+
+    Args:
+      examples: `[users, n, ...]`, whose "item_id" are rows of `items`.
+      items: features of the catalogue, each `[rows, ...]`; row 0 is no item.
+      key: of the draw.
+      count: drawn for all users together.
+      ratio: weight of a user's negatives over that of the positives.
+    """
+    users = len(examples.mask)
+    rows = jax.random.randint(key, (count,), 1, len(items["item_id"]))
+    has = (examples.features["item_id"][:, :, None] == rows) & (examples.mask > 0)[:, :, None]
+    weight = ratio * positives(examples)[:, None] / count * ~has.any(1)
+    found = {}
+    for name, value in examples.features.items():
+        if name in items:
+            new = jnp.broadcast_to(items[name][rows], (users, count, *items[name].shape[1:]))
+        else:  # of the user, or the place in time
+            new = jnp.broadcast_to(value[:, :1], (users, count, *value.shape[2:]))
+        found[name] = jnp.concatenate([value, new.astype(value.dtype)], 1)
+    target = jnp.concatenate([examples.target, jnp.zeros((users, count), examples.target.dtype)], 1)
+    return Examples(found, target, jnp.concatenate([examples.mask, weight.astype(examples.mask.dtype)], 1))
+
+
+def ranking_loss(
+    strategy: Strategy, objective: Ranking, following: bool = False
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """`loss(params, task, key)` of a strategy that ranks, `task` a `RankingTask`; see `Ranking`.
+
+    Args:
+      strategy, objective: what is trained, and how.
+      following: the query of a task holds what came next at each place; for strategies with `prefixes`.
+    """
+
+    def loss(params: Params, task: RankingTask, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hide, draw, rest = jax.random.split(key, 3)
+        items = dict(params[TABLES]["items"])
+        rows = len(items["item_id"])
+        hidden = jax.random.bernoulli(hide, objective.unknown, (rows,))  # the same items for the whole batch
+        items["item_id"] = jnp.where(hidden, 0, items["item_id"])
+        known = task.known
+        if strategy.outer == "own":
+            return strategy.loss(params, _pointwise(items, task), rest)
+        if strategy.outer == "shared":
+            known = known._replace(weight=jnp.zeros_like(known.weight))
+        if following:
+            assert strategy.prefixes is not None
+            states = strategy.prefixes(params, support_of(items, known), rest)
+            adapted, task = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states), _each_place(task)
+            known = task.known
+        else:
+            adapted = adapt(strategy, params, items, known, rest)
+        mask = task.query.mask * ~_contains(task.known, task.query.rows)
+        fits = rows <= FULL and rows * len(mask) <= CELLS
+        sample = objective.sample if objective.sample is not None else (None if fits else SAMPLE)
+        if sample is None or sample >= rows:
+            scores = score_shared(strategy, params, adapted, known, items)
+            users = jnp.arange(len(scores))[:, None]
+            seen = jnp.where(task.known.weight > 0, task.known.items, 0)  # row 0 is no item
+            scores = scores.at[:, 0].set(-jnp.inf).at[users, seen].set(-jnp.inf)
+            chosen = jnp.take_along_axis(scores, task.query.rows, 1)
+            total = jax.nn.logsumexp(scores, axis=1)
+        else:
+            drawn, log_chance = _drawn(objective.by, sample, params[TABLES]["log_popularity"], task, draw)
+            others = score_shared(strategy, params, adapted, known, {name: x[drawn] for name, x in items.items()})
+            taken = _contains(task.known, drawn) | _is_query(task, drawn)
+            others = jnp.where(taken, -jnp.inf, others - log_chance - jnp.log(len(drawn)))
+            chosen = score(strategy, params, items, adapted, known, task.query.rows)
+            both = jnp.concatenate([others, jnp.where(mask > 0, chosen, -jnp.inf)], 1)
+            total = jax.nn.logsumexp(both, axis=1)
+        log_chosen = jnp.where(mask > 0, chosen - total[:, None], 0.0)
+        count = positives(support_of(items, task.known))[:, None]
+        focus = objective.focus * count / (count + FOCUSED)
+        weight = mask * jax.lax.stop_gradient(jnp.exp(focus * log_chosen))
+        per_user = -(weight * log_chosen).sum(1) / jnp.maximum(weight.sum(1), 1e-20)
+        real = (mask > 0).any(1)
+        return jnp.where(real, per_user, 0.0).sum() / jnp.maximum(real.sum(), 1), {}
+
+    return loss
+
+
+def _each_place(task: RankingTask) -> RankingTask:
+    """A user for each place of each history, whose one positive came next; none of the items counts as seen."""
+    users, places = task.query.rows.shape
+    nothing = jnp.zeros((users * places, 1))
+    own, context = (jax.tree.map(lambda x: jnp.repeat(x, places, 0), x) for x in (task.known.user, task.known.context))
+    query = jax.tree.map(lambda x: x.reshape(-1, 1), task.query)
+    return RankingTask(Known(nothing.astype(jnp.int32), nothing, nothing, own, context), query)
+
+
+def _pointwise(items: dict[str, jax.Array], task: RankingTask) -> Task:
+    """Support and query as examples, every query item a positive."""
+    known, query = task.known, {name: x[task.query.rows] for name, x in items.items()}
+    return Task(
+        support_of(items, known),
+        Examples(
+            features(query, known.user, known.context, last(known)[:, None]),
+            jnp.ones_like(task.query.mask),
+            task.query.mask,
+        ),
+    )
+
+
+def _contains(known: Known, rows: jax.Array) -> jax.Array:
+    """`[users, n]` whether each of `rows`, `[users, n]` or `[n]` for all users, is in a user's support."""
+    return _among(jnp.where(known.weight > 0, known.items, -1), rows)
+
+
+def _is_query(task: RankingTask, rows: jax.Array) -> jax.Array:
+    return _among(jnp.where(task.query.mask > 0, task.query.rows, -1), rows)
+
+
+def _among(own: jax.Array, rows: jax.Array) -> jax.Array:
+    """`[users, n]` whether each of `rows` is one of `own` `[users, m]`, by a search in the sorted ones."""
+    if own.shape[1] == 1:
+        return own == rows
+    sorted_own = jnp.sort(own, 1)
+
+    def one(own: jax.Array, rows: jax.Array) -> jax.Array:
+        place = jnp.minimum(jnp.searchsorted(own, rows), own.shape[0] - 1)
+        return own[place] == rows
+
+    return jax.vmap(one, (0, 0 if rows.ndim == 2 else None))(sorted_own, rows)
+
+
+def _drawn(
+    by: str, sample: int, log_popularity: jax.Array, task: RankingTask, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Item rows `[sample]` and the log of how likely a draw is to give each."""
+    rows = len(log_popularity)
+    if by == "uniform":
+        drawn = jax.random.randint(key, (sample,), 1, rows)
+        return drawn, jnp.full(sample, -jnp.log(rows - 1.0))
+    log_share = log_popularity.at[0].set(-jnp.inf)
+    log_share -= jax.nn.logsumexp(log_share)
+    if by == "popularity":
+        cumulated = jnp.cumsum(jnp.exp(log_share))
+        drawn = jnp.searchsorted(cumulated, jax.random.uniform(key, (sample,)) * cumulated[-1]).astype(jnp.int32)
+    else:
+        flat, weight = task.query.rows.ravel(), task.query.mask.ravel()
+        place = jax.random.choice(key, flat.shape[0], (sample,), p=weight / jnp.maximum(weight.sum(), 1e-20))
+        drawn = flat[place]
+    drawn = jnp.clip(drawn, 1, rows - 1)
+    return drawn, log_share[drawn]

@@ -1,0 +1,197 @@
+"""Batches: ragged histories to `Task` arrays, padded to a few fixed shapes: nothing recompiles in a loop."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.vocabulary import UNKNOWN
+from metarec_jax.tasks.splits import Histories
+from metarec_jax.tasks.statistics import NAME as STATISTICS
+from metarec_jax.tasks.statistics import ItemStatistics
+from metarec_jax.tasks.target import Target
+from metarec_jax.types import Examples, Task
+
+
+class Batch(NamedTuple):
+    """A task batch of numpy arrays, and the positions in `Histories` of its users (no padding users)."""
+
+    task: Task
+    positions: np.ndarray
+
+
+def features(
+    data: Dataset, users: np.ndarray, items: np.ndarray, index: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """What models read about user rows `[users]`, item rows `[users, examples]` and the contexts of interactions.
+
+    Args:
+      data: the dataset.
+      users, items: rows.
+      index: `[users, examples]` positions of the interactions, -1 where there is none or its context is not known
+        (default: everywhere).
+
+    Returns:
+      `item_id` `[users, examples]` int32, and one entry `item/NAME`, `user/NAME` or `context/NAME` a field,
+      `[users, examples, ...]`. Batches add `order` `[users, examples]`: how many of the user's
+      interactions came before.
+    """
+    found = {"item_id": items.astype(np.int32)}
+    for name, table in data.item_features.items():
+        found[f"item/{name}"] = table[items]
+    for name, table in data.user_features.items():
+        row = table[users][:, None]
+        found[f"user/{name}"] = np.broadcast_to(row, items.shape + row.shape[2:])
+    for field in data.context_fields:
+        value = np.broadcast_to(field.unknown(), items.shape + field.unknown().shape)
+        if index is not None:
+            known = (index >= 0).reshape(index.shape + (1,) * (value.ndim - index.ndim))
+            value = np.where(known, data.context_features[field.name][np.maximum(index, 0)], value)
+        found[f"context/{field.name}"] = value
+    return found
+
+
+def bucket_sizes(lengths: np.ndarray, count: int = 4, multiple: int = 8) -> tuple[int, ...]:
+    """At most `count` padded lengths, multiples of `multiple`, that waste the least padding on these lengths.
+
+    Exact dynamic programming over the distinct rounded lengths.
+    """
+    rounded = -(-np.maximum(np.asarray(lengths), 1) // multiple) * multiple
+    sizes, weights = np.unique(rounded, return_counts=True)
+    total = np.concatenate([[0], np.cumsum(weights)])
+    cost = np.where(np.arange(len(sizes) + 1) == 0, 0.0, np.inf)
+    back = []
+    for _ in range(min(count, len(sizes))):
+        # cost'[j] = min_i cost[i] + sizes[j - 1] * (users between i and j)
+        options = cost[:, None] + np.concatenate([[0], sizes]) * (total[None] - total[:, None])
+        options = np.where(np.arange(len(cost))[:, None] < np.arange(len(cost)), options, np.inf)
+        back.append(options.argmin(0))
+        cost = options.min(0)
+    chosen, end = [], len(sizes)
+    for step in reversed(back):
+        chosen.append(int(sizes[end - 1]))
+        end = step[end]
+    return tuple(reversed(chosen))
+
+
+def batches(
+    histories: Histories,
+    target: Target,
+    *,
+    query: int = 10,
+    support: int | None = None,
+    batch_size: int = 64,
+    buckets: tuple[int, ...],
+    rng: np.random.Generator | None = None,
+    unknown: float = 0.0,
+    short: float = 0.0,
+    noise: float = 0.0,
+    statistics: ItemStatistics | None = None,
+) -> Iterator[Batch]:
+    """All users once, as task batches of `batch_size` users; each support width is one of `buckets`.
+
+    The last batch of a bucket is filled with users whose masks are 0. A user with no more than `query`
+    interactions keeps at least one for the support; one with more than the largest bucket is cut to it.
+
+    Args:
+      histories: the users.
+      target: ratings to targets.
+      query: largest query size, the query's width.
+      support: largest support size (None: all that is left).
+      batch_size: users a batch.
+      buckets: padded support widths, ascending.
+      rng: shuffles users and interactions when given; else the order of `histories` stands. The interactions of
+        ordered histories stay in order; each task then ends at a random moment of its user's.
+      unknown: share of users, of items, and of interactions whose identity or context is hidden, so that the rows for
+        unknown values are trained too.
+      short: share of users whose support set is cut to a random length, log-uniform from 1 to all.
+      noise: share of support ratings that are replaced by random ones, any rating of the data as likely; needs `rng`.
+      statistics: takes each user's own interactions out of the field `training statistics`; for training users only.
+    """
+    order, skip = np.arange(len(histories)), np.zeros(len(histories), int)
+    if rng is not None:
+        order = rng.permutation(order)
+        if histories.ordered:  # a task ends at a moment of its own: what came later is left out
+            skip = rng.integers(np.maximum(histories.lengths - query, 1))
+        else:
+            histories = histories.shuffled(rng)
+    length = histories.lengths - skip
+    queries = np.minimum(query, np.maximum(length - 1, 0))
+    supports = np.minimum(length - queries, buckets[-1] if support is None else min(support, buckets[-1]))
+    if rng is not None and short:
+        cut = np.exp(rng.random(len(supports)) * np.log(supports + 1)).astype(int)
+        supports = np.where(rng.random(len(supports)) < short, np.minimum(cut, supports), supports)
+    bucket = np.searchsorted(buckets, supports[order])
+    pieces = [
+        order[bucket == b][i : i + batch_size]
+        for b in range(len(buckets))
+        for i in range(0, int((bucket == b).sum()), batch_size)
+    ]
+    if rng is not None:
+        pieces = [pieces[i] for i in rng.permutation(len(pieces))]
+    levels = target.grade(np.unique(histories.data.rating))
+    for piece in pieces:
+        width = buckets[int(np.searchsorted(buckets, supports[piece].max()))]
+        begin = histories.starts[piece] + skip[piece]
+        user = histories.users[piece]
+        if rng is not None and unknown:
+            user = np.where(rng.random(len(user)) < unknown, UNKNOWN, user)
+        shared = (rng, unknown, statistics)
+        chunk = Task(
+            _examples(histories, target, user, begin + queries[piece], supports[piece], width, *shared, support=True),
+            _examples(histories, target, user, begin, queries[piece], query, *shared),
+        )
+        if rng is not None and noise:
+            chunk = chunk._replace(support=_replaced(chunk.support, noise, levels, rng))
+        yield Batch(pad_users(chunk, batch_size), piece)
+
+
+def _replaced(examples: Examples, share: float, levels: np.ndarray, rng: np.random.Generator) -> Examples:
+    """A `share` of the targets replaced by random ones of `levels`."""
+    target: Any = np.asarray(examples.target)
+    mask = np.asarray(examples.mask)
+    hit = (rng.random(target.shape) < share) & (mask > 0)
+    return examples._replace(target=np.where(hit, rng.choice(levels, target.shape), target).astype(target.dtype))
+
+
+def pad_users(task: Task, size: int) -> Task:
+    """The task batch filled up to `size` users with zeros (whose masks are 0)."""
+
+    def pad(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)]) if len(x) < size else x
+
+    return jax.tree.map(pad, task)
+
+
+def _examples(
+    histories: Histories,
+    target: Target,
+    users: np.ndarray,
+    begin: np.ndarray,
+    count: np.ndarray,
+    width: int,
+    rng: np.random.Generator | None,
+    unknown: float,
+    statistics: ItemStatistics | None,
+    support: bool = False,
+) -> Examples:
+    """Examples `[users, width]` of the interactions `begin[i] : begin[i] + count[i]` of each user."""
+    data, column = histories.data, np.arange(width)
+    mask = column < count[:, None]
+    index = histories.index[np.where(mask, begin[:, None] + column, 0)]
+    item = np.where(mask, data.item[index], UNKNOWN)
+    around = np.where(mask, index, -1)
+    if rng is not None and unknown and data.context_fields:
+        around = np.where(rng.random(item.shape) < unknown, -1, around)
+    found = features(data, users, item, around)
+    found["order"] = np.where(mask, data.order[index], 0)
+    if rng is not None and unknown:
+        found["item_id"] = np.where(rng.random(item.shape) < unknown, UNKNOWN, found["item_id"])
+    rating = data.rating[index]
+    values: Any = np.where(mask, target.grade(rating) if support else target.encode(rating), 0).astype(np.float32)
+    kept: Any = mask.astype(np.float32)  # numpy here, on the device from the jitted step on
+    if statistics is not None:
+        found[f"item/{STATISTICS}"] = statistics.without(data.user[index], item, rating)
+    return Examples(found, values, kept)

@@ -1,0 +1,90 @@
+"""Observed: the training users' interactions as closed-form learners read them."""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from metarec_jax.tasks.splits import Histories
+from metarec_jax.tasks.statistics import NAME as STATISTICS
+from metarec_jax.tasks.statistics import ItemStatistics
+from metarec_jax.tasks.target import Target
+
+
+class Observed(NamedTuple):
+    """What the training users did.
+
+    Attributes:
+      user, item: `[interactions]` rows; users from 0, items as in the catalogue; of one user from the earliest to the
+        latest.
+      grade: `[interactions]` float32 from 0 (the lowest rating) to 1, as `Target.grade`.
+      positive: `[interactions]` bool.
+      features: of all items, each `[rows, ...]`, "item_id" among them; row 0 is the unknown item.
+      profile: encoded attributes of the users, each `[users, ...]`.
+      users: how many there are.
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    grade: np.ndarray
+    positive: np.ndarray
+    features: dict[str, np.ndarray]
+    profile: dict[str, np.ndarray]
+    users: int
+
+    @property
+    def items(self) -> int:
+        """Rows of the catalogue."""
+        return len(self.features["item_id"])
+
+    def confidences(self) -> sp.csr_matrix:
+        """`[users, items]` the grade of each interaction: one below the threshold says a little, too."""
+        matrix = sp.csr_matrix((self.grade, (self.user, self.item)), shape=(self.users, self.items))
+        matrix.eliminate_zeros()
+        return matrix
+
+    def positives(self) -> sp.csr_matrix:
+        """`[users, items]` 1 for each positive interaction."""
+        one = np.ones(int(self.positive.sum()), np.float32)
+        kept = self.user[self.positive], self.item[self.positive]
+        matrix = sp.csr_matrix((one, kept), shape=(self.users, self.items))
+        matrix.data[:] = 1
+        return matrix
+
+    def of(self, users: np.ndarray) -> "Observed":
+        """Those of some users, in the same catalogue."""
+        row = np.full(self.users, -1)
+        row[users] = np.arange(len(users))
+        kept = row[self.user] >= 0
+        profile = {name: table[users] for name, table in self.profile.items()}
+        item, grade, positive = (x[kept] for x in (self.item, self.grade, self.positive))
+        return Observed(row[self.user[kept]], item, grade, positive, self.features, profile, len(users))
+
+
+def observe(histories: Histories, target: Target, statistics: ItemStatistics | None = None) -> Observed:
+    """What the users of some histories did, as closed-form learners read it.
+
+    Args:
+      histories: training users; one that is there several times counts once.
+      target: ratings to targets.
+      statistics: of the item field that these users make, in place of the one in the data.
+    """
+    data = histories.data
+    users, first = np.unique(histories.users, return_index=True)
+    part = histories.take(first)
+    owner = np.repeat(np.arange(len(users)), part.lengths)
+    index = part.index[np.lexsort((data.order[part.index], owner))]
+    features = {"item_id": np.arange(len(data.items), dtype=np.int32)}
+    features |= {f"item/{name}": table for name, table in data.item_features.items()}
+    if statistics is not None:
+        features[f"item/{STATISTICS}"] = statistics.extend(data).item_features[STATISTICS]
+    rating = data.rating[index]
+    return Observed(
+        owner,
+        data.item[index],
+        target.grade(rating).astype(np.float32),
+        rating >= target.threshold,
+        features,
+        {name: table[users] for name, table in data.user_features.items()},
+        len(users),
+    )

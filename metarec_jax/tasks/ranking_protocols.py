@@ -1,0 +1,208 @@
+"""Ranking protocols: a user's held-out positives are to be found among all items of the catalogue."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from metarec_jax.data.dataset import Dataset
+from metarec_jax.errors import DataError
+from metarec_jax.tasks.splits import Histories, Kind, Split, check_fractions, divide
+
+
+def positive(data: Dataset, threshold: float | None) -> np.ndarray:
+    """`[interactions]` bool: which interactions are positive, those rated at least `threshold`.
+
+    All are where `threshold` is None, and where all ratings of the dataset are the same: such data (plays, purchases)
+    say only what users interacted with.
+    """
+    if threshold is None or (data.rating == data.rating[:1]).all():
+        return np.ones(len(data.rating), bool)
+    return data.rating >= threshold
+
+
+@dataclass(frozen=True)
+class StrongGeneralisation:
+    """Strong generalisation: of users never seen in training, find the held-out positives from the others.
+
+    Users with at least `minimum` positives are split at random into train, validation and test. Of a validation or test
+    user a random `held_out` share of the positives is the query, at least one, and the other positives, at least one,
+    are the support. Training users keep all their interactions, positive or not; training draws its own queries.
+
+    Attributes:
+      threshold: the lowest rating that is positive; ignored where all ratings are the same (see `positive`).
+      minimum: positives that a user must have to be split.
+      held_out: share of a user's positives that is the query.
+      fractions: train, validation, test; they sum to 1.
+      fold_ins: random draws of query and support for each validation and test user. The user is in so many rows, which
+        follow one another.
+      dislikes: a support set also holds the user's interactions below `threshold`, after all its positives. A support
+        size counts interactions from the front: sizes up to the number of positives still mean positives alone.
+      target: "ranking".
+
+    References:
+      Liang et al., Variational Autoencoders for Collaborative Filtering, WWW 2018, section 4.
+    """
+
+    threshold: float = 4.0
+    minimum: int = 5
+    held_out: float = 0.2
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    fold_ins: int = 1
+    dislikes: bool = False
+    target: ClassVar[Kind] = "ranking"
+    query: ClassVar[int] = 10  # where histories have no query size of their own, and these do
+
+    def __post_init__(self) -> None:
+        if not (self.minimum >= 2 and 0 < self.held_out < 1 and self.fold_ins >= 1):
+            raise ValueError(f"need minimum >= 2, 0 < held_out < 1 and fold_ins >= 1, got {self}")
+        check_fractions(self.fractions)
+
+    def split(self, data: Dataset, seed: int = 0) -> Split:
+        """Split the users of a dataset; the same seed gives the same split and the same queries, with or without
+        `dislikes`.
+
+        Raises:
+          DataError: too few users have `minimum` positives.
+        """
+        rng = np.random.default_rng(seed)
+        liked = positive(data, self.threshold)
+        counts = np.bincount(data.user[liked], minlength=len(data.users))
+        chosen = np.flatnonzero(counts >= self.minimum)
+        parts = divide(chosen, self.fractions, rng)
+        if any(len(part) == 0 for part in parts):
+            raise DataError(
+                f"{data.name}: {len(chosen)} of {len(data.users) - 1} users have {self.minimum} positives (ratings of "
+                f"{self.threshold:g} or more), too few to split into {self.fractions}; lower threshold or minimum "
+                "(StrongGeneralisation(threshold=..., minimum=...))"
+            )
+        train = Histories.of(data, parts[0]).shuffled(rng)
+        judged = [Histories.of(data, np.repeat(part, self.fold_ins), liked).shuffled(rng) for part in parts[1:]]
+        tasks = [replace(part, queries=self._queries(part.lengths)) for part in judged]
+        if self.dislikes:
+            tasks = [_joined(part, Histories.of(data, part.users, ~liked).shuffled(rng)) for part in tasks]
+        return Split(train, *tasks)
+
+    def _queries(self, positives: np.ndarray) -> np.ndarray:
+        """Query sizes of users with so many positives; at least one is left for the support."""
+        return np.clip(np.round(self.held_out * positives).astype(int), 1, positives - 1)
+
+
+@dataclass(frozen=True)
+class NextItem:
+    """Leave one out: the last positive of each user in time is to be found from those before it.
+
+    The query of a test task is a user's last positive, of a validation task the one before it; the support set is what
+    came before the query, the most recent first, so that smaller support sets are the more recent part of larger ones.
+    Training tasks hold what came before both queries. Every user with `minimum` positives is in all three parts:
+    training knows the users who are judged. Interactions at the same time are in the order of their rows; without
+    timestamps the rows are the order. Nothing depends on the seed.
+
+    Attributes:
+      threshold: the lowest rating that is positive (see `positive`); lower ones are left out. None: every interaction
+        is positive.
+      minimum: positives that a user must have; at least 3, one for each part.
+      maximum: a task holds at most so many interactions, the latest.
+      target: "ranking".
+
+    References:
+      Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, section IV.
+    """
+
+    threshold: float | None = None
+    minimum: int = 3
+    maximum: int = 500
+    target: ClassVar[Kind] = "ranking"
+    query: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not (self.minimum >= 3 and self.maximum >= 2):
+            raise ValueError(f"need minimum >= 3, one positive for each part, and maximum >= 2, got {self}")
+
+    def split(self, data: Dataset, seed: int = 0) -> Split:
+        """Split the interactions of each user in time; `seed` changes nothing.
+
+        Raises:
+          DataError: no user has `minimum` positives.
+        """
+        known = positive(data, self.threshold)
+        counts = np.bincount(data.user[known], minlength=len(data.users))
+        users = np.flatnonzero(counts >= self.minimum)
+        if not len(users):
+            raise DataError(
+                f"{data.name}: none of {len(data.users) - 1} users has {self.minimum} positives, the most is "
+                f"{counts.max()}; lower threshold, or minimum to 3 at the least (NextItem(threshold=..., minimum=...))"
+            )
+        everyone, parts = np.arange(len(users)), []
+        for _ in range(3):  # test, validation, train: each without the query of the one before
+            part = Histories.of(data, users, known).latest_first()
+            known[part.take(everyone, 1).index] = False
+            parts.append(part.take(everyone, self.maximum))
+        test, validation, train = parts
+        one = np.ones(len(users), int)
+        return Split(train, replace(validation, queries=one), replace(test, queries=one))
+
+
+@dataclass(frozen=True)
+class StrongRatings(StrongGeneralisation):
+    """The ratings of the users of `StrongGeneralisation`: the same users train, with all their interactions.
+
+    Of a validation or test user 10 random interactions are judged, positive or not, and the others are the support.
+
+    Attributes:
+      target: "rating".
+    """
+
+    target: ClassVar[Kind] = "rating"
+
+    def split(self, data: Dataset, seed: int = 0) -> Split:
+        """Split the users of a dataset as `StrongGeneralisation` does; the same seed gives the same users and queries.
+
+        Raises:
+          DataError: too few users have `minimum` positives.
+        """
+        train, *judged = super().split(data, seed)
+        rng = np.random.default_rng([seed, 1])
+        return Split(train, *(Histories.of(data, np.unique(part.users)).shuffled(rng) for part in judged))
+
+
+@dataclass(frozen=True)
+class NextRating(NextItem):
+    """The ratings of the users of `NextItem`: training has what came before both of its queries, positive or not.
+
+    The rating of a user's last positive is judged, of a validation task that of the one before it; the support set is
+    what came before, the most recent first.
+
+    Attributes:
+      target: "rating".
+    """
+
+    target: ClassVar[Kind] = "rating"
+
+    def split(self, data: Dataset, seed: int = 0) -> Split:
+        """Split the interactions of each user at the queries of `NextItem`.
+
+        Raises:
+          DataError: no user has `minimum` positives.
+        """
+        _, validation, test = super().split(data, seed)
+        earlier, last = (self._moments(data, part) for part in (validation, test))
+        parts = [
+            Histories.of(data, test.users, kept).latest_first().take(np.arange(len(test)), self.maximum)
+            for kept in (data.order < earlier, data.order <= earlier, data.order <= last)
+        ]
+        one = np.ones(len(test), int)
+        return Split(parts[0], *(replace(part, queries=one) for part in parts[1:]))
+
+    def _moments(self, data: Dataset, part: Histories) -> np.ndarray:
+        """`[interactions]` place in time of the query of each one's user; of other users -1."""
+        place = np.full(len(data.users), -1)
+        place[part.users] = data.order[part.index[part.starts[:-1]]]
+        return place[data.user]
+
+
+def _joined(first: Histories, more: Histories) -> Histories:
+    """The histories `first`, each followed by the interactions of the same user in `more`."""
+    owner = np.concatenate([np.repeat(np.arange(len(part)), part.lengths) for part in (first, more)])
+    index = np.concatenate([first.index, more.index])[np.argsort(owner, kind="stable")]
+    return replace(first, starts=first.starts + more.starts, index=index)

@@ -1,0 +1,5 @@
+"""Training: a strategy on its network, the training loop, checkpoints, transfer between datasets."""
+
+from metarec_jax.training.loop import Fitted, default_optimizer, fit
+
+__all__ = ["Fitted", "default_optimizer", "fit"]

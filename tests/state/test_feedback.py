@@ -1,0 +1,156 @@
+"""Feedback: what users do is kept, checked, and in the next recommendation."""
+
+import time
+
+import numpy as np
+import pytest
+
+import metarec_jax as mr
+from metarec_jax.state.feedback import taste, worth
+from metarec_jax.state.store import Stored
+
+
+@pytest.fixture
+def live(stocked, tmp_path):
+    return stocked.with_users(tmp_path / "users.db")
+
+
+def rated(user, item, value, at=None, name=None):
+    return {"user": user, "item": item, "value": value, "time": at, "id": name}
+
+
+def test_the_next_recommendation_reflects_an_event(live):
+    assert live.recommend_to("ann", k=5) == live.recommend({}, k=5)
+    assert live.update([rated("ann", 100, 5.0), rated("ann", 103, 1.0)]) == 2
+    assert live.recommend_to("ann", k=5) == live.recommend({100: 5.0, 103: 1.0}, k=5)
+    live.update([{"user": "ann", "item": 105, "kind": "click"}])
+    assert live.recommend_to("ann", k=5) == live.recommend({100: 5.0, 103: 1.0, 105: 4.0}, k=5)
+    live.update([{"user": "ann", "item": 107, "kind": "dismiss"}, {"user": "ann", "item": 109, "kind": "purchase"}])
+    expected = live.recommend({100: 5.0, 103: 1.0, 105: 4.0, 107: 1.0, 109: 5.0}, k=50)
+    assert live.recommend_to("ann", k=50) == expected
+    assert 107 not in {r.item for r in expected}
+
+
+def test_contradictions_the_later_one_counts_and_remove_takes_back(live):
+    live.update([rated("ann", 100, 5.0, 10.0), rated("ann", 100, 1.0, 20.0), rated("ann", 101, 5.0, 5.0)])
+    assert live.recommend_to("ann", k=5) == live.recommend([(101, 5.0), (100, 1.0)], k=5)
+    live.update([mr.Event("ann", 100, "remove", time=30.0)])
+    assert live.recommend_to("ann", k=5) == live.recommend({101: 5.0}, k=5)
+    assert 100 in {r.item for r in live.recommend_to("ann", k=50)}
+
+
+def test_attributes_alone_are_enough_and_context_of_users_is_checked(live):
+    live.describe_user(1007, {"country": "de"})
+    assert live.recommend_to([1007, 1008], k=5) == live.recommend([{}, {}], k=5, user=[{"country": "de"}, None])
+    with pytest.raises(mr.DataError, match="'age' is unknown to the model; it knows: country"):
+        live.describe_user(1007, {"age": 3})
+    with pytest.raises(mr.DataError, match="context 'device' is unknown"):
+        live.recommend_to(1007, context={"device": "phone"})
+
+
+def test_unknown_users_and_items_are_taken_and_told_apart_later(live):
+    live.update([rated("ann", 7, 5.0)])
+    unknown = live.recommend_to("ann", k=5)
+    assert unknown == live.recommend({7: 5.0}, k=5)
+    more = live.add_items({"item_id": [7], "colour": ["red"]})
+    assert more.recommend_to("ann", k=5) == more.recommend({7: 5.0}, k=5)
+    assert 7 not in {r.item for r in more.recommend_to("ann", k=60)}
+
+
+def test_later_events_weigh_more_as_documented(stocked, tmp_path):
+    events = [Stored(1, "rating", 5.0, 0.0), Stored(2, "rating", 1.0, 100.0), Stored(3, "click", None, 300.0)]
+    items, ratings, weights = taste(events, (1.0, 5.0), 4.0, half_life=100.0)
+    assert items == [1, 2, 3]
+    assert ratings.tolist() == [5.0, 1.0, 4.0]
+    np.testing.assert_allclose(weights, [1 / 8, 1 / 4, 1])
+    assert taste(events, (1.0, 5.0), 4.0, None)[2].tolist() == [1, 1, 1]
+    assert taste([], (1.0, 5.0), 4.0, 100.0)[0] == []
+    events = [rated("ann", 100, 1.0, 0.0), rated("ann", 102, 5.0, 1e6)]
+    fading, even = (stocked.with_users(tmp_path / f"{h}.db", half_life=h) for h in (1e5, None))
+    for recommender in (fading, even):
+        recommender.update(events)
+    score = {}
+    for name, recommender in (("fading", fading), ("even", even), ("alone", None)):
+        found = recommender.recommend_to("ann", k=50) if recommender else stocked.recommend({102: 5.0}, k=50)
+        score[name] = next(r.score for r in found if r.item == 104)
+    assert abs(score["fading"] - score["alone"]) < 0.2 * abs(score["even"] - score["alone"])
+    with pytest.raises(ValueError, match="half_life must be"):
+        stocked.with_users(tmp_path / "x.db", half_life=0.0)
+
+
+def test_what_an_event_is_worth():
+    assert [worth(k, None, (1.0, 5.0), 4.0) for k in ("click", "purchase", "dismiss")] == [4.0, 5.0, 1.0]
+    assert worth("click", None, (0.0, 1.0), 1.0) == 1.0
+    assert worth("click", None, (0.0, 1.0), 4.0) == 1.0
+
+
+def test_events_with_an_id_count_once(live):
+    events = [rated("ann", 100, 5.0, 10.0, "a"), rated("ann", 101, 4.0, 11.0, "b")]
+    assert [live.update(events), live.update(events), live.update([rated("ann", 102, 4.0, 12.0, "b")])] == [2, 0, 0]
+
+
+def test_ten_thousand_events_at_once(live):
+    rng = np.random.default_rng(0)
+    events = [
+        mr.Event(int(u), int(i), "click", time=float(t))
+        for t, (u, i) in enumerate(rng.integers(0, 40, (10_000, 2)) + 100)
+    ]
+    assert live.update(events) == 10_000
+    assert len(live.recommend_to(list(range(100, 140)), k=3)) == 40
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        ({"user": "ann"}, "event 1: expected an Event or a mapping"),
+        ({"user": "ann", "item": 1, "colour": 2}, "event 1: expected an Event or a mapping"),
+        ("click", "event 1: expected an Event or a mapping"),
+        (rated("ann", "x", 5.0), "event 1: item: ids of this model are of type int, got 'x'"),
+        (rated(1.5, 100, 5.0), "event 1: user: an id is an integer or a string, got 1.5"),
+        (rated("", 100, 5.0), "event 1: user: an id has 1 to 256 characters"),
+        (rated(True, 100, 5.0), "an integer or a string, got True"),
+        (rated(2**63, 100, 5.0), "beyond 64 bits"),
+        (rated("ann", 100, None), "event 1: a rating has a value, nothing else has; got rating None"),
+        ({"user": "ann", "item": 100, "kind": "click", "value": 1.0}, "nothing else has; got click 1.0"),
+        ({"user": "ann", "item": 100, "kind": "like"}, "kind must be one of rating, click"),
+        (rated("ann", 100, float("nan")), "event 1: the rating is nan; it must be a finite number"),
+        (rated("ann", 100, 55.0), "event 1: the rating is 55.0, off the scale"),
+        (rated("ann", 100, 5.0, 4e9 * 1000), "s in the future"),
+        (rated("ann", 100, 5.0, float("inf")), "time must be seconds"),
+        (rated("ann", 100, 5.0, -1.0), "time must be seconds"),
+        (rated("ann", 100, 5.0, None, 7), "id must be a string"),
+    ],
+)
+def test_bad_events_are_refused_and_none_of_their_call_is_kept(live, event, message):
+    with pytest.raises(mr.DataError, match=message):
+        live.update([rated("ann", 100, 5.0), event])
+    assert live.users.size()["events"] == 0
+
+
+def test_an_event_of_a_clock_that_is_a_little_ahead_is_taken(live):
+    assert live.update([rated("ann", 100, 5.0, time.time() + 60)]) == 1
+
+
+def test_a_user_is_forgotten(live):
+    live.update([rated("ann", 100, 5.0), rated("ann", 101, 1.0)])
+    live.describe_user("ann", {"country": "nl"})
+    assert live.forget("ann") == 2
+    assert live.recommend_to("ann", k=5) == live.recommend({}, k=5)
+    assert live.users.size()["users"] == 0
+
+
+def test_users_outlive_the_recommender(live, stocked, tmp_path):
+    live.update([rated("ann", 100, 5.0)])
+    before = live.recommend_to("ann", k=5)
+    live.users.close()
+    stocked.save(tmp_path / "model")
+    assert mr.load(tmp_path / "model", users=tmp_path / "users.db").recommend_to("ann", k=5) == before
+
+
+def test_arguments_are_checked(live):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        live.recommend_to("ann", colour="red")
+    with pytest.raises(mr.DataError, match="user: an id is an integer or a string"):
+        live.recommend_to([1.5])
+    assert live.recommend_to([], k=5) == []
+    assert len(live.recommend_to("ann", k=5, where={"colour": "red"}, block=[100])) == 5

@@ -1,0 +1,69 @@
+"""Candidates: what is ranked against a query, drawn the same for everyone who scores it."""
+
+import numpy as np
+import pytest
+
+import metarec_jax as mr
+from metarec_jax.tasks.candidates import candidates, judged_on
+
+
+@pytest.fixture(scope="module")
+def test_users():
+    data = mr.data.synthetic(users=30, items=40, seed=0)
+    histories = mr.tasks.Histories.of(data, np.arange(1, 8))
+    return histories, mr.tasks.Target("click")
+
+
+def known(histories, u):
+    return set(histories.data.item[histories.index[histories.starts[u] : histories.starts[u + 1]]].tolist())
+
+
+def test_the_query_alone_is_what_batches_judge(test_users):
+    histories, target = test_users
+    found = candidates(histories, target, query=5)
+    (batch,) = mr.tasks.batches(histories, target, query=5, batch_size=10, buckets=(64,))
+    judged = judged_on(batch, histories, found)
+    np.testing.assert_array_equal(judged.task.query.target, batch.task.query.target)
+    np.testing.assert_array_equal(judged.task.query.mask, batch.task.query.mask)
+    real = batch.task.query.mask > 0
+    assert judged.task.query.features.keys() == batch.task.query.features.keys()
+    for name, value in batch.task.query.features.items():
+        np.testing.assert_array_equal(judged.task.query.features[name][real], value[real])
+
+
+@pytest.mark.parametrize("among", [7, 1000, "all"])
+def test_sampled_items_are_new_to_the_user_and_the_same_each_time(test_users, among):
+    histories, target = test_users
+    found = candidates(histories, target, among, query=5)
+    for u in range(len(histories)):
+        unseen = found.item[u, 5:][found.mask[u, 5:] > 0]
+        missing = len(histories.data.items) - 1 - len(known(histories, u))
+        assert len(unseen) == len(set(unseen.tolist())) == (min(among, missing) if among != "all" else missing)
+        assert not known(histories, u) & set(unseen.tolist())
+        assert 0 not in unseen
+        assert not found.target[u, 5:].any()
+    again = candidates(histories.take(np.array([3])), target, among, query=5)
+    width = int(again.mask.sum())
+    np.testing.assert_array_equal(again.item[0, :width], found.item[3, :width])
+
+
+def test_evaluate_ranks_among_all_items_and_the_baselines_do_too():
+    data = mr.data.synthetic(users=60, items=40, seed=0)
+    recommender = mr.train(data, strategy="prototypes", objective="click", epochs=2, progress=False, buckets=1)
+    scores = recommender.scores(candidates="all")
+    (own, *baselines) = scores.values()
+    assert own.scores.shape[1] > 10
+    for other in baselines:
+        np.testing.assert_array_equal(other.mask, own.mask)
+        np.testing.assert_array_equal(other.target, own.target)
+    few, many = (recommender.evaluate(candidates=n)["prototypes"]["ndcg@5"] for n in ("query", "all"))
+    assert many < few  # among more items the same clicks are harder to find
+
+
+def test_what_cannot_be_ranked_is_refused(test_users):
+    histories, _ = test_users
+    for wrong in (0, True, "some"):
+        with pytest.raises(ValueError, match="candidates must be"):
+            candidates(histories, mr.tasks.Target("click"), wrong)
+    with pytest.raises(ValueError, match="only be ranked against clicks"):
+        candidates(histories, mr.tasks.Target("rating"), 5)

@@ -1,0 +1,91 @@
+"""The layout: each room of the package imports from those below it alone, and no two modules import each other."""
+
+import ast
+from pathlib import Path
+
+import metarec_jax
+
+ROOT = Path(metarec_jax.__file__).parent
+ROOMS = [  # from the bottom to the top
+    "errors types _files _moved _progress",
+    "core",
+    "collaborative",
+    "data",
+    "tasks",
+    "models",
+    "strategies",
+    "metrics",
+    "training",
+    "evaluation",
+    "inference",
+    "state",
+    "recommender",
+    "__init__",
+    "serving",
+    "cli",
+]
+LINES = 400  # of a file
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {_name(path): path for path in ROOT.rglob("*.py")}
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, within functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module else []
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            inside = name.removeprefix("metarec_jax").lstrip(".") if name.split(".")[0] == "metarec_jax" else None
+            if inside is not None:
+                parent = inside.rpartition(".")[0]
+                found.add(inside if inside in MODULES else parent if parent in MODULES else "__init__")
+    return found
+
+
+def test_no_room_imports_from_one_above_it():
+    height = {room: i for i, level in enumerate(ROOMS) for room in level.split()}
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in MODULES.items()
+        for other in _imports(path)
+        if height[other.split(".")[0]] > height[name.split(".")[0]]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other():
+    """By removing modules that import nothing which is left; a package's `__init__` is apart from what it gathers."""
+    left = {name: _imports(path) - {name} for name, path in MODULES.items() if path.name != "__init__.py"}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"in a circle: {', '.join(sorted(left))}"
+
+
+def test_no_file_is_long():
+    long = {name: n for name, path in MODULES.items() if (n := len(path.read_text().splitlines())) > LINES}
+    assert not long, f"longer than {LINES} lines: {long}"
+
+
+def test_no_function_hides_its_module():
+    import importlib
+    import types
+
+    for name in MODULES:
+        full = "metarec_jax" if name == "__init__" else f"metarec_jax.{name}"
+        module: object = metarec_jax
+        for part in full.split(".")[1:]:
+            importlib.import_module(full)
+            module = getattr(module, part)
+        assert isinstance(module, types.ModuleType), f"{full} is hidden by {module!r}"

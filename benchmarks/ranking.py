@@ -12,6 +12,7 @@ With `--out` each run is kept, and what is there is not run again.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from metarec_jax.metrics.ranking import SIZES, Lists, by_support, rank
 from metarec_jax.tasks.observed import observe
 from metarec_jax.tasks.splits import Split
 from metarec_jax.tasks.target import Target
+from metarec_jax.training import default_optimizer
 
 COLUMNS = [f"ndcg@100, {n} known" for n in SIZES if n] + ["ndcg@100", "recall@20", "recall@50"]
 NEXT = ["hit_rate@10", "ndcg@10", "mrr@10"]
@@ -77,7 +79,7 @@ def run(data: mr.data.Dataset, learner: str, protocol: Any, seed: int, options: 
         if graded:
             found, depths = ({f"{name}, graded": x for name, x in d.items()} for d in (found, depths))
     else:
-        recommender = mr.train(data, learner, seed=seed, protocol=protocol, progress=False, **options)
+        recommender = mr.train(data, learner, seed=seed, protocol=protocol, progress=False, **arguments(options))
         target = recommender.target
 
         def own(size: int | None) -> Lists:
@@ -102,12 +104,20 @@ def run(data: mr.data.Dataset, learner: str, protocol: Any, seed: int, options: 
     return found
 
 
+def arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `metarec_jax.train` from JSON: "objective" holds those of `metarec_jax.Ranking`, "optimizer" those
+    of `metarec_jax.training.default_optimizer`."""
+    makers = {"objective": mr.Ranking, "optimizer": default_optimizer}
+    return {name: makers[name](**value) if name in makers else value for name, value in options.items()}
+
+
 def kept_run(out: Path | None, data: mr.data.Dataset, learner: str, protocol: Any, seed: int, options: Any) -> Any:
     """`run`, from its file where there is one."""
     if out is None:
         return run(data, learner, protocol, seed, options)
     setting = mr.evaluation.describe(data, protocol, seeds=[seed], candidates="all")
-    path = out / f"{data.name}-{setting['hash']}-{learner.replace(' ', '_')}-{seed}.json"
+    own = "" if not options else "-" + hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
+    path = out / f"{data.name}-{setting['hash']}-{learner.replace(' ', '_')}{own}-{seed}.json"
     if path.exists():
         kept = json.loads(path.read_text())
         return {name: {k: np.array(v, float) for k, v in table.items()} for name, table in kept.items()}
@@ -133,7 +143,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="*", default=["stack", "ials"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fold-ins", type=int, default=1, help="random supports of each test user")
-    parser.add_argument("--options", type=json.loads, default={}, help="arguments of metarec_jax.train, as JSON")
+    parser.add_argument("--options", type=json.loads, default={}, help="see `arguments`")
     parser.add_argument("--out", type=Path, default=None, help="folder that keeps each run")
     args = parser.parse_args()
     following = args.protocol == "next-item"
@@ -149,7 +159,8 @@ def main() -> None:
             test = protocol.split(data, seed).test
             users.append(test.users + seed * len(data.users))
             for learner in [*args.strategies, "plain", "plain graded"]:
-                for own, table in kept_run(args.out, data, learner, protocol, seed, args.options).items():
+                options = args.options if learner in args.strategies else {}
+                for own, table in kept_run(args.out, data, learner, protocol, seed, options).items():
                     runs.setdefault(own, []).append(table)
         tables = {own: {k: np.concatenate([t[k] for t in each]) for k in each[0]} for own, each in runs.items()}
         show(tables, args.strategies, np.concatenate(users), NEXT if following else COLUMNS)

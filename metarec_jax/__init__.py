@@ -3,14 +3,16 @@
 from metarec_jax import core, data, evaluation, metrics, models, strategies, tasks
 from metarec_jax.core import meta_step
 from metarec_jax.errors import DataError, ModelFileError, StoreError
+from metarec_jax.inference.recommendations import Recommendation, UncertainRecommendation
 from metarec_jax.models import Model
-from metarec_jax.recommender import Recommendation, Recommender, UncertainRecommendation, load, train
-from metarec_jax.state.store import Event, RedisStore, SqliteStore, Store
+from metarec_jax.recommender import Recommender, load, reweight, train
+from metarec_jax.state.events import Event, Store
+from metarec_jax.state.redis_store import RedisStore
+from metarec_jax.state.sqlite_store import SqliteStore
 from metarec_jax.strategies.registry import *  # noqa: F403
 from metarec_jax.tasks.protocols import Scenario, TimeSplit
 from metarec_jax.tasks.ranking_protocols import NextItem, StrongGeneralisation
 from metarec_jax.tasks.splits import ColdUsers
-from metarec_jax.training.robust import reweight
 from metarec_jax.types import Examples, History, Task
 
 __version__ = "0.1.0"

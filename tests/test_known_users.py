@@ -64,7 +64,7 @@ def test_attributes_and_ratings_of_the_dataset_count():
     user = int(data.users.ids[4])
     own = np.flatnonzero(data.user == 5)
     history = {int(i): float(r) for i, r in zip(data.items.decode(data.item[own]), data.rating[own], strict=True)}
-    (person,) = recommender._known([user])
+    _, (person,) = recommender._remembered(user)
     assert all(np.array_equal(person.attributes[name], table[5]) for name, table in data.user_features.items())
     assert {r.item for r in recommender.recommend_to(user, k=40)} == set(data.items.ids.tolist()) - set(history)
     np.testing.assert_array_equal(np.sort(person.ratings), np.sort(data.rating[own]))

@@ -21,6 +21,10 @@ def recommender():
     return mr.train(data, "ials", epochs=1, progress=False, buckets=1, strategy_options={"rank": 8, "sweeps": 2})
 
 
+def with_rater(recommender, rater):
+    return mr.Recommender(replace(recommender.trained, rater=rater))
+
+
 def test_expected_ratings_follow_the_truth(recommender):
     data, test = recommender.catalogue, recommender.split(None, "").test
     errors, plain = [], []
@@ -43,7 +47,7 @@ def test_values_are_in_the_order_of_the_items_and_within_the_scale(recommender):
     low, high = recommender.rater.limits
     rated = recommender.catalogue.rating[recommender.rater.split().train.index]
     assert (low, high) == (rated.min(), rated.max())
-    extreme = replace(recommender, rater=replace(recommender.rater, limits=(3.25, 3.75)))
+    extreme = with_rater(recommender, replace(recommender.trained.rater, limits=(3.25, 3.75)))
     assert set(extreme.predict({}, list(range(1, 61)))) > {3.25, 3.75}
     several = recommender.predict([HISTORY, {}], items)
     np.testing.assert_allclose(several[0], values, rtol=1e-5)
@@ -57,8 +61,8 @@ def test_values_are_in_the_order_of_the_items_and_within_the_scale(recommender):
 def test_users_and_items_are_scored_in_pieces_of_bounded_memory(recommender, monkeypatch):
     histories, items = [{i: 5.0, i + 1: 1.0} for i in range(1, 6)], list(range(1, 61)) * 2
     whole = recommender.predict(histories, items)
-    monkeypatch.setattr("metarec_jax.recommender.USERS", 2)
-    monkeypatch.setattr("metarec_jax.recommender.CELLS", 2 * 50)
+    monkeypatch.setattr("metarec_jax.inference.predictor.USERS", 2)
+    monkeypatch.setattr("metarec_jax.inference.predictor.CELLS", 2 * 50)
     np.testing.assert_allclose(recommender.predict(histories, items), whole, rtol=1e-5)
 
 
@@ -121,7 +125,7 @@ def test_a_mix_lies_between(recommender):
     all_of_it = [r.item for r in recommender.recommend(HISTORY, k=60, by=1.0)]
     assert all_of_it == [r.item for r in recommender.recommend(HISTORY, k=60, by="rating")]
     scores = {r.item: r.score for r in recommender.recommend(HISTORY, k=60)}
-    free = replace(recommender, rater=replace(recommender.rater, limits=(-9.0, 19.0)))  # a mix is not clipped
+    free = with_rater(recommender, replace(recommender.trained.rater, limits=(-9.0, 19.0)))  # a mix is not clipped
     both = np.array([list(scores.values()), free.predict(HISTORY, [*scores])])
     z = (both - both.mean(1, keepdims=True)) / both.std(1, keepdims=True)
     worth = 0.7 * z[0] + 0.3 * z[1]
@@ -204,7 +208,7 @@ def test_saved_and_loaded_it_predicts_the_same(recommender, tmp_path):
 def test_a_saved_rater_is_part_of_its_model(recommender, tmp_path):
     recommender.save(tmp_path / "model")
     version = mr.load(tmp_path / "model").version
-    replace(recommender, rater=None).save(tmp_path / "model")  # replaces the folder, the rater included
+    with_rater(recommender, None).save(tmp_path / "model")  # replaces the folder, the rater included
     alone = mr.load(tmp_path / "model")
     assert alone.rater is None
     assert alone.version != version
@@ -226,7 +230,7 @@ def test_a_saved_rater_is_part_of_its_model(recommender, tmp_path):
 
 
 def test_a_model_of_a_time_without_raters_loads(recommender, tmp_path):
-    replace(recommender, rater=None).save(tmp_path / "model")
+    with_rater(recommender, None).save(tmp_path / "model")
     file = tmp_path / "model" / "model.json"
     config = json.loads(file.read_text())
     assert config.pop("parts") == {}

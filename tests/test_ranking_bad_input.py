@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
+from metarec_jax.evaluation.holdout import adaptation_cost, evaluate_scores
 
 QUICK = {"epochs": 1, "progress": False, "buckets": 1}
 DATA = mr.data.synthetic(users=60, items=30, ratings_per_user=(10, 20), seed=3)
@@ -181,9 +182,9 @@ def test_strategies_that_rank_predict_neither_clicks_nor_ratings(name, objective
 
 def test_what_only_clicks_and_ratings_have_is_refused(recommender):
     with pytest.raises(ValueError, match=r"see rankings\(\)"):
-        recommender.scores()
+        evaluate_scores(recommender.trained)
     with pytest.raises(ValueError, match="measured on clicks and ratings"):
-        recommender.adaptation_cost()
+        adaptation_cost(recommender.trained)
     with pytest.raises(mr.DataError, match="off the scale"):
         recommender.recommend({1: 500.0})
     with pytest.raises(mr.DataError, match="must be a finite number"):

@@ -1,11 +1,12 @@
 """Evaluation: the plain baselines, comparisons of many learners and their reports."""
 
 from metarec_jax._moved import moved
+from metarec_jax.data.fingerprint import fingerprint
 from metarec_jax.evaluation import counterfactual, intervals
 from metarec_jax.evaluation.baselines import BASELINES
 from metarec_jax.evaluation.comparison import Comparison, compare
 from metarec_jax.evaluation.comparison import load as load_comparison
-from metarec_jax.evaluation.protocol import describe, fingerprint, in_words
+from metarec_jax.evaluation.protocol import describe, in_words
 from metarec_jax.evaluation.reports import markdown, report
 
 __all__ = [

@@ -15,12 +15,14 @@ from metarec_jax._files import write_whole
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.errors import DataError
 from metarec_jax.evaluation.baselines import BASELINES
+from metarec_jax.evaluation.holdout import adaptation_cost, evaluate_scores
 from metarec_jax.evaluation.protocol import describe, in_words
 from metarec_jax.metrics.scoring import Scores
 from metarec_jax.tasks.candidates import Among
 from metarec_jax.tasks.candidates import candidates as draw
 from metarec_jax.tasks.protocols import Protocol
 from metarec_jax.tasks.splits import ColdUsers
+from metarec_jax.training.train import train
 
 SUPPORT = (1, 3, 5, 10, None)
 SETTING, FAILED = "comparison.json", "failed.json"
@@ -189,17 +191,15 @@ def _run(
     candidates: Among,
 ) -> dict[str, Run]:
     """The runs of a strategy and of the baselines."""
-    from metarec_jax.recommender import train  # the layer above: a comparison is of whole recommenders
-
     start = time.perf_counter()
-    recommender = train(data, seed=seed, protocol=protocol, **{"progress": False, **options})
+    trained = train(data, seed=seed, protocol=protocol, **{"progress": False, **options})
     seconds = time.perf_counter() - start
     test = protocol.split(data, seed).test
-    found = [recommender.scores(support=size, candidates=candidates) for size in support]
+    found = [evaluate_scores(trained, support=size, candidates=candidates) for size in support]
     own = next(learner for learner in found[0] if learner not in BASELINES)
-    judged = draw(test, recommender.target, candidates, query=protocol.query)
-    milliseconds, size = recommender.adaptation_cost()
-    cost = {"train_s": seconds, "epochs": len(recommender.history), "adapt_ms": milliseconds, "bytes": size}
+    judged = draw(test, trained.target, candidates, query=protocol.query)
+    milliseconds, size = adaptation_cost(trained)
+    cost = {"train_s": seconds, "epochs": len(trained.history), "adapt_ms": milliseconds, "bytes": size}
     lengths = test.lengths - (judged.interaction >= 0).sum(1)
     return {
         (name if learner == own else learner): Run(
@@ -210,7 +210,7 @@ def _run(
             judged.item,
             lengths,
             cost if learner == own else {},
-            recommender.history if learner == own else [],
+            trained.history if learner == own else [],
         )
         for learner in found[0]
     }

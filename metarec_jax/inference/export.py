@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,15 @@ import numpy as np
 from jax import export as jax_export
 
 from metarec_jax._files import write_whole
+from metarec_jax.inference.predictor import Predictor
 from metarec_jax.strategies.catalogue import adapt, score
 from metarec_jax.tasks.ranking import Known
-
-if TYPE_CHECKING:
-    from metarec_jax.recommender import Recommender
 
 FUNCTION, DESCRIPTION = "recommend.jax", "recommend.json"
 
 
 def export(
-    recommender: "Recommender", folder: str | Path, *, k: int = 10, longest: int = 32, platforms: tuple[str, ...] = ()
+    predictor: Predictor, folder: str | Path, *, k: int = 10, longest: int = 32, platforms: tuple[str, ...] = ()
 ) -> None:
     """Writes `recommend.jax`, the adapt-and-recommend function as a serialised `jax.export` artefact for any number of
     users, and `recommend.json`, which says how to call it and whose rows the items are. No need of this package then:
@@ -34,7 +32,7 @@ def export(
     left out.
 
     Args:
-      recommender: a trained one.
+      predictor: the model and its stock.
       folder: made when there is none.
       k: recommendations a user.
       longest: examples a user.
@@ -49,11 +47,11 @@ def export(
     except ImportError as error:
         raise ImportError("exporting needs flatbuffers: pip install 'metarec-jax[export]'") from error
 
-    stock, target = recommender.stock, recommender.target
+    stock, target = predictor.stock, predictor.target
     if not 1 <= k < len(stock) or longest < 1:
         raise ValueError(f"need 1 <= k < {len(stock)} and longest >= 1, got {k=}, {longest=}")
-    strategy, tables = recommender.strategy, recommender.ranker.tables
-    params = jax.tree.map(jnp.asarray, recommender.params)  # arrays of numpy cannot be read at traced places
+    strategy, tables = predictor.trained.strategy, predictor.ranker.tables
+    params = jax.tree.map(jnp.asarray, predictor.trained.params)  # arrays of numpy cannot be read at traced places
     everything = jnp.arange(len(stock), dtype=jnp.int32)
 
     def one(known: Known) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +69,7 @@ def export(
         return jax.vmap(one)(Known(items, ratings, weights, user, context))
 
     (users,) = jax_export.symbolic_shape("users")
-    example = Known.blank(1, longest, *recommender.ranker.fields)
+    example = Known.blank(1, longest, *predictor.ranker.fields)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((users, *x.shape[1:]), x.dtype), example)
     exported = jax_export.export(jax.jit(recommend), platforms=platforms or None)(*shapes)
     described = {
@@ -79,9 +77,9 @@ def export(
         "longest": longest,
         "platforms": list(exported.platforms),
         "score": "click probability" if target.kind == "click" else "rating",
-        "ratings": {"lowest": recommender.limits[0], "highest": recommender.limits[1]},
-        "user": {f.name: _encoding(f, example.user[f.name]) for f in recommender.ranker.fields[0]},
-        "context": {f.name: _encoding(f, example.context[f.name]) for f in recommender.ranker.fields[1]},
+        "ratings": {"lowest": predictor.trained.limits[0], "highest": predictor.trained.limits[1]},
+        "user": {f.name: _encoding(f, example.user[f.name]) for f in predictor.ranker.fields[0]},
+        "context": {f.name: _encoding(f, example.context[f.name]) for f in predictor.ranker.fields[1]},
         "items": [None, *stock.decode(np.arange(1, len(stock))).tolist()],
         "titles": None if stock.titles is None else stock.titles.tolist(),
     }
@@ -91,16 +89,16 @@ def export(
     write_whole(folder / DESCRIPTION, json.dumps(described, indent=1).encode())
 
 
-def export_vectors(recommender: "Recommender", path: str | Path) -> None:
+def export_vectors(predictor: Predictor, path: str | Path) -> None:
     """Writes what the network computes of each item alone (`Ranker.vectors`) as a Parquet file with the columns
     `item_id`, `title` and `vector`, or as an npz file with the arrays `item_id` and `vector`, as the path ends.
 
     Raises:
       ValueError: another ending.
     """
-    path, stock = Path(path), recommender.stock
+    path, stock = Path(path), predictor.stock
     rows = np.arange(1, len(stock))
-    ids, vectors = stock.decode(rows), recommender.ranker.vectors()[rows]
+    ids, vectors = stock.decode(rows), predictor.ranker.vectors()[rows]
     if path.suffix == ".npz":
         np.savez(path, item_id=ids, vector=vectors)
     elif path.suffix == ".parquet":

@@ -9,7 +9,8 @@ from typing import Any
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.inference.stock import Stock
 from metarec_jax.recommender import Recommender, load
-from metarec_jax.state.store import Store, open_store
+from metarec_jax.state.events import Store
+from metarec_jax.state.stores import open_store
 
 SIZES, LENGTHS = (1, 4, 16, 64), (8, 32)  # of batches and histories, compiled before the first request
 MOST = 1000  # recommendations a request

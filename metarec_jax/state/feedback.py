@@ -8,11 +8,10 @@ import numpy as np
 
 from metarec_jax.errors import DataError
 from metarec_jax.inference.histories import checked_rating, is_number
-from metarec_jax.state.store import Event, Stored
+from metarec_jax.state.events import Event, Stored
 
 KINDS = ("rating", "click", "purchase", "dismiss", "remove")
 AHEAD = 300.0  # seconds that a sender's clock may be ahead
-LONGEST = 512  # latest events of a user that count
 
 
 def worth(kind: str, value: float | None, limits: tuple[float, float], threshold: float) -> float:

@@ -158,19 +158,6 @@ def _lists(tree: Any) -> Any:
     return [values[k] for k in sorted(values)] if values and all(isinstance(k, int) for k in values) else values
 
 
-def part(choice: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How a strategy or model was chosen, for the config. What has no name or no JSON form is saved as None."""
-    options = dict(options or {})
-    try:
-        json.dumps(options)
-    except TypeError:
-        return {"name": None, "options": None}
-    return {
-        "name": choice if isinstance(choice, str) else None,
-        "options": options if isinstance(choice, str) else None,
-    }
-
-
 def _describe(data: Dataset) -> dict[str, Any]:
     return {
         "name": data.name,

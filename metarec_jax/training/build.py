@@ -80,6 +80,21 @@ def default_model(strategy: str | Callable[..., Strategy]) -> str:
     return next((DEFAULT_MODEL[n] for n in names if n in DEFAULT_MODEL), "mlp")
 
 
+def recipe_of(strategy: Any, strategy_options: Options, model: Any, model_options: Options) -> dict[str, Any]:
+    """How strategy and model were chosen, as JSON; a choice that has no name or no JSON form is None."""
+    return {"strategy": _part(strategy, strategy_options), "model": _part(model, model_options)}
+
+
+def _part(choice: Any, options: Options) -> dict[str, Any]:
+    options = dict(options or {})
+    try:
+        json.dumps(options)
+    except TypeError:
+        return {"name": None, "options": None}
+    named = isinstance(choice, str)
+    return {"name": choice if named else None, "options": options if named else None}
+
+
 @lru_cache(maxsize=64)
 def _once(
     strategy: Callable[..., Strategy],

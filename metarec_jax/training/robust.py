@@ -9,15 +9,15 @@ import optax
 
 from metarec_jax._progress import epochs_bar
 from metarec_jax.data.dataset import Dataset
-from metarec_jax.recommender import Recommender
 from metarec_jax.strategies.wrappers.ensemble import given
 from metarec_jax.strategies.wrappers.reweight import reweighted
 from metarec_jax.tasks.statistics import ItemStatistics
 from metarec_jax.training.loop import fit
+from metarec_jax.training.trained import Trained
 
 
 def reweight(
-    recommender: Recommender,
+    trained: Trained,
     data: Dataset | None = None,
     *,
     noise: float = 0.2,
@@ -25,14 +25,14 @@ def reweight(
     learning_rate: float = 2e-2,
     progress: bool = True,
     **fit_options: Any,
-) -> Recommender:
+) -> Trained:
     """The recommender with weights for the ratings that it adapts to, learned on support sets with errors.
 
-    Nothing of `recommender` itself is trained further, only the small network of `metarec_jax.strategies.reweighted`,
+    Nothing of the recommender itself is trained further, only the small network of `metarec_jax.strategies.reweighted`,
     by the gradient of the loss on clean queries through the adaptation to noisy support sets.
 
     Args:
-      recommender: a trained one.
+      trained: the recommender.
       data: the dataset of its training; may be left out unless it was loaded.
       noise: share of the support ratings that are replaced by random ones in training.
       epochs: passes over the training users.
@@ -51,28 +51,28 @@ def reweight(
     """
     if not 0 <= noise < 1:
         raise ValueError(f"noise is a share, 0 or more and below 1; got {noise}")
-    if recommender.recipe.get("reweighted"):
+    if trained.recipe.get("reweighted"):
         raise ValueError("this recommender weighs its ratings already; reweight the one that it was made from")
-    if recommender.target.kind == "ranking":
+    if trained.target.kind == "ranking":
         raise ValueError('weights are learned for the ratings of clicks and ratings: train with objective="click"')
-    split, target = recommender.split(data, "reweight(recommender, data)"), recommender.target
-    robust = reweighted(given(recommender.strategy, recommender.params))
+    split, target = trained.split(data, "reweight(recommender, data)"), trained.target
+    robust = reweighted(given(trained.strategy, trained.params))
     with epochs_bar(progress, epochs, target.kind) as report:
         fitted = fit(
             robust,
             split,
             target,
-            query=recommender.protocol.query,
+            query=trained.protocol.query,
             optimizer=optax.adam(learning_rate),
             epochs=epochs,
             min_epochs=epochs - 1,  # a hundred numbers: nothing to stop early for
             noise=noise,
             statistics=ItemStatistics.fit(split.train, target),
-            seed=recommender.seed,
+            seed=trained.seed,
             report=report,
             **fit_options,
         )
-    start = jax.tree.leaves(robust.init(jax.random.key(recommender.seed)))
+    start = jax.tree.leaves(robust.init(jax.random.key(trained.seed)))
     now = jax.tree.leaves(fitted.params)
     if learning_rate and all(np.allclose(*pair, rtol=1e-4, atol=1e-7) for pair in zip(start, now, strict=True)):
         raise ValueError(
@@ -80,9 +80,9 @@ def reweight(
             "weights of the support set; reweight one of alpaca, ridge or maml"
         )
     return replace(
-        recommender,
-        strategy=reweighted(recommender.strategy),
-        params={**fitted.params, "strategy": recommender.params},
-        recipe=recommender.recipe | {"reweighted": {"noise": noise, "epochs": epochs}},
-        history=[*recommender.history, *fitted.history],
+        trained,
+        strategy=reweighted(trained.strategy),
+        params={**fitted.params, "strategy": trained.params},
+        recipe=trained.recipe | {"reweighted": {"noise": noise, "epochs": epochs}},
+        history=[*trained.history, *fitted.history],
     )

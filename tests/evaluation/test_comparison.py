@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 import metarec_jax as mr
 from metarec_jax.errors import DataError
+from metarec_jax.evaluation import comparison as comparison_module
 from metarec_jax.evaluation import intervals
 from metarec_jax.evaluation.comparison import Comparison, Run
 
@@ -60,8 +61,8 @@ def test_a_run_names_its_users_and_items(data, comparison):
 def test_what_is_on_disk_is_not_run_again_and_a_missing_run_is(data, folder, monkeypatch, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     trained = []
-    monkeypatch.setattr("metarec_jax.recommender.train", lambda *a, **k: trained.append(k["seed"]) or real(*a, **k))
-    real = mr.train
+    real = comparison_module.train
+    monkeypatch.setattr(comparison_module, "train", lambda *a, **k: trained.append(k["seed"]) or real(*a, **k))
     options = {"splits": 2, "support": SUPPORT, "folder": copy, "epochs": 2, "buckets": 1, "progress": False}
     names = {"ridge": {"strategy": "ridge"}}
     again = mr.evaluation.compare(data, names, **options)

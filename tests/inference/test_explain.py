@@ -5,6 +5,7 @@ import pytest
 
 import metarec_jax as mr
 from metarec_jax.inference.explain import effects, rank_correlation
+from metarec_jax.inference.predictor import EncodedUser
 
 HISTORY = {100: 5.0, 102: 4.0, 103: 1.0, 110: 5.0}
 
@@ -30,8 +31,8 @@ def test_effects_are_what_recommending_without_each_interaction_gives(stocked):
 
 def test_slopes_are_derivatives_by_the_weights(stocked):
     ((row,), ranker) = stocked.stock.encode([120]), stocked.ranker
-    known = stocked._batch(
-        [mr.recommender._Person(stocked.stock.encode(list(HISTORY)), np.array([5.0, 4, 1, 5]), np.ones(4), {})], None
+    known = stocked.predictor.batch(
+        [EncodedUser(stocked.stock.encode(list(HISTORY)), np.array([5.0, 4, 1, 5]), np.ones(4), {})], None
     )
     found = effects(ranker, known, int(row))
     for i in range(4):
@@ -53,8 +54,8 @@ def test_fields_add_up_to_the_score_beyond_an_unknown_item(strategy, stocked):
     items = trained.stock.trained.ids[:3].tolist()
     history = dict(zip(items[:2], (5.0, 1.0), strict=True))
     found = trained.explain(history, items[2])
-    known = trained._batch(
-        [mr.recommender._Person(trained.stock.encode(items[:2]), np.array([5.0, 1.0]), np.ones(2), {})], None
+    known = trained.predictor.batch(
+        [EncodedUser(trained.stock.encode(items[:2]), np.array([5.0, 1.0]), np.ones(2), {})], None
     )
     ranker = trained.ranker
     adapted = ranker.adapt(known)

@@ -6,6 +6,7 @@ import pytest
 
 import metarec_jax as mr
 from metarec_jax.inference import ranker as ranking
+from metarec_jax.inference.predictor import Predictor
 from metarec_jax.inference.ranker import Ranker, diversify, top_k
 from metarec_jax.inference.stock import Stock
 from metarec_jax.tasks.ranking import Known
@@ -18,7 +19,7 @@ def test_tiles_change_nothing(stocked, monkeypatch):
     options = {"k": 20, "deviation": True, "where": {"price": (0.3, None)}, "block": [101]}
     whole = stocked.recommend([HISTORY, {}], **options)
     monkeypatch.setattr(ranking, "BYTES", 1)
-    tiled = mr.recommender.replace(stocked)  # with nothing cached
+    tiled = mr.Recommender(stocked.trained, Predictor(stocked.trained, stocked.stock))  # with nothing cached
     assert_same(tiled.recommend([HISTORY, {}], **options), whole)
     (side,) = tiled.ranker._sides.values()
     assert side.length == 8
@@ -106,7 +107,7 @@ def test_diversity_takes_away_what_is_alike():
 
 def test_diversity_spreads_what_is_recommended(stocked):
     def alike(found):
-        own = stocked._likeness[stocked.stock.encode([r.item for r in found])]
+        own = stocked.predictor._likeness[stocked.stock.encode([r.item for r in found])]
         return (own @ own.T)[np.triu_indices(len(own), 1)].mean()
 
     plain, spread = (stocked.recommend(HISTORY, k=8, diversity=d) for d in (0.0, 0.8))
@@ -164,7 +165,7 @@ def test_a_history_of_any_length_is_taken_and_the_latest_count(stocked):
 
 
 def test_few_programs_are_compiled_for_any_sizes(stocked):
-    recommender = mr.recommender.replace(stocked)
+    recommender = mr.Recommender(stocked.trained, Predictor(stocked.trained, stocked.stock))
     for users in (1, 2, 3, 4, 9, 16):
         for length in (0, 1, 5, 8):
             recommender.recommend([{100 + i: 5.0 for i in range(length)}] * users, k=5)

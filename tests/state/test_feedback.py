@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
+from metarec_jax.state.events import Stored
 from metarec_jax.state.feedback import taste, worth
-from metarec_jax.state.store import Stored
 
 
 @pytest.fixture

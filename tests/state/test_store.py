@@ -14,7 +14,10 @@ import time
 import pytest
 
 from metarec_jax.errors import StoreError
-from metarec_jax.state.store import VERSION, Event, RedisStore, SqliteStore, Stored, open_store
+from metarec_jax.state.events import VERSION, Event, Stored
+from metarec_jax.state.redis_store import RedisStore
+from metarec_jax.state.sqlite_store import SqliteStore
+from metarec_jax.state.stores import open_store
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +232,8 @@ def test_stores_are_opened_by_path_or_address(tmp_path, redis_url):
 
 WRITER = """
     import os, sys
-    from metarec_jax.state.store import Event, SqliteStore
+    from metarec_jax.state.events import Event
+    from metarec_jax.state.sqlite_store import SqliteStore
 
     path, cycles = sys.argv[1], int(sys.argv[2])
     for line in sys.stdin:  # a cycle: a child writes until it is killed

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
+from metarec_jax.evaluation.holdout import evaluate_scores
 from metarec_jax.tasks.candidates import candidates, judged_on
 
 
@@ -50,7 +51,7 @@ def test_sampled_items_are_new_to_the_user_and_the_same_each_time(test_users, am
 def test_evaluate_ranks_among_all_items_and_the_baselines_do_too():
     data = mr.data.synthetic(users=60, items=40, seed=0)
     recommender = mr.train(data, strategy="prototypes", objective="click", epochs=2, progress=False, buckets=1)
-    scores = recommender.scores(candidates="all")
+    scores = evaluate_scores(recommender.trained, candidates="all")
     (own, *baselines) = scores.values()
     assert own.scores.shape[1] > 10
     for other in baselines:

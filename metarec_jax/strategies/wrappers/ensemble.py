@@ -150,7 +150,8 @@ def fit_weights(
 
         users = found.protocol.split(found.catalogue, found.seed).validation
         tasks = [batch.task for batch in batches(users, found.target, buckets=(128,))]  # of metarec_jax.tasks
-        found = dataclasses.replace(found, params=fit_weights(found.strategy, found.params, tasks, loss=loss))
+        params = fit_weights(found.strategy, found.params, tasks, loss=loss)
+        found = Recommender(dataclasses.replace(found.trained, params=params))
 
     Args:
       strategy: `ensemble(..., weights="validation")`.

@@ -139,7 +139,8 @@ def test_weights_are_fitted_after_training_as_the_docstring_says(synthetic):
     np.testing.assert_array_equal(found.params["weights"], 0)  # training leaves them alone
     users = found.protocol.split(found.catalogue, found.seed).validation
     tasks = [batch.task for batch in batches(users, found.target, buckets=(32,))]
-    better = replace(found, params=mr.fit_weights(found.strategy, found.params, tasks, loss=LOGISTIC))
+    params = mr.fit_weights(found.strategy, found.params, tasks, loss=LOGISTIC)
+    better = mr.Recommender(replace(found.trained, params=params))
     assert np.ptp(better.params["weights"]) > 0.01
     assert np.isfinite(better.evaluate(baselines=False)["strategy"]["auc"])
 

@@ -1,0 +1,99 @@
+"""Recommendations: what a caller gets, and what may be recommended in which order."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from metarec_jax.errors import DataError
+from metarec_jax.inference.ranker import Explore
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Where = Mapping[str, Any]
+
+
+class Recommendation(NamedTuple):
+    """One item: raw id, score (a click probability or a rating; of `ask`, how much it tells) and title, where known."""
+
+    item: Any
+    score: float
+    title: str | None
+
+
+class UncertainRecommendation(NamedTuple):
+    """A `Recommendation` with the standard deviation of a rating (its noise included) or of a click's logit."""
+
+    item: Any
+    score: float
+    title: str | None
+    deviation: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What may be recommended and in which order; see `metarec_jax.Recommender.recommend`."""
+
+    exclude_seen: bool = True
+    where: Where | Sequence[Where] | None = None
+    only: Sequence[Any] | None = None
+    block: Sequence[Any] = ()
+    diversity: float = 0.0
+    explore: Explore | None = None
+    strength: float = 1.0
+    seed: int = 0
+    deviation: bool = False
+    approximate: bool = False
+    by: Literal["score", "rating"] | float = "score"
+
+    def __post_init__(self) -> None:
+        share = isinstance(self.by, int | float) and not isinstance(self.by, bool)
+        if self.by not in ("score", "rating") and not (share and 0 <= float(self.by) <= 1):
+            raise ValueError(f'by is "score", "rating" or a share from 0 to 1, got {self.by!r}')
+        if share and self.explore is not None:
+            raise ValueError(f'explore goes with by="score" or by="rating", got by={self.by!r}, which orders anew')
+        if not 0 <= self.diversity <= 1:
+            raise ValueError(f"diversity is a share from 0 to 1, got {self.diversity}")
+        if self.explore not in (None, "ucb", "thompson"):
+            raise ValueError(f"explore must be 'ucb' or 'thompson', got {self.explore!r}")
+
+    @property
+    def reranks(self) -> bool:
+        """Whether more candidates are needed than recommendations."""
+        return bool(self.diversity) or self.by not in ("score", "rating")
+
+
+def checked_count(k: Any) -> None:
+    """Raise a `DataError` unless `k` is a positive integer."""
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise DataError(f"k must be a positive integer, got {k!r}")
+
+
+def as_table(users: Sequence[Any], lists: Sequence[Sequence[Recommendation]], text_items: bool) -> "pl.DataFrame":
+    """A table of lists: user_id, item_id, rank (from 1) and score.
+
+    Args:
+      users: raw ids, one a list.
+      lists: of recommendations.
+      text_items: whether ids of items are strings.
+
+    Raises:
+      DataError: ids of users of several types.
+    """
+    import polars as pl
+
+    if len({type(user) for user in users}) > 1:
+        raise DataError("users: integers and strings are mixed; a column holds ids of one type")
+    text = [isinstance(users[0], str) if users else False, text_items]
+    of_user, of_item = (pl.String if t else pl.Int64 for t in text)
+    rows = [(user, rank, r) for user, own in zip(users, lists, strict=True) for rank, r in enumerate(own, 1)]
+    return pl.DataFrame(
+        {
+            "user_id": pl.Series([user for user, _, _ in rows], dtype=of_user),
+            "item_id": pl.Series([r.item for _, _, r in rows], dtype=of_item),
+            "rank": pl.Series([rank for _, rank, _ in rows], dtype=pl.Int64),
+            "score": pl.Series([r.score for _, _, r in rows], dtype=pl.Float64),
+        }
+    )

@@ -1,11 +1,12 @@
 """metarec_jax: recommenders that learn a new user from a few interactions, by meta-learning in JAX."""
 
 from metarec_jax import core, data, evaluation, metrics, models, strategies, tasks
+from metarec_jax.api import load, reweight, train
 from metarec_jax.core import meta_step
 from metarec_jax.errors import DataError, ModelFileError, StoreError
 from metarec_jax.inference.recommendations import Recommendation, UncertainRecommendation
 from metarec_jax.models import Model
-from metarec_jax.recommender import Recommender, load, reweight, train
+from metarec_jax.recommender import Recommender
 from metarec_jax.state.events import Event, Store
 from metarec_jax.state.redis_store import RedisStore
 from metarec_jax.state.sqlite_store import SqliteStore

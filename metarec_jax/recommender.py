@@ -1,9 +1,7 @@
-"""Recommender: the facade. `train` makes one; it recommends, remembers users, evaluates, explains, saves and loads."""
+"""Recommender: the facade. `metarec_jax.train` makes one; it recommends, remembers users, evaluates and explains."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
@@ -19,8 +17,8 @@ from metarec_jax.inference.histories import History
 from metarec_jax.inference.predictor import Attributes, EncodedUser, Predictor
 from metarec_jax.inference.ranker import Explore
 from metarec_jax.inference.recommendations import Choice, Recommendation, Where, as_table, checked_count
+from metarec_jax.inference.stock import Stock
 from metarec_jax.metrics.ranking import SIZES
-from metarec_jax.models import Model
 from metarec_jax.state import models
 from metarec_jax.state.events import Event, Store, UserId
 from metarec_jax.state.feedback import checked, checked_id
@@ -29,10 +27,11 @@ from metarec_jax.state.sqlite_store import SqliteStore
 from metarec_jax.state.stores import open_store
 from metarec_jax.strategies import Strategy
 from metarec_jax.tasks.candidates import Among
+from metarec_jax.tasks.protocols import Protocol
 from metarec_jax.tasks.splits import Split
-from metarec_jax.training import robust
-from metarec_jax.training import train as training
+from metarec_jax.tasks.target import Target
 from metarec_jax.training.trained import Trained
+from metarec_jax.types import Params
 
 if TYPE_CHECKING:
     import polars as pl
@@ -59,12 +58,6 @@ class Recommender:
     half_life: float | None = None
     version: str | None = None
 
-    strategy, params, catalogue, target, protocol, seed, recipe, limits, history = (
-        property(attrgetter(f"trained.{name}"))
-        for name in ("strategy", "params", "catalogue", "target", "protocol", "seed", "recipe", "limits", "history")
-    )
-    stock, ranker = property(attrgetter("predictor.stock")), property(attrgetter("predictor.ranker"))
-
     def __post_init__(self) -> None:
         if self.predictor is None:
             object.__setattr__(self, "predictor", Predictor(self.trained))
@@ -74,6 +67,38 @@ class Recommender:
         return (
             f"Recommender({name}, {self.trained.target.kind}, {len(self.predictor.stock) - 1:,} items, {epochs} epochs)"
         )
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.trained.strategy
+
+    @property
+    def params(self) -> Params:
+        return self.trained.params
+
+    @property
+    def catalogue(self) -> Dataset:
+        return self.trained.catalogue
+
+    @property
+    def target(self) -> Target:
+        return self.trained.target
+
+    @property
+    def protocol(self) -> Protocol:
+        return self.trained.protocol
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return self.trained.limits
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        return self.trained.history
+
+    @property
+    def stock(self) -> Stock:
+        return self.predictor.stock
 
     @property
     def rater(self) -> "Recommender | None":
@@ -157,8 +182,7 @@ class Recommender:
 
         Args:
           users: raw id or a list of ids; one never seen gets the ranking of a user about whom nothing is known.
-          k, context: see `recommend`.
-          **choice: `exclude_seen` to `by` of `recommend`.
+          k, context, **choice: see `recommend`.
 
         Raises:
           DataError, ValueError: as `recommend`; an id that is no integer or string.
@@ -175,11 +199,7 @@ class Recommender:
 
         Args:
           k, context, **choice: see `recommend_to`.
-          users: raw ids (default: all users of the dataset).
-
-        Raises:
-          DataError: as `recommend_to`; a loaded model, which holds no users, without `users`; `users` that is no list,
-            or of several types.
+          users: raw ids of one type (default: all users of the dataset, which a loaded model does not hold).
         """
         if users is None and not len(self.catalogue.rating):
             raise DataError("a loaded model holds no users: recommend_all(k, users=[...])")
@@ -230,9 +250,6 @@ class Recommender:
 
         The score is the cosine of what the network computes of each item alone (`Ranker.vectors`): of the default, who
         chose them and what their fields say.
-
-        Raises:
-          DataError: an unknown item; a `k` that is no positive integer.
         """
         return self.predictor.similar(item, k)
 
@@ -261,11 +278,8 @@ class Recommender:
         """The `k` items to ask a new user about first, most telling first: MeLU's evidence candidates.
 
         Those that many training users have rated and whose ratings, each taken alone, move the adapted parameters the
-        most (`metarec_jax.inference.evidence`, which the scores are). Fewer come back when fewer items have ratings.
-
-        Raises:
-          DataError: a loaded model without `data`, the dataset of its training, or data that do not fit.
-          ValueError: the strategy adapts nothing.
+        most (`metarec_jax.inference.evidence`, which the scores are). Fewer come back when fewer items have ratings; a
+        `ValueError` says that the strategy adapts nothing. `data` is as of `evaluate`.
         """
         checked_count(k)
         value = evidence(self.strategy, self.params, self.split(data, "ask(k, data)").train, self.target)
@@ -275,8 +289,8 @@ class Recommender:
     def update(self, events: Iterable[Event | Mapping[str, Any]]) -> int:
         """Keep what users did; the next recommendation reflects it.
 
-        Users and items may be new: a new item counts as an unknown one until `add_items` says what it is. Of several
-        events of a user with the same item the latest counts.
+        Users and items may be new: a new item counts as an unknown one until `add_items`. Of several events of a user
+        with the same item the latest counts.
 
         Args:
           events: `Event`s or mappings with the same names, in any order, of any number of users. A click counts as the
@@ -302,8 +316,7 @@ class Recommender:
         self.users.describe(checked_id(user, None, "user"), attributes)
 
     def forget(self, user: UserId) -> int:
-        """Remove every trace of a user from `users`; returns how many events there were. What the dataset holds of the
-        user stays: train again without it."""
+        """Remove every trace of a user from `users`, not from the dataset; returns how many events there were."""
         return self.users.forget(checked_id(user, None, "user"))
 
     def with_users(self, users: str | Path | Store, half_life: float | None = None) -> "Recommender":
@@ -312,10 +325,6 @@ class Recommender:
         Args:
           users: the path of a file (SQLite; made when there is none), `redis://host:port/database`, or a `Store`.
           half_life: seconds in which an event loses half its weight; None: all weigh the same.
-
-        Raises:
-          StoreError: the store cannot be opened.
-          ValueError: `half_life` is not above 0.
         """
         if half_life is not None and not half_life > 0:
             raise ValueError(f"half_life must be seconds above 0, or None, got {half_life}")
@@ -325,10 +334,7 @@ class Recommender:
         """The recommender with more items, known by their attributes; nothing of the others is computed again.
 
         Args:
-          items: columns, `{"item_id": [...], "title": [...], "genres": [[...], ...]}`; a field left out is unknown.
-
-        Raises:
-          DataError: see `Stock.add`.
+          items: columns, `{"item_id": [...], "title": [...], "genres": [[...], ...]}`; see `Stock.add`.
         """
         return replace(self, predictor=self.predictor.extended(items))
 
@@ -340,9 +346,8 @@ class Recommender:
         candidates: Among = "query",
         baselines: bool = True,
     ) -> dict[str, dict[str, float]]:
-        """Metrics on the test tasks of the protocol, beside the plain baselines on the same tasks.
-
-        The users of these tasks were never seen in training with `ColdUsers`; other protocols may judge known users.
+        """Metrics on the test tasks of the protocol, beside the plain baselines on the same tasks, as
+        `{learner: {metric: value}}`.
 
         Args:
           data: the dataset of the training; may be left out unless the model was loaded.
@@ -351,9 +356,6 @@ class Recommender:
             items besides that the user has no interaction with; "all", all such items. They count as not clicked.
           baselines: compute two means, ALS fold-in and item-kNN too; where clicks are made from ratings, also the same
             three of ratings.
-
-        Returns:
-          `{learner: {metric: value}}`.
 
         Raises:
           DataError: a loaded model without `data`, or data that do not fit.
@@ -367,13 +369,9 @@ class Recommender:
         """`[users]` of each metric of a ranking, by learner: every test user, and all items but the support.
 
         Args:
-          data: the dataset of the training; may be left out unless the model was loaded.
+          data: see `evaluate`.
           sizes: support sizes, None for all; see `metarec_jax.metrics.ranking.by_support`.
           baselines: popularity, item-kNN, EASE and iALS too, tuned on the validation users; see `ranking_baselines`.
-
-        Raises:
-          DataError: a loaded model without `data`, or data that do not fit.
-          ValueError: the recommender does not rank.
         """
         return holdout.evaluate_rankings(self.trained, data, sizes=sizes, baselines=baselines)
 
@@ -382,11 +380,8 @@ class Recommender:
         return self.trained.split(data, call)
 
     def save(self, path: str | Path) -> None:
-        """Write the model as a folder of JSON and safetensors files; an earlier model there is replaced at once.
-
-        Raises:
-          ModelFileError: something that is no model stands there.
-        """
+        """Write the model as a folder of JSON and safetensors files; an earlier model there is replaced at once, and a
+        `ModelFileError` raised where something else stands."""
         models.save(self.predictor, path)
 
     def export(self, folder: str | Path, **options: Any) -> None:
@@ -402,48 +397,3 @@ class Recommender:
         single = isinstance(users, str) or not isinstance(users, Iterable)
         ids = [checked_id(u, None, "user") for u in ([users] if single else users)]  # type: ignore[union-attr, list-item]
         return single, Memory(self.users, self.half_life).users(self.predictor, ids)
-
-
-def load(
-    path: str | Path,
-    *,
-    strategy: Callable[..., Strategy] | None = None,
-    model: Callable[..., Model] | None = None,
-    users: str | Path | Store | None = None,
-    half_life: float | None = None,
-) -> Recommender:
-    """A recommender from a folder that `Recommender.save` wrote.
-
-    Args:
-      path: the folder.
-      users, half_life: see `Recommender.with_users` (default: an empty store in memory).
-      strategy, model: the functions given to `train`, when they were given as functions and not by name; or, where
-        a name had options that JSON cannot hold, its function with them bound (`functools.partial`).
-
-    Raises:
-      ModelFileError: no model, a damaged one, one of another version, or one that needs `strategy` or `model`.
-    """
-    predictor, version = models.load(path, strategy, model)
-    loaded = Recommender(predictor.trained, predictor, version=version)
-    if users is None and half_life is None:
-        return loaded
-    return loaded.with_users(":memory:" if users is None else users, half_life)
-
-
-def _ready(make: Callable[P, Trained]) -> Callable[P, Recommender]:
-    """`make`, whose model is ready to recommend; with its signature and documentation."""
-
-    @wraps(make)
-    def made(*args: P.args, **kwargs: P.kwargs) -> Recommender:
-        return Recommender(make(*args, **kwargs))
-
-    return made
-
-
-train = _ready(training.train)
-
-
-@wraps(robust.reweight)
-def reweight(recommender: Recommender, data: Dataset | None = None, **options: Any) -> Recommender:
-    trained = robust.reweight(recommender.trained, data, **options)
-    return replace(recommender, trained=trained, predictor=Predictor(trained, recommender.stock))

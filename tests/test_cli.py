@@ -67,7 +67,7 @@ def test_clicks_and_ratings_are_asked_for_by_objective(ratings, tmp_path, option
     assert trained.exit_code == 0, trained.output
     assert ("--target is deprecated" in trained.output) == (options[0] == "--target")
     recommender = mr.load(model)
-    assert (recommender.target.kind, recommender.recipe["strategy"]["name"]) == (kind, "alpaca")
+    assert (recommender.target.kind, recommender.trained.recipe["strategy"]["name"]) == (kind, "alpaca")
     assert recommender.protocol == mr.ColdUsers(query=5, target=kind)
     judged = run("evaluate", model, ratings, *COLUMNS)
     assert judged.exit_code == 0, judged.output
@@ -99,7 +99,7 @@ def test_a_table_without_ratings_and_items_without_ratings(tmp_path):
 
 
 def test_quickstart_shows_a_ranking_and_a_list_for_a_taste(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "EXAMPLE_USER", {3: 5, 5: 4, 8: 1})
+    monkeypatch.setattr(cli.commands, "EXAMPLE_USER", {3: 5, 5: 4, 8: 1})
     monkeypatch.setattr(mr.data, "load", lambda name: mr.data.synthetic(users=80, items=60, seed=1))
     monkeypatch.setattr(mr, "train", functools.partial(mr.train, strategy="ials", epochs=1))
     got = run("quickstart", "--out", tmp_path / "model")
@@ -155,3 +155,31 @@ def test_compare_and_report_in_a_row(ratings, tmp_path):
     shown = run("report", out, "--out", page)
     assert shown.exit_code == 0, shown.output
     assert "<svg" in page.read_text()
+
+
+def test_tables_of_items_and_users_and_a_protocol_are_taken(ratings, tmp_path):
+    data, model = pl.read_csv(ratings), tmp_path / "model"
+    items, users = data["sku"].unique().sort(), data["customer"].unique().sort()
+    pl.DataFrame({"sku": items, "colour": [("red", "blue")[i % 2] for i in range(len(items))]}).write_csv(
+        tmp_path / "items.csv"
+    )
+    pl.DataFrame({"customer": users, "age": [20 + i % 50 for i in range(len(users))]}).write_csv(tmp_path / "users.csv")
+    tables = ["--item-table", tmp_path / "items.csv", "--user-table", tmp_path / "users.csv"]
+    protocol = ["--protocol", "StrongGeneralisation", "--set", "held_out=0.3", "--set", "fractions=[0.6, 0.2, 0.2]"]
+    options = ["--strategy", "ials", "--epochs", 1, "--out", model]
+    trained = run("train", ratings, *COLUMNS, *tables, *protocol, *options)
+    assert trained.exit_code == 0, trained.output
+    recommender = mr.load(model)
+    assert recommender.protocol == mr.StrongGeneralisation(held_out=0.3, fractions=(0.6, 0.2, 0.2))
+    assert [f.name for f in recommender.catalogue.user_fields] == ["age"]
+    assert "colour" in [f.name for f in recommender.catalogue.item_fields]
+    judged = run("evaluate", model, ratings, *COLUMNS, *tables, "--support", 1)
+    assert judged.exit_code == 0, judged.output
+    for wrong, message in [
+        (["--protocol", "Strong"], "choose from ColdUsers"),
+        (["--set", "held=1"], "no setting 'held'; it has dislikes"),
+        (["--protocol", "NextItem", "--objective", "click"], "judges rankings"),
+    ]:
+        refused = run("train", ratings, *COLUMNS, *wrong)
+        assert refused.exit_code, refused.output
+        assert message in refused.output + str(refused.exception)

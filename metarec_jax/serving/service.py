@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metarec_jax.api import load
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.inference.stock import Stock
-from metarec_jax.recommender import Recommender, load
+from metarec_jax.recommender import Recommender
 from metarec_jax.state.events import Store
 from metarec_jax.state.stores import open_store
 

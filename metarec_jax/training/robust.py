@@ -17,7 +17,7 @@ from metarec_jax.training.trained import Trained
 
 
 def reweight(
-    trained: Trained,
+    recommender: Trained,
     data: Dataset | None = None,
     *,
     noise: float = 0.2,
@@ -32,7 +32,7 @@ def reweight(
     by the gradient of the loss on clean queries through the adaptation to noisy support sets.
 
     Args:
-      trained: the recommender.
+      recommender: the trained model.
       data: the dataset of its training; may be left out unless it was loaded.
       noise: share of the support ratings that are replaced by random ones in training.
       epochs: passes over the training users.
@@ -51,28 +51,28 @@ def reweight(
     """
     if not 0 <= noise < 1:
         raise ValueError(f"noise is a share, 0 or more and below 1; got {noise}")
-    if trained.recipe.get("reweighted"):
+    if recommender.recipe.get("reweighted"):
         raise ValueError("this recommender weighs its ratings already; reweight the one that it was made from")
-    if trained.target.kind == "ranking":
+    if recommender.target.kind == "ranking":
         raise ValueError('weights are learned for the ratings of clicks and ratings: train with objective="click"')
-    split, target = trained.split(data, "reweight(recommender, data)"), trained.target
-    robust = reweighted(given(trained.strategy, trained.params))
+    split, target = recommender.split(data, "reweight(recommender, data)"), recommender.target
+    robust = reweighted(given(recommender.strategy, recommender.params))
     with epochs_bar(progress, epochs, target.kind) as report:
         fitted = fit(
             robust,
             split,
             target,
-            query=trained.protocol.query,
+            query=recommender.protocol.query,
             optimizer=optax.adam(learning_rate),
             epochs=epochs,
             min_epochs=epochs - 1,  # a hundred numbers: nothing to stop early for
             noise=noise,
             statistics=ItemStatistics.fit(split.train, target),
-            seed=trained.seed,
+            seed=recommender.seed,
             report=report,
             **fit_options,
         )
-    start = jax.tree.leaves(robust.init(jax.random.key(trained.seed)))
+    start = jax.tree.leaves(robust.init(jax.random.key(recommender.seed)))
     now = jax.tree.leaves(fitted.params)
     if learning_rate and all(np.allclose(*pair, rtol=1e-4, atol=1e-7) for pair in zip(start, now, strict=True)):
         raise ValueError(
@@ -80,9 +80,9 @@ def reweight(
             "weights of the support set; reweight one of alpaca, ridge or maml"
         )
     return replace(
-        trained,
-        strategy=reweighted(trained.strategy),
-        params={**fitted.params, "strategy": trained.params},
-        recipe=trained.recipe | {"reweighted": {"noise": noise, "epochs": epochs}},
-        history=[*trained.history, *fitted.history],
+        recommender,
+        strategy=reweighted(recommender.strategy),
+        params={**fitted.params, "strategy": recommender.params},
+        recipe=recommender.recipe | {"reweighted": {"noise": noise, "epochs": epochs}},
+        history=[*recommender.history, *fitted.history],
     )

@@ -148,7 +148,7 @@ def fit_weights(
 
     The loss is convex in softmax(w) where `loss` is convex in the score. After training by `metarec_jax.train`:
 
-        users = found.protocol.split(found.catalogue, found.seed).validation
+        users = found.split().validation
         tasks = [batch.task for batch in batches(users, found.target, buckets=(128,))]  # of metarec_jax.tasks
         params = fit_weights(found.strategy, found.params, tasks, loss=loss)
         found = Recommender(dataclasses.replace(found.trained, params=params))

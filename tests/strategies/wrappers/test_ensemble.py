@@ -137,7 +137,7 @@ def test_weights_are_fitted_after_training_as_the_docstring_says(synthetic):
 
     found = mr.train(synthetic, strategy, "linear", objective="click", epochs=2, progress=False, buckets=1)
     np.testing.assert_array_equal(found.params["weights"], 0)  # training leaves them alone
-    users = found.protocol.split(found.catalogue, found.seed).validation
+    users = found.split().validation
     tasks = [batch.task for batch in batches(users, found.target, buckets=(32,))]
     params = mr.fit_weights(found.strategy, found.params, tasks, loss=LOGISTIC)
     better = mr.Recommender(replace(found.trained, params=params))

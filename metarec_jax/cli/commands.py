@@ -1,4 +1,4 @@
-"""The command line: `metarec quickstart`, `train`, `evaluate`, `recommend`, `explain`, `serve`, ..."""
+"""Commands: `metarec quickstart`, `train`, `evaluate`, `recommend`, `explain`, `serve`, ..."""
 
 import gc
 import json
@@ -7,8 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from click.core import ParameterSource
+
+from metarec_jax.cli.arguments import (
+    COLUMN,
+    ITEMS,
+    PROTOCOL,
+    SETTING,
+    USERS,
+    among,
+    history,
+    item_id,
+    number,
+    pairs,
+    protocol_of,
+    read,
+)  # fmt: skip
+from metarec_jax.cli.output import described, print_evaluation, print_ranking, print_recommendations
 
 CANDIDATES = "Clicks only: rank the query among these: query (itself alone), a number of sampled items besides, or all."
 EXAMPLE_USER = {99: 5, 588: 5, 71: 4, 95: 4, 288: 1}  # ml-100k: likes animated films for children, not Scream
@@ -47,13 +62,13 @@ def quickstart(out: str, seed: int) -> None:
     click.echo(f"{data}")
     recommender = mr.train(data, seed=seed)
     click.echo("Evaluating, beside plain methods that are tuned on the validation users ...")
-    _print_ranking(recommender)
+    print_ranking(recommender)
     click.echo("\nA new user has rated five films:")
     assert data.titles is not None
     for item, rating in EXAMPLE_USER.items():
         title = data.titles[data.items.encode([item])[0]]
-        click.echo(f"  {rating} of 5  {_described(recommender, item, title)}")
-    _print_recommendations(recommender, recommender.recommend(EXAMPLE_USER, k=10))
+        click.echo(f"  {rating} of 5  {described(recommender, item, title)}")
+    print_recommendations(recommender, recommender.recommend(EXAMPLE_USER, k=10))
     recommender.save(out)
     rated = " ".join(f"{item}={rating}" for item, rating in EXAMPLE_USER.items())
     click.echo(
@@ -104,19 +119,19 @@ def quickstart(out: str, seed: int) -> None:
     help="At most so many; training stops when validation does not improve.  [default: what suits the objective]",
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--column",
-    multiple=True,
-    metavar="NAME=YOURS",
-    help="Your column names, e.g. --column rating=stars. Repeatable.",
-)
+@PROTOCOL
+@SETTING
+@COLUMN
+@ITEMS
+@USERS
 @click.option("--tensorboard", type=click.Path(), default=None, help="Folder for TensorBoard's event files.")
 @click.option("--checkpoint", type=click.Path(), default=None, help="File from which a killed training goes on.")
 @click.option("--out", default=DEFAULT_MODEL, show_default=True, help="Folder to save the model in.")
 def train(
     data: str, objective: Any, target: Any, strategy: str | None, model: str | None, threshold: float,
-    users: tuple[int, int], query: int, epochs: int | None, seed: int, column: tuple[str, ...],
-    tensorboard: str | None, checkpoint: str | None, out: str,
+    users: tuple[int, int], query: int, epochs: int | None, seed: int, protocol: str | None, settings: tuple[str, ...],
+    column: tuple[str, ...], item_table: str | None, user_table: str | None, tensorboard: str | None,
+    checkpoint: str | None, out: str,
 ) -> None:  # fmt: skip
     """Meta-train a model on DATA and save it.
 
@@ -133,16 +148,20 @@ def train(
     if target is not None:
         click.echo(f"--target is deprecated: use --objective {target}", err=True)
         objective = target
-    protocol: Any
-    if objective == "ranking":
-        source = click.get_current_context().get_parameter_source
-        if given := [name for name in ("users", "query") if source(name) is not ParameterSource.DEFAULT]:
-            raise click.UsageError(f"--{given[0]} is for --objective click or rating")
-        protocol = mr.StrongGeneralisation(threshold=threshold)
-    else:
-        protocol = mr.ColdUsers(minimum=users[0], maximum=users[1], query=query, target=objective, threshold=threshold)
+    source = click.get_current_context().get_parameter_source
+    typed = {name for name in ("threshold", "users", "query") if source(name) is not ParameterSource.DEFAULT}
+    if objective == "ranking" and (wrong := sorted(typed & {"users", "query"})):
+        raise click.UsageError(f"--{wrong[0]} is for --objective click or rating")
+    of_tasks = {"minimum": users[0], "maximum": users[1], "query": query}
+    default = {"threshold": threshold} | (of_tasks if objective != "ranking" else {})
+    options = {"minimum": "users", "maximum": "users"}
+    given = {name: value for name, value in default.items() if options.get(name, name) in typed}
+    chosen = protocol_of(objective, protocol, settings, given, default)
+    table = read(data, column, item_table, user_table)
     kept: dict[str, Any] = {"tensorboard": tensorboard, "checkpoint": checkpoint}
-    recommender = mr.train(_read(data, column), strategy, model, seed=seed, protocol=protocol, epochs=epochs, **kept)
+    recommender = mr.train(
+        table, strategy, model, objective=objective, seed=seed, protocol=chosen, epochs=epochs, **kept
+    )
     recommender.save(out)
     click.echo(
         f"The model is in {out}/. Next:\n  metarec evaluate {out} {data}\n  metarec recommend {out} ITEM=RATING ..."
@@ -154,11 +173,14 @@ def train(
 @click.argument("data")
 @click.option("--support", type=int, default=None, help="Adapt to at most so many ratings of a user (default: all).")
 @click.option("--candidates", default="query", show_default=True, help=CANDIDATES)
-@click.option("--column", multiple=True, metavar="NAME=YOURS", help="Your column names, e.g. --column rating=stars.")
+@COLUMN
+@ITEMS
+@USERS
 @click.option("--json", "as_json", is_flag=True, help="Print every metric of every learner as JSON.")
 def evaluate(
-    model: str, data: str, support: int | None, candidates: str, column: tuple[str, ...], as_json: bool
-) -> None:
+    model: str, data: str, support: int | None, candidates: str, column: tuple[str, ...], item_table: str | None,
+    user_table: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Metrics of MODEL on DATA's test users, beside the plain baselines on the same tasks.
 
     DATA is what the model was trained on; the test users are those that training never saw. A model that ranks is
@@ -169,13 +191,13 @@ def evaluate(
     recommender = mr.load(model)
     if recommender.target.kind == "ranking" and candidates != "query":
         raise click.UsageError("--candidates is for clicks; this model ranks, and is judged among all items")
+    table = read(data, column, item_table, user_table)
     if as_json:
-        found = recommender.evaluate(_read(data, column), support=support, candidates=_among(candidates))
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(recommender.evaluate(table, support=support, candidates=among(candidates)), indent=1))
     elif recommender.target.kind != "ranking":
-        _print_evaluation(recommender, _read(data, column), support, _among(candidates))
+        print_evaluation(recommender, table, support, among(candidates))
     else:
-        _print_ranking(recommender, _read(data, column), support)
+        print_ranking(recommender, table, support)
 
 
 @cli.command()
@@ -202,16 +224,14 @@ def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, 
     import metarec_jax as mr
 
     recommender = mr.load(model)
-    history = _history(recommender, ratings)
+    known = history(recommender, ratings)
     dense = {f.name for f in recommender.catalogue.user_fields if f.kind == "dense"}
-    attributes = {name: _number(v, float, name) if name in dense else v for name, v in _pairs(user)}
-    items = [entry[0] if isinstance(entry, tuple) else entry for entry in history]
+    attributes = {name: number(v, float, name) if name in dense else v for name, v in pairs(user)}
+    items = [entry[0] if isinstance(entry, tuple) else entry for entry in known]
     unknown = [item for item, row in zip(items, recommender.stock.encode(items), strict=True) if not row]
     if unknown:
         click.echo(f"note: the model does not know {', '.join(map(str, unknown))}", err=True)
-    _print_recommendations(
-        recommender, recommender.recommend(history, k, exclude_seen=not include_seen, user=attributes)
-    )
+    print_recommendations(recommender, recommender.recommend(known, k, exclude_seen=not include_seen, user=attributes))
 
 
 @cli.command()
@@ -223,11 +243,16 @@ def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, 
 )
 @click.option("--epochs", default=60, show_default=True, help="At most so many.")
 @click.option("--candidates", default="query", show_default=True, help=CANDIDATES)
-@click.option("--column", multiple=True, metavar="NAME=YOURS", help="Your column names, e.g. --column rating=stars.")
+@PROTOCOL
+@SETTING
+@COLUMN
+@ITEMS
+@USERS
 @click.option("--out", default="comparison", show_default=True, help="Folder; what is there already is not run again.")
 def compare(
     data: str, strategies: tuple[str, ...], splits: int, target: Any, epochs: int, candidates: str,
-    column: tuple[str, ...], out: str,
+    protocol: str | None, settings: tuple[str, ...], column: tuple[str, ...], item_table: str | None,
+    user_table: str | None, out: str,
 ) -> None:  # fmt: skip
     """Train strategies on several splits of DATA and compare them with the plain baselines.
 
@@ -236,12 +261,12 @@ def compare(
     import metarec_jax as mr
 
     found = mr.evaluation.compare(
-        _read(data, column),
+        read(data, column, item_table, user_table),
         strategies,
         splits=splits,
-        protocol=mr.ColdUsers(target=target),
+        protocol=protocol_of(target, protocol, settings, {}, {}),
         folder=out,
-        candidates=_among(candidates),
+        candidates=among(candidates),
         epochs=epochs,
         report=click.echo,
     )
@@ -273,8 +298,8 @@ def explain(model: str, item: str, ratings: tuple[str, ...], plot: str | None) -
     import metarec_jax as mr
 
     recommender = mr.load(model)
-    history = _history(recommender, ratings)
-    found = recommender.explain(history, _item(recommender, item))
+    known = history(recommender, ratings)
+    found = recommender.explain(known, item_id(recommender, item))
     click.echo(str(found))
     if plot:
         found.plot(plot)
@@ -348,147 +373,3 @@ def _keep_objects() -> None:
     """All objects there are now stay out of collections, which would stop every request to walk them."""
     gc.collect()
     gc.freeze()
-
-
-def main() -> None:
-    """Run the command line; errors of the package become one line each."""
-    from metarec_jax.errors import DataError, ModelFileError, StoreError
-
-    _keep_compiled_programs()
-    try:
-        cli(standalone_mode=True)
-    except (DataError, ModelFileError, StoreError, ValueError, FloatingPointError, ImportError) as error:
-        raise SystemExit(f"metarec: {error}") from error
-
-
-def _keep_compiled_programs() -> None:
-    """What was compiled once is read from the user's cache the next time, unless JAX was told of another one."""
-    import jax
-
-    from metarec_jax.data.fetch import cache_folder
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def _read(data: str, column: tuple[str, ...]) -> Any:
-    from metarec_jax.data import from_tables, load, read_table
-
-    if column:
-        return from_tables(read_table(data), columns=dict(_pairs(column)), name=Path(data).stem)
-    return load(data)
-
-
-def _pairs(texts: tuple[str, ...]) -> list[tuple[str, str]]:
-    for text in texts:
-        if "=" not in text:
-            raise click.BadParameter(f"{text!r} should look like NAME=VALUE")
-    return [(left, right) for left, _, right in (text.rpartition("=") for text in texts)]
-
-
-def _number(text: str, kind: type, what: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise click.BadParameter(f"{what} {text!r} is no {'integer' if kind is int else 'number'}") from error
-
-
-def _item(recommender: Any, text: str) -> Any:
-    return _number(text, int, "item id") if recommender.stock.trained.ids.dtype.kind == "i" else text
-
-
-def _history(recommender: Any, texts: tuple[str, ...]) -> list[Any]:
-    """Of "ITEM=RATING" (item, rating), of "ITEM" the item."""
-    found: list[Any] = []
-    for text in texts:
-        left, equals, right = text.rpartition("=")
-        item = _item(recommender, left if equals else text)
-        found.append((item, _number(right, float, "rating")) if equals else item)
-    return found
-
-
-def _among(candidates: str) -> Any:
-    return int(candidates) if candidates.isdigit() else candidates
-
-
-def _print_evaluation(recommender: Any, data: Any, support: int | None, candidates: Any = "query") -> None:
-    """The table of clicks or ratings."""
-    from rich.console import Console
-
-    from metarec_jax import ColdUsers
-    from metarec_jax._progress import results_table
-
-    results = recommender.evaluate(data, support=support, candidates=candidates)
-    if recommender.target.kind == "click":
-        shown = ("auc", "within_user_auc", "precision@5", "ndcg@5", "mrr@5", "log_loss")
-        results = {learner: {m: values[m] for m in shown} for learner, values in results.items()}
-    new = "Users never seen in training" if isinstance(recommender.protocol, ColdUsers) else "Test tasks"
-    title = f"{new}, judged on ratings kept from the learner"
-    Console(width=110).print(results_table(results, title))
-
-
-def _print_ranking(recommender: Any, data: Any = None, support: int | None = None) -> None:
-    """The table of a ranking, and how far the learner is ahead of the best plain method."""
-    from rich.console import Console
-
-    from metarec_jax._progress import results_table
-    from metarec_jax.metrics.ranking import SIZES
-
-    sizes = SIZES if support is None else (support,)
-    columns = {f"ndcg@100, {size} known": f"{size} known" for size in sizes if size is not None}
-    if support is None:
-        columns |= {"ndcg@100": "all known", "recall@20": "recall@20, all"}
-    found = recommender.rankings(data, sizes=sizes)
-    results = {
-        learner: {shown: float(np.nanmean(values[name])) for name, shown in columns.items()}
-        for learner, values in found.items()
-    }
-    title = f"nDCG@100 of test users among all {len(recommender.stock) - 1:,} items, by how many positives are known"
-    Console(width=110).print(results_table(results, title))
-    judged = "ndcg@100, 5 known" if 5 in sizes else next(iter(columns))
-    ours, *plain = found
-    best = max(plain, key=lambda learner: results[learner][columns[judged]])
-    difference = found[ours][judged] - found[best][judged]
-    mean, half, users = _paired(difference, getattr(recommender.protocol, "fold_ins", 1))
-    lead = f"{abs(mean):.3f} {'behind' if mean < 0 else 'ahead of'} {best}, the best plain method"
-    interval = f"95 % interval {mean - half:+.3f} to {mean + half:+.3f}, {users} users"
-    click.echo(f"With {columns[judged]}, {ours} is {lead} ({interval})")
-
-
-def _paired(differences: np.ndarray, fold_ins: int) -> tuple[float, float, int]:
-    """Mean of paired differences, half the width of its 95 % interval, normal over users, and the number of users.
-
-    Args:
-      differences: `[users * fold_ins]`, the draws of a user one after the other; NaN where there is no query.
-      fold_ins: draws of query and support for each user.
-    """
-    per_user = differences.reshape(-1, fold_ins).mean(1)
-    per_user = per_user[np.isfinite(per_user)]
-    return float(per_user.mean()), float(1.96 * per_user.std(ddof=1) / len(per_user) ** 0.5), len(per_user)
-
-
-def _print_recommendations(recommender: Any, recommendations: Any) -> None:
-    """The list; scores of a ranking as odds of being chosen next relative to the first, exp(score - first score)."""
-    ranks = recommender.target.kind == "ranking"
-    scores = np.array([score for _, score, _ in recommendations])
-    if ranks:
-        scores = np.exp(scores - scores.max(initial=-np.inf))
-    click.echo("\nRecommended (how likely to be chosen next, relative to the first):" if ranks else "\nRecommended:")
-    for rank, ((item, _, title), score) in enumerate(zip(recommendations, scores, strict=True), 1):
-        click.echo(f"{rank:4}. {score:6.3f}  {_described(recommender, item, title)}")
-
-
-def _described(recommender: Any, item: Any, title: str | None) -> str:
-    """Title, id and, where items have such a field, genres."""
-    stock, name = recommender.stock, f"{title}  [{item}]" if title else str(item)
-    field = next((f for f in stock.fields if f.name in ("genres", "genre")), None)
-    if field is None or field.kind not in ("categorical", "multi") or field.vocabulary.buckets is not None:
-        return name
-    codes = np.atleast_1d(stock.features[field.name][stock.encode([item])[0]])
-    genres = field.vocabulary.decode(codes[codes > 0]).tolist()
-    return f"{name}  {', '.join(map(str, genres))}" if genres else name
-
-
-if __name__ == "__main__":
-    main()

@@ -133,7 +133,7 @@ class Predictor:
         """The best of the stock for some users, and the scores to rank by again."""
         blocked = self.stock.encode(list(choice.block)) if len(choice.block) else np.zeros(0, np.int32)
         known = self.batch(chunk, context)
-        longest = _bucket(max(len(p.rows) for p in chunk) + len(blocked), 8)
+        longest = _bucket(max(len(p.rows) for p in chunk) + len(blocked), 32, 32)
         seen = np.full((len(known.items), longest), -1, np.int32)
         seen[:, : len(blocked)] = blocked
         if choice.exclude_seen:
@@ -143,7 +143,7 @@ class Predictor:
         if allowed is not None and len(allowed) > 1:
             group[: len(chunk)] = np.arange(start, start + len(chunk))
         ranked = self.ranker.top(
-            known, max(16, 1 << (wanted - 1).bit_length()), seen=seen, allowed=allowed, group=group,
+            known, _bucket(wanted, 16, 8), seen=seen, allowed=allowed, group=group,
             deviation=choice.deviation, explore=choice.explore, strength=choice.strength,
             approximate=choice.approximate, key=jax.random.fold_in(jax.random.key(choice.seed), start),
         )  # fmt: skip
@@ -271,12 +271,11 @@ class Predictor:
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def _bucket(n: int, smallest: int) -> int:
-    """The smallest of `smallest`, 4 `smallest`, 16 `smallest`, ... that is at least `n`: few shapes, few
-    compilations."""
+def _bucket(n: int, smallest: int, factor: int = 4) -> int:
+    """The smallest of `smallest`, `smallest * factor`, ... that is at least `n`: few shapes, few compilations."""
     size = smallest
     while size < n:
-        size *= 4
+        size *= factor
     return size
 
 

@@ -1,7 +1,7 @@
-"""Ranking: the best items of the whole stock for each user, exactly, in bounded memory, the item side computed once."""
+"""Ranker: the best items of the whole stock for each user, exactly, in bounded memory, the item side computed once."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,16 +16,22 @@ from metarec_jax.strategies.catalogue import adapt, last, score, score_one
 from metarec_jax.tasks.ranking import Known
 from metarec_jax.types import Params
 
-USERS = 256  # ranked at once, at most
+USERS = 256  # users ranked at once, at most
 BYTES = 1 << 26  # of the largest array that scoring a tile of items for so many users makes
 STEP = 256  # tiles are multiples of this long
 GROUP = 64  # items whose largest score is found first
 Explore = Literal["ucb", "thompson"]
+EXPLORE: dict[Explore | None, int] = {None: 0, "ucb": 1, "thompson": 2}
 
 
 class Ranked(NamedTuple):
-    """`[users, k]` rows of the stock, best first; their scores, -inf where fewer than k are left; and the standard
-    deviations of the scores, where they were asked for."""
+    """The best items of each user, best first.
+
+    Attributes:
+      rows: `[users, k]` rows of the stock.
+      scores: `[users, k]`, -inf where fewer than k items are left.
+      deviations: `[users, k]` standard deviations of the scores, or None.
+    """
 
     rows: np.ndarray
     scores: np.ndarray
@@ -35,9 +41,11 @@ class Ranked(NamedTuple):
 class Ranker:
     """Adapts to users and ranks a stock for them; keeps what the network computes of the items alone.
 
-    A strategy may say what that is (`Strategy.items`). Of the others it is read from `predict`
-    (`metarec_jax.core.staged`), so that every network gains what its form allows: of a factorisation all but one
-    product a user, of an MLP over joined fields the look-ups only.
+    A strategy may say what that is (`Strategy.items`). For the others it is read from the jaxpr of `predict`
+    (`metarec_jax.core.staged`): of a factorisation all but one product a user, of an MLP over joined fields the
+    look-ups only. Compiled programs depend on the strategy and on shapes, not on the `Ranker`: another one of the same
+    strategy finds them again. Tables have a capacity beyond the stock, so that new items change no shape until it is
+    used up.
     """
 
     def __init__(
@@ -51,17 +59,19 @@ class Ranker:
         self.strategy, self.stock, self.fields = strategy, stock, (tuple(user), tuple(context))
         self.params: Params = jax.device_put(params)  # those of a loaded model would be copied in each call
         tables = {"item_id": stock.code} | {f"item/{name}": table for name, table in stock.features.items()}
-        self.tables: dict[str, jax.Array] = jax.device_put(tables)
-        self._adapt, self._score = jax.jit(partial(adapt, strategy)), jax.jit(partial(score, strategy))
+        room = capacity(len(stock)) - len(stock)
+        self.tables: dict[str, jax.Array] = jax.device_put(
+            {name: np.pad(table, [(0, room)] + [(0, 0)] * (table.ndim - 1)) for name, table in tables.items()}
+        )
         self._sides: dict[Any, _ItemSide] = {}
 
     def adapt(self, known: Known) -> Any:
-        """Each user's adapted values, a pytree of arrays `[users, ...]`."""
-        return self._adapt(self.params, self.tables, known)
+        """Adapt to each user; returns a pytree of arrays `[users, ...]`."""
+        return _adapt(self.strategy, self.params, self.tables, known)
 
     def scores(self, adapted: Any, known: Known, rows: np.ndarray) -> jax.Array:
-        """`[users, n]` scores of the items in `rows` `[users, n]`."""
-        return self._score(self.params, self.tables, adapted, known, rows)
+        """Score the items in `rows` `[users, n]`; returns `[users, n]`."""
+        return _score(self.strategy, self.params, self.tables, adapted, known, rows)
 
     def top(
         self,
@@ -77,20 +87,20 @@ class Ranker:
         key: jax.Array | None = None,
         approximate: bool = False,
     ) -> Ranked:
-        """The `k` best items of each user.
+        """Find the `k` best items of each user.
 
         Args:
           known: the users.
-          k: how many, at most as many as there are items.
+          k: number of items, at most that of the stock.
           seen: `[users, n]` rows that are left out; -1 is none.
           allowed: `[groups, rows]` which items may be recommended.
           group: `[users]` which of the groups each user belongs to (default: the first).
-          deviation: find the standard deviations too.
+          deviation: return the standard deviations too.
           explore: "ucb" ranks by score + strength * deviation, "thompson" by a draw from N(score, (strength *
-            deviation)^2), each item by itself.
+            deviation)^2), independent for each item.
           strength: of the exploration.
           key: of the draws.
-          approximate: find the best by `jax.lax.approx_max_k`, which on an accelerator may miss one in twenty.
+          approximate: use `jax.lax.approx_max_k`, which on an accelerator may miss one in twenty.
 
         Raises:
           ValueError: the strategy knows no deviation.
@@ -101,126 +111,181 @@ class Ranker:
         users = len(known.items)
         adapted = self.adapt(known)
         side = self._side(adapted, known, deviation)
-        left_out = np.full((users, 1), -1, np.int32) if seen is None else seen
-        masks = None if allowed is None else side.tiled(allowed)
-        groups = np.zeros(users, np.int32) if group is None else group
-        found = side.top(
-            min(k, len(self.stock)), explore, approximate, side.fixed, side.tiles, len(self.stock), adapted, known,
-            left_out, masks, groups, strength, jax.random.key(0) if key is None else key,
+        seen = np.full((users, 1), -1, np.int32) if seen is None else seen
+        if allowed is not None:
+            allowed = np.pad(allowed, ((0, 0), (0, side.rows - allowed.shape[1])))
+        group = np.zeros(users, np.int32) if group is None else group
+        key = jax.random.key(0) if key is None else key
+        rows, scores, deviations = side.programs.top(
+            min(k, side.rows), approximate, side.fixed, side.tiles, len(self.stock), adapted, known, seen, allowed,
+            group, EXPLORE[explore], strength, key,
         )  # fmt: skip
-        rows, scores, deviations = found
         return Ranked(np.asarray(rows), np.asarray(scores), None if deviations is None else np.asarray(deviations))
 
     def vectors(self) -> np.ndarray:
-        """`[rows, width]` all that the network computes of each item alone and reads when it scores it."""
+        """`[rows, width]` everything that the network computes of each item alone and reads when it scores it."""
         known = Known.blank(1, 8, *self.fields)
-        side = self._side(self.adapt(known), known, False)
-        return side.by_row(len(self.stock))
+        return self._side(self.adapt(known), known, False).by_row(len(self.stock))
 
     def extended(self, stock: Stock) -> "Ranker":
-        """The ranker of a stock with more items; what was computed of the others stays."""
+        """The ranker of a stock with more items; computes the item side of the new tiles alone."""
         other = Ranker(self.strategy, self.params, stock, *self.fields)
-        other._sides = {
-            key: side.extended(self.params, other.tables, len(self.stock)) for key, side in self._sides.items()
-        }
+        if len(other.tables["item_id"]) == len(self.tables["item_id"]):  # else the shapes are new
+            first = len(self.stock)
+            other._sides = {key: side.updated(self.params, other.tables, first) for key, side in self._sides.items()}
         return other
 
     def _side(self, adapted: Any, known: Known, deviation: bool) -> "_ItemSide":
-        one = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), (adapted, known.user, known.context)
-        )
-        leaves, structure = jax.tree.flatten(one)
-        key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), deviation)
-        if key not in self._sides:
-            user = (*one, jax.ShapeDtypeStruct((), jnp.int32))
-            self._sides[key] = _ItemSide.of(self.strategy, deviation, self.params, self.tables, user)
-        return self._sides[key]
+        user = _spec(jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)),
+                                  (adapted, known.user, known.context)))  # fmt: skip
+        if (user, deviation) not in self._sides:
+            programs = _programs(self.strategy, deviation, _spec(self.params), _spec(self.tables), user)
+            self._sides[user, deviation] = _ItemSide.of(programs, self.params, self.tables)
+        return self._sides[user, deviation]
 
 
-class _ItemSide(NamedTuple):
-    """What is computed of the items alone, in tiles.
+def capacity(rows: int) -> int:
+    """Rows of the tables of so many items: at least `STEP` and at most an eighth more."""
+    step = max(STEP, 1 << max(rows.bit_length() - 4, 0))
+    return -(-rows // step) * step
+
+
+@partial(jax.jit, static_argnums=0)
+def _adapt(strategy: Strategy, params: Params, tables: dict[str, jax.Array], known: Known) -> Any:
+    return adapt(strategy, params, tables, known)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(
+    strategy: Strategy, params: Params, tables: dict[str, jax.Array], adapted: Any, known: Known, rows: jax.Array
+) -> jax.Array:
+    return score(strategy, params, tables, adapted, known, rows)
+
+
+class _Spec(NamedTuple):
+    """Structure and shapes of a pytree, as a key."""
+
+    structure: Any
+    leaves: tuple[Any, ...]
+
+    @property
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.structure, [jax.ShapeDtypeStruct(*leaf) for leaf in self.leaves])
+
+
+def _spec(tree: Any) -> _Spec:
+    leaves, structure = jax.tree.flatten(tree)
+    return _Spec(structure, tuple((tuple(jnp.shape(x)), jnp.result_type(x)) for x in leaves))
+
+
+class _Programs(NamedTuple):
+    """Compiled functions of a strategy and shapes.
 
     Attributes:
-      stage: of scoring one tile.
       length: items in a tile.
-      fixed: values that no item enters.
-      tiles: values of the items, each `[tiles, ...]`.
-      first: `(params, tables, from) -> tiles` from the given tile on.
+      count: number of tiles.
+      fixed: `fixed(params, tables)`, values that no item enters.
+      tile: `tile(params, tables, number)`, the values of one tile of items.
       top: see `_top`.
     """
 
-    stage: Staged
     length: int
+    count: int
+    fixed: Callable[..., list[jax.Array]]
+    tile: Callable[..., list[jax.Array]]
+    top: Callable[..., Any]
+
+
+@lru_cache(maxsize=64)
+def _programs(strategy: Strategy, deviation: bool, params: _Spec, tables: _Spec, user: _Spec) -> _Programs:
+    like: dict[str, Any] = tables.tree
+    rows = like["item_id"].shape[0]
+    own = (*user.tree, jax.ShapeDtypeStruct((), jnp.int32))  # and the user's place in time
+
+    def stage_of(length: int) -> Staged:
+        items = {name: jax.ShapeDtypeStruct((length, *t.shape[1:]), t.dtype) for name, t in like.items()}
+        if strategy.items is not None and not deviation:
+            return _explicit(strategy, params.tree, items)
+        return staged(partial(score_one, strategy, deviation), params.tree, items, own)
+
+    widest = -(-stage_of(STEP).widest // STEP)  # values an item and user
+    longest = max(BYTES // (4 * USERS * widest) // STEP * STEP, STEP)
+    length = min(longest, -(-rows // STEP) * STEP)
+    stage = stage_of(length)
+
+    def items_of(tables: dict[str, jax.Array], number: Any) -> dict[str, jax.Array]:
+        at = number * length + jnp.arange(length)
+        return {name: table.at[at].get(mode="clip") for name, table in tables.items()}
+
+    def fixed(params: Params, tables: dict[str, jax.Array]) -> list[jax.Array]:
+        return stage.first(params, items_of(tables, 0))[0]
+
+    def tile(params: Params, tables: dict[str, jax.Array], number: Any) -> list[jax.Array]:
+        return stage.first(params, items_of(tables, number))[1]
+
+    explicit = strategy.items is not None and not deviation
+    return _Programs(
+        length,
+        -(-rows // length),
+        (lambda params, tables: jax.tree.leaves(params)) if explicit else jax.jit(fixed),
+        jax.jit(tile),
+        jax.jit(partial(_top, stage, length), static_argnums=(0, 1)),
+    )
+
+
+class _ItemSide(NamedTuple):
+    """What is computed of the items alone: `fixed` values, and `tiles`, each `[tiles, ...]`."""
+
+    programs: _Programs
     fixed: list[jax.Array]
     tiles: list[jax.Array]
-    first: Any
-    top: Any
 
     @classmethod
-    def of(
-        cls, strategy: Strategy, deviation: bool, params: Params, tables: dict[str, jax.Array], user: Any
-    ) -> "_ItemSide":
-        rows = len(tables["item_id"])
+    def of(cls, programs: _Programs, params: Params, tables: dict[str, jax.Array]) -> "_ItemSide":
+        tiles = [programs.tile(params, tables, number) for number in range(programs.count)]
+        return cls(programs, programs.fixed(params, tables), [jnp.stack(values) for values in zip(*tiles, strict=True)])
 
-        def stage_of(length: int) -> Staged:
-            items = {n: jax.ShapeDtypeStruct((length, *t.shape[1:]), t.dtype) for n, t in tables.items()}
-            if strategy.items is not None and not deviation:
-                return _explicit(strategy, params, items, user)
-            return staged(partial(score_one, strategy, deviation), params, items, user)
+    @property
+    def rows(self) -> int:
+        return self.programs.length * self.programs.count
 
-        widest = -(-stage_of(STEP).widest // STEP)  # values an item and user
-        longest = max(BYTES // (4 * USERS * widest) // STEP * STEP, STEP)
-        length = min(longest, -(-rows // STEP) * STEP)
-        stage = stage_of(length)
-
-        @partial(jax.jit, static_argnums=(2,))
-        def first(params: Params, tables: dict[str, jax.Array], start: int) -> tuple[list[jax.Array], list[jax.Array]]:
-            pieces = {n: _in_tiles(t[start * length :], length) for n, t in tables.items()}
-            fixed, _ = stage.first(params, {n: t[0] for n, t in pieces.items()})
-            return fixed, jax.lax.map(lambda tile: stage.first(params, tile)[1], pieces)
-
-        fixed, tiles = first(params, tables, 0)
-        top = jax.jit(partial(_top, stage, length), static_argnums=(0, 1, 2))
-        return cls(stage, length, fixed, tiles, first, top)
-
-    def tiled(self, allowed: np.ndarray) -> jax.Array:
-        """Masks `[groups, rows]` as `[tiles, groups, length]`."""
-        return jnp.swapaxes(_in_tiles(jnp.asarray(allowed).T, self.length), 1, 2)
-
-    def extended(self, params: Params, tables: dict[str, jax.Array], rows: int) -> "_ItemSide":
-        start = rows // self.length
-        _, new = self.first(params, tables, start)
-        return self._replace(tiles=[jnp.concatenate([old[:start], x]) for old, x in zip(self.tiles, new, strict=True)])
+    def updated(self, params: Params, tables: dict[str, jax.Array], row: int) -> "_ItemSide":
+        """The side of tables that have changed from a row on."""
+        start = row // self.programs.length
+        tiles = [self.programs.tile(params, tables, number) for number in range(start, self.programs.count)]
+        new = [jnp.stack(values) for values in zip(*tiles, strict=True)]
+        if start:
+            new = [jnp.concatenate([old[:start], values]) for old, values in zip(self.tiles, new, strict=True)]
+        return self._replace(tiles=new)
 
     def by_row(self, rows: int) -> np.ndarray:
         """`[rows, width]` of the values that have an axis of items, one after the other."""
-        found = []
+        columns, length = [], self.programs.length
         for value in map(np.asarray, self.tiles):
-            axes = [a for a in (1, 2) if value.ndim > a and value.shape[a] == self.length]
+            axes = [a for a in (1, 2) if value.ndim > a and value.shape[a] == length]
             if axes and np.issubdtype(value.dtype, np.floating):
                 moved = np.moveaxis(value, axes[0], 1)
-                found.append(moved.reshape(moved.shape[0] * self.length, -1)[:rows])
-        return np.concatenate(found, -1)
+                columns.append(moved.reshape(moved.shape[0] * length, -1)[:rows])
+        return np.concatenate(columns, -1)
 
 
-def _explicit(strategy: Strategy, params: Params, items: Any, user: Any) -> Staged:
+def _explicit(strategy: Strategy, params: Params, items: Any) -> Staged:
     """The two stages of a strategy that says itself what it computes of the items alone."""
     make, score_side = strategy.items, strategy.score
     assert make is not None
     assert score_side is not None
-    own = jax.tree.structure(params)
-    side = jax.eval_shape(make, params, items)
-    of_items = jax.tree.structure(side)
+    of_params = jax.tree.structure(params)
+    of_items = jax.tree.structure(jax.eval_shape(make, params, items))
 
     def first(params: Params, items: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         return jax.tree.leaves(params), jax.tree.leaves(make(params, items))
 
     def second(fixed: list[jax.Array], values: list[jax.Array], user: Any) -> Any:
         adapted = jax.tree.map(lambda x: x[None], user[0])
-        return score_side(jax.tree.unflatten(own, fixed), adapted, jax.tree.unflatten(of_items, values))[0], None
+        side = jax.tree.unflatten(of_items, values)
+        return score_side(jax.tree.unflatten(of_params, fixed), adapted, side)[0], None
 
-    length = items["item_id"].shape[0]
-    return Staged(first, second, length)
+    return Staged(first, second, items["item_id"].shape[0])
 
 
 def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -261,18 +326,10 @@ def diversify(rows: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int,
     return np.array(picked, int)
 
 
-def _in_tiles(table: jax.Array, length: int) -> jax.Array:
-    """`[rows, ...]` as `[tiles, length, ...]`, zeros at the end."""
-    count = -(-table.shape[0] // length)
-    filled = jnp.pad(table, [(0, count * length - table.shape[0])] + [(0, 0)] * (table.ndim - 1))
-    return filled.reshape(count, length, *table.shape[1:])
-
-
 def _top(
     stage: Staged,
     length: int,
     k: int,
-    explore: Explore | None,
     approximate: bool,
     fixed: list[jax.Array],
     tiles: list[jax.Array],
@@ -280,8 +337,9 @@ def _top(
     adapted: Any,
     known: Known,
     seen: jax.Array,
-    masks: jax.Array | None,
+    allowed: jax.Array | None,
     group: jax.Array,
+    explore: jax.Array,
     strength: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -296,14 +354,19 @@ def _top(
         scores, deviations = jax.vmap(lambda u: stage.second(fixed, values, u))(user)
         row = first + jnp.arange(length, dtype=jnp.int32)
         value = scores
-        if explore is not None:
-            noise = 1.0 if explore == "ucb" else jax.random.normal(jax.random.fold_in(key, number), scores.shape)
-            value = scores + strength * deviations * noise
+        if deviations is not None:
+            noises = [
+                lambda: jnp.zeros_like(scores),
+                lambda: jnp.ones_like(scores),
+                lambda: jax.random.normal(jax.random.fold_in(key, number), scores.shape, scores.dtype),
+            ]
+            value = scores + strength * deviations * jax.lax.switch(explore, noises)
         value = jnp.where((row > 0) & (row < rows) & jnp.isfinite(value), value, -jnp.inf)  # row 0 is no item
         here = jnp.where((seen >= first) & (seen < first + length), seen - first, length)
         value = value.at[jnp.arange(users)[:, None], here].set(-jnp.inf, mode="drop")
-        if masks is not None:
-            value = jnp.where(masks[number][group], value, -jnp.inf)
+        if allowed is not None:
+            mask = jax.lax.dynamic_slice_in_dim(allowed, first, length, 1)
+            value = jnp.where(mask[group], value, -jnp.inf)
         value, place = best(value, min(k, length))
         others = [scores] if deviations is None else [scores, deviations]
         return [value, first + place, *(jnp.take_along_axis(x, place, 1) for x in others)]
@@ -313,13 +376,13 @@ def _top(
         value, place = jax.lax.top_k(both[0], k)
         return [value, *(jnp.take_along_axis(x, place, 1) for x in both[1:])]
 
-    found = tile(0)
+    result = tile(0)
     if count > 1:
-        missing = k - found[0].shape[1]
+        missing = k - result[0].shape[1]
         start = [
             jnp.pad(x, ((0, 0), (0, missing)), constant_values=v)
-            for x, v in zip(found, (-jnp.inf, 0, 0, 0), strict=False)
+            for x, v in zip(result, (-jnp.inf, 0, 0, 0), strict=False)
         ]
-        found = jax.lax.fori_loop(1, count, merge, start)
-    value, row, score, *deviation = found
+        result = jax.lax.fori_loop(1, count, merge, start)
+    value, row, score, *deviation = result
     return row, jnp.where(jnp.isfinite(value), score, -jnp.inf), deviation[0] if deviation else None

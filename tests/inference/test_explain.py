@@ -6,6 +6,7 @@ import pytest
 import metarec_jax as mr
 from metarec_jax.inference.explain import effects, rank_correlation
 from metarec_jax.inference.predictor import EncodedUser
+from metarec_jax.inference.ranker import _score
 
 HISTORY = {100: 5.0, 102: 4.0, 103: 1.0, 110: 5.0}
 
@@ -30,7 +31,7 @@ def test_effects_are_what_recommending_without_each_interaction_gives(stocked):
 
 
 def test_slopes_are_derivatives_by_the_weights(stocked):
-    ((row,), ranker) = stocked.stock.encode([120]), stocked.ranker
+    ((row,), ranker) = stocked.stock.encode([120]), stocked.predictor.ranker
     known = stocked.predictor.batch(
         [EncodedUser(stocked.stock.encode(list(HISTORY)), np.array([5.0, 4, 1, 5]), np.ones(4), {})], None
     )
@@ -57,13 +58,13 @@ def test_fields_add_up_to_the_score_beyond_an_unknown_item(strategy, stocked):
     known = trained.predictor.batch(
         [EncodedUser(trained.stock.encode(items[:2]), np.array([5.0, 1.0]), np.ones(2), {})], None
     )
-    ranker = trained.ranker
+    ranker = trained.predictor.ranker
     adapted = ranker.adapt(known)
     rows = np.array([[int(trained.stock.encode(items[2:])[0])]], np.int32)
     after = float(ranker.scores(adapted, known, rows)[0, 0])
     nothing = {name: np.zeros_like(table) for name, table in ranker.tables.items()}
     blank = known._replace(user={name: np.zeros_like(value) for name, value in known.user.items()})
-    before = float(ranker._score(ranker.params, nothing, adapted, blank, rows)[0, 0])
+    before = float(_score(ranker.strategy, ranker.params, nothing, adapted, blank, rows)[0, 0])
     np.testing.assert_allclose(sum(found.fields.values()), after - before, atol=0.01)  # relu has corners
     assert {"item_id", "item/training statistics"} <= set(found.fields)
 

@@ -19,11 +19,13 @@ def test_tiles_change_nothing(stocked, monkeypatch):
     options = {"k": 20, "deviation": True, "where": {"price": (0.3, None)}, "block": [101]}
     whole = stocked.recommend([HISTORY, {}], **options)
     monkeypatch.setattr(ranking, "BYTES", 1)
+    ranking._programs.cache_clear()
     tiled = mr.Recommender(stocked.trained, Predictor(stocked.trained, stocked.stock))  # with nothing cached
     assert_same(tiled.recommend([HISTORY, {}], **options), whole)
-    (side,) = tiled.ranker._sides.values()
-    assert side.length == 8
+    (side,) = tiled.predictor.ranker._sides.values()
+    assert side.programs.length == 8
     assert len(side.tiles[0]) == 7
+    ranking._programs.cache_clear()
 
 
 def assert_same(found, expected):
@@ -127,9 +129,9 @@ def test_new_items_are_known_by_their_attributes_and_nothing_else_changes(stocke
     more = stocked.add_items(new)
     again = more.recommend(HISTORY, k=52)
     assert_same([[r for r in again if r.item not in (7, 3)]], [before])
-    fresh = Ranker(more.strategy, more.params, more.stock, *more.ranker.fields)  # everything computed again
+    fresh = Ranker(more.strategy, more.params, more.stock, *more.predictor.ranker.fields)  # everything computed again
     known = Known.blank(1, 8, *fresh.fields)
-    for one, other in zip(more.ranker.top(known, 20), fresh.top(known, 20), strict=True):
+    for one, other in zip(more.predictor.ranker.top(known, 20), fresh.top(known, 20), strict=True):
         np.testing.assert_array_equal(one, other)
     assert {r.item: r.title for r in again}[7] == "A"
     assert {r.item: r.title for r in again}[3] is None
@@ -165,12 +167,42 @@ def test_a_history_of_any_length_is_taken_and_the_latest_count(stocked):
 
 
 def test_few_programs_are_compiled_for_any_sizes(stocked):
+    ranking._programs.cache_clear()
     recommender = mr.Recommender(stocked.trained, Predictor(stocked.trained, stocked.stock))
     for users in (1, 2, 3, 4, 9, 16):
         for length in (0, 1, 5, 8):
             recommender.recommend([{100 + i: 5.0 for i in range(length)}] * users, k=5)
-    (side,) = recommender.ranker._sides.values()
-    assert side.top._cache_size() == 3  # 1, 4 and 16 users
+    (side,) = recommender.predictor.ranker._sides.values()
+    assert side.programs.top._cache_size() == 3  # 1, 4 and 16 users
+
+
+def test_nothing_is_compiled_again_for_another_store_a_loaded_model_or_new_items(stocked, tmp_path):
+    stocked.save(tmp_path / "model")
+    recommender = mr.Recommender(stocked.trained, Predictor(stocked.trained, stocked.stock))
+    history = [HISTORY, {100: 4.0}]
+
+    def work(recommender):
+        recommender.recommend(history, k=5)
+        recommender.recommend(HISTORY, k=5, explore="ucb")
+
+    def compiled():
+        sides = [side.programs for side in recommender.predictor.ranker._sides.values()]
+        functions = [ranking._adapt, *(f for p in sides for f in (p.top, p.tile) if hasattr(f, "_cache_size"))]
+        return [f._cache_size() for f in functions], ranking._programs.cache_info().misses
+
+    work(recommender)
+    before = compiled()
+    work(recommender.with_users(":memory:"))
+    work(mr.load(tmp_path / "model"))
+    more = recommender.add_items({"item_id": [7], "colour": ["red"]})
+    work(more)
+    work(more.add_items({"item_id": list(range(1000, 1100))}))
+    assert compiled() == before
+
+
+def test_tables_have_room_for_an_eighth_at_most():
+    for rows in (1, 50, 256, 257, 1683, 20_033, 1_000_001):
+        assert rows <= ranking.capacity(rows) <= rows * 9 / 8 + 256
 
 
 def test_stock_encodes_and_decodes_old_and_new():

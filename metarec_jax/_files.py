@@ -1,11 +1,11 @@
-"""Files: written whole or not at all."""
+"""Atomic file writes."""
 
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears at once, when all of it is on the disk."""
+    """Write `content` to `path` atomically: sync a temporary file to disk, then rename it."""
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
         file.write(content)

@@ -1,15 +1,15 @@
-"""Names that have moved: what an old name is called now."""
+"""Error messages for names that have moved to another module."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 
 def moved(module: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a module whose old names raise an `AttributeError` that says where they are.
+    """Build a module `__getattr__` whose `AttributeError` gives the new location of a moved name.
 
     Args:
-      module: its name.
-      places: by old name the whole new one.
+      module: name of the module.
+      places: old name -> full new name.
     """
 
     def find(name: str) -> NoReturn:

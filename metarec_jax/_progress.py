@@ -1,4 +1,4 @@
-"""Progress and result tables for people, with rich."""
+"""Progress bars and result tables for the terminal (rich), and TensorBoard logs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,12 +10,12 @@ Report = Callable[[int, dict[str, float]], None]
 
 @contextmanager
 def epochs_bar(show: bool, epochs: int, kind: str) -> Iterator[Report | None]:
-    """A progress bar over epochs; yields what `fit` reports to, or None when nothing is to be shown.
+    """Show a progress bar over epochs; yields the callback for `fit`, or None if hidden.
 
     Args:
-      show: whether to show anything.
-      epochs: the most there can be (training may stop earlier).
-      kind: "click", "rating" or "ranking", which decides the metric beside the bar.
+      show: whether to show the bar.
+      epochs: maximum number of epochs (training may stop early).
+      kind: "click", "rating" or "ranking"; selects the metric beside the bar.
     """
     if not show:
         yield None
@@ -45,10 +45,10 @@ def epochs_bar(show: bool, epochs: int, kind: str) -> Iterator[Report | None]:
 
 @contextmanager
 def tensorboard(folder: str | Path | None) -> Iterator[Report | None]:
-    """Writes each epoch's loss and validation metrics where TensorBoard reads them; yields what `fit` reports to.
+    """Log each epoch's loss and validation metrics for TensorBoard; yields the callback for `fit`.
 
     Args:
-      folder: of the event files; None: nowhere, and None is yielded.
+      folder: where to write the event files; None writes nothing and yields None.
 
     Raises:
       ModuleNotFoundError: tensorboardX is not installed.
@@ -72,7 +72,7 @@ def tensorboard(folder: str | Path | None) -> Iterator[Report | None]:
 
 
 def results_table(results: Mapping[str, Mapping[str, float]], title: str) -> Any:
-    """A rich table with a row for each learner and a column for each metric."""
+    """Build a rich table with a row per learner and a column per metric."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -87,12 +87,12 @@ def results_table(results: Mapping[str, Mapping[str, float]], title: str) -> Any
 
 @contextmanager
 def counter(show: bool, what: str, total: int | None = None) -> Iterator[Callable[[int], Any]]:
-    """A progress bar over things of which some are done at a time; yields what tells it how many more.
+    """Show a progress bar with a count; yields a function that advances it.
 
     Args:
-      show: whether to show anything.
-      what: the things.
-      total: how many there are, when that is known.
+      show: whether to show the bar.
+      what: label of the bar.
+      total: final count, if known.
     """
     if not show:
         yield lambda more: None

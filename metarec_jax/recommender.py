@@ -141,14 +141,14 @@ class Recommender:
             the categories, between the bounds; or a list of such, one a user.
           only, block: ids of the items that are available (default: all), and of those that are not.
           diversity: from 0 (the best scores) to 1 (items unlike each other): how much of an item's worth its likeness
-            to those above it takes away (MMR), among the 100 or 10 k best.
+            to those above it takes away (MMR), among the 10 k best, at least 100 and at most 1,000.
           explore: "ucb" ranks by score + strength * deviation, "thompson" by a draw from N(score, (strength
             deviation)^2), each item by itself; for strategies that know the deviation, as `alpaca`.
           strength, seed: of the exploration.
           deviation: give `UncertainRecommendation`s.
           approximate: find the best by `jax.lax.approx_max_k`: faster on a TPU, and may miss one in twenty.
           by: "score"; "rating", the rating that `predict` expects, which favours what few know and like much; or a
-            share w from 0 to 1 of it: of the 100 or 10 k best by score, those with the largest (1 - w) z(score) +
+            share w from 0 to 1 of it: of the candidates, as for `diversity`, those with the largest (1 - w) z(score) +
             w z(rating), z in standard deviations from the mean of these candidates. That is then the `score` of a
             recommendation. `deviation` and `explore` are those of the rating with "rating", else of the score.
 

@@ -1,7 +1,7 @@
-"""Examples and Task: the two pytrees that everything in this package speaks.
+"""Shared data types: `Examples`, `Task` and `History`, and the masked mean of losses.
 
-A user is a task. A batch holds many users; every array starts with the axes `[users, examples]`, and histories of
-different lengths are padded with examples whose mask is 0. Padding never changes a loss, a gradient or a metric.
+A user is a task. In a batch every array starts with the axes `[users, examples]`; histories of different lengths are
+padded with examples of mask 0. Padding never changes a loss, a gradient or a metric.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ class Examples(NamedTuple):
     """Interactions of a batch of users.
 
     Attributes:
-      features: pytree of arrays `[users, examples, ...]`, whatever the model reads.
-      target: `[users, examples]` what the model should predict: a rating, or 1 for a click and 0 for none.
-      mask: `[users, examples]` 1 for a real interaction, 0 for padding. A positive number is the weight of the example:
-        one of weight 2 counts as two.
+      features: pytree of arrays `[users, examples, ...]`, the model's input.
+      target: `[users, examples]` label to predict: a rating, or 1 for a click and 0 for none.
+      mask: `[users, examples]` weight of each example: 0 for padding, 1 for an interaction. Any positive number is
+        allowed; an example of weight 2 counts as two.
     """
 
     features: Features
@@ -32,7 +32,7 @@ class Examples(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A batch of users: adapt to the support examples, be judged on the query examples.
+    """A batch of users: a support set to adapt to and a query set to evaluate on.
 
     Attributes:
       support: `Examples` with arrays `[users, support examples, ...]`.
@@ -44,13 +44,13 @@ class Task(NamedTuple):
 
 
 class History(NamedTuple):
-    """Features of examples together with what their user did before: what models that read a history get.
+    """Features of the examples to score and the user's past interactions, for models that read a history.
 
     Attributes:
       now: features of the examples to score, `[users, examples, ...]`.
       past: the user's support set, `Examples` with arrays `[users, past examples, ...]`.
-      own: `[users, examples]` int32, the example's own place in `past`, which must not be read to score it; -1 where it
-        is not in `past`.
+      own: `[users, examples]` int32, index of the example in `past`, or -1 if it is not there. Models must not read
+        that entry when they score the example.
     """
 
     now: Features
@@ -59,7 +59,15 @@ class History(NamedTuple):
 
 
 def masked_mean(values: jax.Array, mask: jax.Array, count: float | jax.Array = 0.0) -> jax.Array:
-    """Mean of `values`, each as often as `mask` says, and of `count` zeros; 0 where nothing is."""
+    """Compute the weighted mean of `values`; 0 if no weight is positive.
+
+        sum_i mask_i values_i / (sum_i mask_i + count),  over i with mask_i > 0
+
+    Args:
+      values: array of any shape. Values with mask 0 may be NaN or infinite.
+      mask: weights, of the same shape; 0 for padding.
+      count: pseudo-count in the denominator, 0 or more.
+    """
     kept = mask > 0
     weight = jnp.where(kept, mask, 0).astype(jnp.result_type(values, jnp.float32))
     total = weight.sum()
@@ -67,14 +75,23 @@ def masked_mean(values: jax.Array, mask: jax.Array, count: float | jax.Array = 0
 
 
 def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples, count: float | jax.Array = 0.0) -> jax.Array:
-    """Mean loss of one user's real examples: scores, target and mask `[examples]`; 0 without examples.
+    """Compute the weighted mean loss of one user's examples; 0 without examples.
 
-    A `count` adds to their number, as so many examples more whose loss is 0. Scores and targets under the mask reach
-    neither the result nor its gradient, even when they are NaN or infinite.
+    Padded scores and targets affect neither the result nor its gradient, even if they are NaN or infinite.
+
+    Args:
+      loss: elementwise loss of scores and targets.
+      scores: `[examples]`.
+      examples: one user's `Examples`, with target and mask `[examples]`.
+      count: pseudo-count in the denominator, 0 or more.
+
+    Raises:
+      ValueError: `scores` and the targets differ in shape.
     """
     if scores.shape != examples.target.shape:
         raise ValueError(
-            f"scores are {scores.shape}, targets {examples.target.shape}: `apply` must return one score an example"
+            f"scores have shape {scores.shape}, targets {examples.target.shape}; "
+            "`apply` must return one score an example"
         )
     kept = examples.mask > 0
     values = loss(jnp.where(kept, scores, 0.0), jnp.where(kept, examples.target, 0.0))
@@ -82,5 +99,5 @@ def mean_loss(loss: PointwiseLoss, scores: jax.Array, examples: Examples, count:
 
 
 def normal_per_user(key: jax.Array, users: int, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise `[users, *shape]`; a user's does not depend on how many users there are."""
+    """Draw standard normal noise `[users, *shape]`; user u's draw does not depend on `users`."""
     return jax.vmap(lambda u: jax.random.normal(jax.random.fold_in(key, u), shape))(jnp.arange(users))

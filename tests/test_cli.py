@@ -183,3 +183,17 @@ def test_tables_of_items_and_users_and_a_protocol_are_taken(ratings, tmp_path):
         refused = run("train", ratings, *COLUMNS, *wrong)
         assert refused.exit_code, refused.output
         assert message in refused.output + str(refused.exception)
+
+
+def test_docs_lists_the_pages_and_prints_one():
+    listed = run("docs")
+    assert listed.exit_code == 0, listed.output
+    pages = re.findall(r"^ . ([a-z-]+):", listed.output, re.MULTILINE)
+    assert {"shop-clicks", "concepts", "strategies", "measured"} <= set(pages)
+    for page in pages:
+        shown = run("docs", page)
+        assert shown.exit_code == 0, shown.output
+        assert "After this page you" in shown.output
+    assert "StrongGeneralisation" in run("docs", "data").output
+    refused = run("docs", "nothing")
+    assert (refused.exit_code, "there is no page 'nothing'; choose from command-line" in refused.output) == (2, True)

@@ -127,3 +127,11 @@ def test_what_is_no_table_is_refused_with_what_to_do():
 
 def test_it_says_what_it_is(recommender):
     assert repr(recommender) == f"Recommender(stack, ranking, 40 items, {len(recommender.history)} epochs)"
+
+
+def test_what_was_seen_long_ago_is_left_out_too(recommender):
+    live = recommender.with_users(":memory:")
+    items = recommender.catalogue.items.ids.tolist()
+    old = [{"user": "ann", "item": item, "kind": "click", "time": 1.0} for item in items[:20]]
+    live.update(old + [{"user": "ann", "item": f"new {i}", "kind": "click", "time": 2.0 + i} for i in range(600)])
+    assert {r.item for r in live.recommend_to("ann", k=len(items))} == set(items[20:])

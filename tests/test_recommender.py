@@ -260,8 +260,8 @@ def test_trained_members_read_the_grades_by_their_own_labels(synthetic, recommen
 
 def test_a_function_has_the_network_of_its_name(synthetic):
     made = functools.partial(functools.partial(mr.ridge, penalty=2.0), steps=2)
-    assert mr.train(synthetic, made, **QUICK).trained.recipe["model"]["name"] == "linear"
-    assert mr.train(synthetic, lambda model, loss: mr.anil(model, loss=loss), **QUICK).trained.recipe["model"]["name"] == "mlp"
+    for strategy, network in ((made, "linear"), (lambda model, loss: mr.anil(model, loss=loss), "mlp")):
+        assert mr.train(synthetic, strategy, **QUICK).trained.recipe["model"]["name"] == network
 
 
 def test_a_half_life_alone_is_kept_by_load(saved):

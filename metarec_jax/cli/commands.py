@@ -369,6 +369,25 @@ def export(model: str, out: str, k: int, longest: int) -> None:
     click.echo(f"{out}/: recommend.jax, recommend.json (how to call it), items.parquet")
 
 
+@cli.command()
+@click.argument("page", required=False)
+def docs(page: str | None) -> None:
+    """Print PAGE of the documentation; without PAGE, list the pages.
+
+    Example: metarec docs shop-clicks
+    """
+    from importlib.resources import files
+
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    folder = files("metarec_jax") / "docs"
+    pages = sorted(p.name.removesuffix(".md") for p in folder.iterdir() if p.name.endswith(".md"))
+    if page is not None and page not in pages:
+        raise click.UsageError(f"there is no page {page!r}; choose from {', '.join(pages)}")
+    Console().print(Markdown((folder / f"{page or 'index'}.md").read_text(encoding="utf-8")))
+
+
 def _keep_objects() -> None:
     """All objects there are now stay out of collections, which would stop every request to walk them."""
     gc.collect()

@@ -1,1 +1,1 @@
-"""Collaborative filtering, fitted in closed form on the host: strategies start from it, tables compare with it."""
+"""Collaborative filtering fitted on the host, for initialising strategies and as baselines."""

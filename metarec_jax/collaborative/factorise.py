@@ -1,8 +1,7 @@
-"""Factorise: the plain models, fitted in closed form on the host: iALS, EASE, item-kNN of implicit feedback, ALS of
-ratings.
+"""Linear models fitted in closed form on the host: iALS, EASE and item-kNN for implicit feedback, ALS for ratings.
 
-Those of implicit feedback take a sparse matrix `[users, items]` of confidences, 0 where there is no interaction.
-Strategies start from them, and they are the baselines of every table.
+Implicit feedback is a sparse matrix `[users, items]` of confidences, 0 without an interaction. Strategies are
+initialised from these models, and comparison tables use them as baselines.
 """
 
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from metarec_jax.errors import DataError
 
-CELLS = 1 << 22  # numbers of the systems that are solved together
+CELLS = 1 << 22  # maximum matrix elements of the linear systems solved in one batch
 
 
 class Factors(NamedTuple):
@@ -24,7 +23,7 @@ class Factors(NamedTuple):
 
 
 class Means(NamedTuple):
-    """Mean of all ratings, and the shrunk mean `[items]` of each item's residuals after it."""
+    """Mean of all ratings, and item biases `[items]`: shrunk means of the residuals."""
 
     mean: float
     items: np.ndarray
@@ -39,7 +38,12 @@ class RatingFactors(NamedTuple):
 
 
 def log_popularity(matrix: sp.csr_matrix, pseudo: float = 1.0) -> np.ndarray:
-    """`[items]` float32 log share of the interactions, with a pseudo-count, so that it is finite for every item."""
+    """Compute the log share of interactions of each item, `[items]` float32.
+
+    Args:
+      matrix: confidences `[users, items]`.
+      pseudo: pseudo-count added to each item, so that all logs are finite.
+    """
     count = np.asarray(matrix.sum(0)).ravel() + pseudo
     return (np.log(count) - np.log(count.sum())).astype(np.float32)
 
@@ -53,26 +57,28 @@ def ials(
     sweeps: int = 8,
     seed: int = 0,
 ) -> Factors:
-    """Alternating least squares of implicit feedback, with a penalty in proportion to how much a row says.
+    """Fit implicit-feedback matrix factorisation by alternating least squares (iALS).
+
+    The penalty of a row is proportional to its total weight:
 
         sum_{observed} c_ui (1 - x_u . y_i)^2 + a sum_{all} (x_u . y_i)^2
             + l sum_u (c_u + a items) |x_u|^2 + l sum_i (c_i + a users) |y_i|^2
 
     Args:
-      matrix: confidences c; c_u and c_i are the sums of its rows and columns.
+      matrix: confidences c `[users, items]`; c_u and c_i are its row and column sums.
       rank: width of the vectors.
-      unobserved: a (default: that of `scales`).
-      penalty: l (default: that of `scales`).
-      sweeps: each solves all users and all items once.
-      seed: of the first item vectors.
+      unobserved: a (default: from `scales`).
+      penalty: l (default: from `scales`).
+      sweeps: number of sweeps; each solves all users and all items once.
+      seed: of the initial item vectors.
 
     References:
       Hu, Koren and Volinsky, Collaborative Filtering for Implicit Feedback Datasets, ICDM 2008.
       Rendle et al., Revisiting the Performance of iALS on Item Recommendation Benchmarks, RecSys 2022, equations 3 to 5
       (with nu = 1).
     """
-    usual = scales(matrix)
-    unobserved, penalty = (u if given is None else given for given, u in zip((unobserved, penalty), usual, strict=True))
+    defaults = scales(matrix)
+    unobserved, penalty = (d if x is None else x for x, d in zip((unobserved, penalty), defaults, strict=True))
     by_user = matrix.tocsr().astype(np.float32)
     by_item = by_user.T.tocsr()
     rng = np.random.default_rng(seed)
@@ -85,10 +91,10 @@ def ials(
 
 
 def scales(matrix: sp.csr_matrix) -> tuple[float, float]:
-    """`unobserved` a and `penalty` l of `ials` that suit these confidences.
+    """Choose `unobserved` a and `penalty` l of `ials` for these confidences.
 
-    What is not observed has 8.6 times the weight of what is, as with a = 0.3 on MovieLens-100K. a l items, the penalty
-    of a user who has done nothing, is a fifth of what users say on average, and 5 at most.
+    a gives all user-item pairs together 8.6 times the weight of the observed ones, as a = 0.3 does on MovieLens-100K.
+    l sets `a l items`, the penalty of a user without interactions, to a fifth of the mean row sum, and to 5 at most.
     """
     users, items = matrix.shape
     mean = max(float(matrix.sum()), 1.0) / users
@@ -97,15 +103,24 @@ def scales(matrix: sp.csr_matrix) -> tuple[float, float]:
 
 
 def one_thread() -> threadpool_limits:
-    """Keeps BLAS to one thread: several cost more than they gain on many small systems."""
+    """Limit BLAS to one thread: more threads slow down many small systems."""
     return threadpool_limits(1, "blas")
 
 
 def fold_in(rows: sp.csr_matrix, vectors: np.ndarray, unobserved: float, penalty: float) -> np.ndarray:
-    """`[rows, rank]` vectors of the rows of a sparse matrix, given the vectors of its columns; see `ials`.
+    """Compute the vectors of a sparse matrix's rows from the vectors of its columns; see `ials`.
 
-    In the basis where V'V is diagonal, so that a row with fewer entries than `rank` is a system of so many equations:
-    with D = a V'V + l (...) and Y = C^1/2 V, (D + Y'Y)^-1 Y' = D^-1 Y' (I + Y D^-1 Y')^-1.
+    In the basis where V'V is diagonal, a row with n < `rank` entries needs only an n x n system: with
+    D = a V'V + l (...) and Y = C^1/2 V, (D + Y'Y)^-1 Y' = D^-1 Y' (I + Y D^-1 Y')^-1.
+
+    Args:
+      rows: confidences `[rows, columns]`.
+      vectors: V, `[columns, rank]`.
+      unobserved: a.
+      penalty: l.
+
+    Returns:
+      `[rows, rank]` float32.
     """
     rank, weight, lengths = vectors.shape[1], np.asarray(rows.sum(1)).ravel(), np.diff(rows.indptr)
     if not rows.nnz:
@@ -113,9 +128,9 @@ def fold_in(rows: sp.csr_matrix, vectors: np.ndarray, unobserved: float, penalty
     spectrum, basis = np.linalg.eigh(unobserved * (vectors.T @ vectors))
     rotated = vectors @ basis
     ridge = penalty * (weight + unobserved * rows.shape[1]) + 1e-6
-    found = np.empty((rows.shape[0], rank), np.float32)
+    solutions = np.empty((rows.shape[0], rank), np.float32)
     by_length, start = np.argsort(lengths, kind="stable"), 0
-    while start < len(by_length):  # rows of about the same length are solved together, in bounded memory
+    while start < len(by_length):  # batches of rows of similar length bound the padding and the memory
         longest = max(int(lengths[by_length[min(start + 63, len(by_length) - 1)]]), 1)
         part = by_length[start : start + max(64, CELLS // (rank * max(longest, rank)))]
         part = part[lengths[part] <= longest]
@@ -134,17 +149,17 @@ def fold_in(rows: sp.csr_matrix, vectors: np.ndarray, unobserved: float, penalty
             inner = y.swapaxes(1, 2) @ y
             inner[:, range(rank), range(rank)] += diagonal
             solved = np.linalg.solve(inner, y.swapaxes(1, 2) @ root[..., None])
-        found[part] = solved[..., 0]
-    return found @ basis.T
+        solutions[part] = solved[..., 0]
+    return solutions @ basis.T
 
 
 def ease(matrix: sp.csr_matrix, penalty: float = 400.0) -> np.ndarray:
-    """`[items, items]` float32 weights B of the linear item-item model, whose diagonal is 0.
+    """Fit EASE, the linear item-item model with zero diagonal; returns B `[items, items]` float32.
 
         B = argmin |X - X B|^2 + l |B|^2,  diag(B) = 0;   B = I - P diag(P)^-1,   P = (X'X + l I)^-1
 
     Args:
-      matrix: X.
+      matrix: X, `[users, items]`.
       penalty: l.
 
     References:
@@ -160,17 +175,20 @@ def ease(matrix: sp.csr_matrix, penalty: float = 400.0) -> np.ndarray:
 
 
 def low_rank_ease(matrix: sp.csr_matrix, rank: int, penalty: float = 400.0, seed: int = 0) -> Factors:
-    """EASE with X'X replaced by its largest `rank` components: left and right vectors of B, `[items, rank]` each.
+    """Fit EASE with X'X replaced by its `rank` largest components.
 
         X'X ~ V S^2 V',   D = S^2 / (S^2 + l),   B_ij = (V D)_i . V_j / (1 - V_j D V_j')   for i != j
 
-    Exact where `rank` is that of X. The diagonal is not 0: callers never score an item from itself.
+    Exact if `rank` is the rank of X. The diagonal is not 0: callers must not score an item from itself.
 
     Args:
-      matrix: X.
-      rank: components kept.
+      matrix: X, `[users, items]`.
+      rank: number of components.
       penalty: l.
-      seed: of the first vector of the iteration.
+      seed: of the initial vector of the SVD iteration.
+
+    Returns:
+      `Factors` of the left and right vectors of B, `[items, rank]` each.
     """
     rank = min(rank, min(matrix.shape) - 1)
     start = np.random.default_rng(seed).random(min(matrix.shape))
@@ -182,13 +200,13 @@ def low_rank_ease(matrix: sp.csr_matrix, rank: int, penalty: float = 400.0, seed
 
 
 def item_knn(matrix: sp.csr_matrix, neighbours: int = 100, shrink: float = 10.0) -> sp.csr_matrix:
-    """`[items, items]` sparse similarities: the shrunk cosine of items' columns, of each item its nearest ones.
+    """Compute item-kNN similarities by the shrunk cosine of item columns, `[items, items]` sparse.
 
         s_ij = x_i . x_j / (|x_i| |x_j| + shrink)
 
     Args:
-      matrix: X.
-      neighbours: kept for each item.
+      matrix: X, `[users, items]`.
+      neighbours: number of nearest neighbours kept for each item, in its column.
       shrink: added to the denominator.
 
     References:
@@ -207,25 +225,31 @@ def item_knn(matrix: sp.csr_matrix, neighbours: int = 100, shrink: float = 10.0)
 
 
 def dense_bytes(items: int, copies: int = 1) -> int:
-    """Bytes of so many `[items, items]` float32 matrices."""
+    """Return the bytes of `copies` float32 matrices `[items, items]`."""
     return 4 * items * items * copies
 
 
 def check_memory(what: str, needed: int, limit: int, instead: str) -> None:
-    """Raise a `DataError` before anything is allocated where `needed` bytes exceed `limit`."""
+    """Raise a `DataError` if `needed` bytes exceed `limit`; call it before the allocation.
+
+    Args:
+      what: what needs the memory, the subject of the message.
+      needed, limit: bytes.
+      instead: what to do instead, the end of the message.
+    """
     if needed > limit:
         raise DataError(f"{what} needs {needed / 1e9:,.1f} GB, more than the limit of {limit / 1e9:,.1f} GB; {instead}")
 
 
 def means(item: np.ndarray, rating: np.ndarray, items: int, shrink: float = 5.0) -> Means:
-    """Mean of ratings, and of each item the shrunk mean of its residuals.
+    """Compute the mean rating and shrunk item biases.
 
         b_i = sum_u (r_ui - mean) / (n_i + shrink)
 
     Args:
-      item, rating: `[interactions]` rows and ratings.
-      items: how many rows there are.
-      shrink: ratings at the mean that are added to each item.
+      item, rating: `[interactions]` item rows and ratings.
+      items: number of item rows.
+      shrink: pseudo-count of ratings at the mean, added to each item.
 
     References:
       Koren, Factorization Meets the Neighborhood, KDD 2008, equation 1.
@@ -247,18 +271,18 @@ def explicit_als(
     sweeps: int = 15,
     seed: int = 0,
 ) -> RatingFactors:
-    """Alternating least squares of ratings: of what is left after the shrunk means of items and of users.
+    """Fit ratings by alternating least squares on the residuals after shrunk item and user biases.
 
         sum_{ui} (r_ui - mean - b_i - b_u - x_u . y_i)^2 + l sum_u |x_u|^2 + l sum_i |y_i|^2
 
     Args:
       user, item, rating: `[interactions]` user keys of any kind, item rows and ratings.
-      items: how many item rows there are.
+      items: number of item rows.
       rank: width of the vectors.
       penalty: l.
-      shrink: ratings at the mean that are added to each item and each user; see `means`.
-      sweeps: each solves all users and all items once.
-      seed: of the first item vectors.
+      shrink: pseudo-count of ratings at the mean, added to each item and each user; see `means`.
+      sweeps: number of sweeps; each solves all users and all items once.
+      seed: of the initial item vectors.
 
     References:
       Zhou et al., Large-Scale Parallel Collaborative Filtering for the Netflix Prize, AAIM 2008.
@@ -276,7 +300,18 @@ def explicit_als(
 
 
 def least_squares(group: np.ndarray, x: np.ndarray, y: np.ndarray, groups: int, penalty: float) -> np.ndarray:
-    """`[groups, rank]` ridge solutions of `y` `[n]` on `x` `[n, rank]` within each group `[n]`."""
+    """Solve a ridge regression in each group.
+
+    Args:
+      group: `[n]` group of each row.
+      x: `[n, rank]` inputs.
+      y: `[n]` targets.
+      groups: number of groups.
+      penalty: of the squared norm of the weights.
+
+    Returns:
+      Weights `[groups, rank]`.
+    """
     rank = x.shape[1]
     x = np.asfortranarray(x)
     moment = np.stack([np.bincount(group, x[:, a] * y, groups) for a in range(rank)], axis=1)
@@ -284,7 +319,7 @@ def least_squares(group: np.ndarray, x: np.ndarray, y: np.ndarray, groups: int, 
 
 
 def gram_of(group: np.ndarray, x: np.ndarray, groups: int) -> np.ndarray:
-    """`[groups, rank, rank]` sums of x x' of the rows `[n, rank]` of each group `[n]`."""
+    """Sum x x' over the rows of each group, `[groups, rank, rank]`; arguments as in `least_squares`."""
     rank = x.shape[1]
     x = np.asfortranarray(x)
     gram = np.empty((groups, rank, rank))

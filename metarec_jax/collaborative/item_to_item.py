@@ -1,4 +1,4 @@
-"""Item to item: row-stochastic tables of what follows what, and of what is like what, from sequences; on the host."""
+"""Item-to-item transition and similarity tables from sequences, computed on the host."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,22 +6,28 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-BLOCK = 1000  # rows of a product that are dense at once
+BLOCK = 1000  # rows processed at a time, to bound memory
 
 
 class Sequences(NamedTuple):
-    """Users' items from the earliest to the latest: user u has `items[starts[u] : starts[u + 1]]`; `rows` of items."""
+    """Users' item sequences, earliest first, concatenated.
+
+    Attributes:
+      starts: `[users + 1]`; the items of user u are `items[starts[u] : starts[u + 1]]`.
+      items: `[interactions]` item rows.
+      rows: number of item rows.
+    """
 
     starts: np.ndarray
     items: np.ndarray
     rows: int
 
     def counts(self) -> np.ndarray:
-        """`[rows]` float32 how often each item is there."""
+        """Return the number of interactions of each item, `[rows]` float32."""
         return np.bincount(self.items, minlength=self.rows).astype(np.float32)
 
     def without_last(self) -> tuple["Sequences", np.ndarray]:
-        """The sequences without each one's last item, of users with two or more, and these items `[users]`."""
+        """Split off the last item of users with two or more items; return the rest and the last items `[users]`."""
         length = np.diff(self.starts)
         users = np.flatnonzero(length >= 2)
         last = self.items[self.starts[users + 1] - 1]
@@ -33,7 +39,7 @@ class Sequences(NamedTuple):
         return Sequences(starts, self.items[chosen], self.rows), last
 
     def latest(self, longest: int) -> tuple[np.ndarray, np.ndarray]:
-        """`[users, longest]` the latest items, the most recent last, and where there is one."""
+        """Return each user's latest items `[users, longest]`, most recent last and padded in front, and their mask."""
         at = self.starts[1:, None] - np.arange(longest, 0, -1)
         mask = at >= self.starts[:-1, None]
         return np.where(mask, self.items[np.maximum(at, 0)], 0).astype(np.int32), mask
@@ -42,13 +48,16 @@ class Sequences(NamedTuple):
 def transitions(
     sequences: Sequences, window: int, weight: Callable[[int], float], damping: float = 0.0
 ) -> sp.csr_matrix:
-    """Weighted counts of pairs of items, the earlier in rows, the later in columns.
+    """Count weighted item pairs, with the earlier item in rows and the later in columns.
 
     Args:
-      sequences: of all users.
-      window: largest distance of a pair.
-      weight: of a pair at a distance of 1, 2, ...
-      damping: a user of n items weighs n^-damping.
+      sequences: sequences of all users.
+      window: maximum distance of a pair.
+      weight: weight of a pair as a function of its distance 1, 2, ...
+      damping: a user with n items has weight n^-damping.
+
+    Returns:
+      Sparse `[rows, rows]`, without pairs of an item with itself.
     """
     length = np.diff(sequences.starts)
     user = np.repeat(np.arange(len(length)), length)
@@ -62,10 +71,10 @@ def transitions(
 
 
 def attribute_rows(codes: list[np.ndarray]) -> sp.csr_matrix:
-    """`[items, values]` unit rows of inverse document frequencies of the values of integer fields.
+    """Build normalised idf vectors of the items' categorical values, sparse `[items, values]`.
 
     Args:
-      codes: of each field, `[items]` or `[items, values]`; 0 is none.
+      codes: codes of each field, `[items]` or `[items, values]`; 0 is no value.
     """
     parts = []
     for field in codes:
@@ -82,7 +91,15 @@ def attribute_rows(codes: list[np.ndarray]) -> sp.csr_matrix:
 
 
 def vectors(sequences: Sequences, rank: int, power: int = 3, seed: int = 0) -> np.ndarray:
-    """`[items, rank]` unit vectors: randomised SVD of users by items, each over the root of both counts.
+    """Compute item embeddings `[items, rank]` of unit length by randomised SVD.
+
+    Each entry of the user-item matrix is 1 / sqrt(user count * item count).
+
+    Args:
+      sequences: sequences of all users.
+      rank: width of the vectors.
+      power: number of power iterations.
+      seed: of the random start.
 
     References:
       Halko, Martinsson and Tropp, Finding Structure with Randomness, SIAM Review 2011, algorithm 4.4.
@@ -97,17 +114,17 @@ def vectors(sequences: Sequences, rank: int, power: int = 3, seed: int = 0) -> n
     for _ in range(power):
         basis = x @ np.linalg.qr(other @ np.linalg.qr(basis)[0])[0]
     _, values, right = np.linalg.svd((other @ np.linalg.qr(basis)[0]).T, full_matrices=False)
-    found = right[:rank].T * np.sqrt(values[:rank])
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
+    scaled = right[:rank].T * np.sqrt(values[:rank])
+    return scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-9)
 
 
 def product(a: sp.spmatrix, b: sp.spmatrix, size: int, transform: Callable | None = None) -> sp.csr_matrix:
-    """The `size` largest entries of each row of `transform(a @ b)`, but for the diagonal and column 0.
+    """Return the `size` largest entries of each row of `transform(a @ b)`, without the diagonal and column 0.
 
     Args:
       a, b: `[rows, n]` and `[n, rows]`.
-      size: entries kept, those above 0.
-      transform: from entries and their columns to entries; of 0 it makes 0.
+      size: maximum number of entries per row; only entries above 0 are kept.
+      transform: `transform(entries, columns) -> entries`; must map 0 to 0.
     """
     parts = []
     for start in range(0, a.shape[0], BLOCK):
@@ -122,22 +139,22 @@ def product(a: sp.spmatrix, b: sp.spmatrix, size: int, transform: Callable | Non
 
 
 def stochastic(matrix: sp.spmatrix) -> sp.csr_matrix:
-    """Each row divided by its sum; empty rows stay empty."""
+    """Divide each row by its sum; empty rows stay empty."""
     return _scaled(sp.csr_matrix(matrix), np.asarray(matrix.sum(1)).ravel())
 
 
 def padded(matrix: sp.csr_matrix, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`[rows, size]` columns (0 where there are fewer) and values of each row's largest entries, largest first."""
+    """Return columns and values `[rows, size]` of each row's largest entries, largest first, padded with 0."""
     lengths = np.diff(matrix.indptr)
     size = max(min(size, int(lengths.max(initial=0))), 1)
     columns, values = np.zeros((len(lengths), size), np.int32), np.zeros((len(lengths), size), np.float32)
     by_length = np.argsort(lengths, kind="stable")
-    data, indices = np.append(matrix.data, -np.inf), np.append(matrix.indices, 0)  # the last is no entry
-    for start in range(0, len(lengths), BLOCK):  # rows of about the same length together
+    data, indices = np.append(matrix.data, -np.inf), np.append(matrix.indices, 0)  # index -1 is padding
+    for start in range(0, len(lengths), BLOCK):  # rows of similar length together, to bound the padding
         rows = by_length[start : start + BLOCK]
         place = np.arange(lengths[rows[-1]])
-        there = place < lengths[rows, None]
-        at = np.where(there, matrix.indptr[rows, None] + place, -1)
+        mask = place < lengths[rows, None]
+        at = np.where(mask, matrix.indptr[rows, None] + place, -1)
         if len(place) > size:
             at = np.take_along_axis(at, np.argpartition(-data[at], size - 1, axis=1)[:, :size], 1)
         at = np.take_along_axis(at, np.argsort(-data[at], axis=1, kind="stable"), 1)
@@ -147,7 +164,7 @@ def padded(matrix: sp.csr_matrix, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def top(matrix: sp.csr_matrix, size: int) -> sp.csr_matrix:
-    """The `size` largest entries of each row."""
+    """Keep the `size` largest entries of each row."""
     columns, values = padded(matrix, size)
     row = np.repeat(np.arange(len(columns)), columns.shape[1])
     kept = sp.csr_matrix((values.ravel(), (row, columns.ravel())), shape=matrix.shape)

@@ -1,10 +1,12 @@
-"""Inner and outer loops in pure JAX: usable alone in any JAX codebase.
+"""Inner and outer loops of meta-learning in pure JAX, usable alone in any JAX codebase.
 
-Knows no files, no flax and no recommender; speaks `Examples` and `Task` and the caller's own `apply(params, features)`.
+No files, no flax, no recommender: only `Examples`, `Task` and the caller's `apply(params, features)`.
 
-`adapt` and `predict` are the engine of `fastweights`, which never forms a user's weights where it can do without;
-`inner` has the same two in the plain form, `implicit` differentiates the inner minimum instead of the way there;
-`sparse` is the meta-step whose cost does not grow with the rows of its tables.
+- `fastweights`: `adapt` and `predict` in factored form, without per-user weight matrices where possible. Exported here.
+- `inner`: the same two functions in the plain form, with per-user weights.
+- `implicit`: differentiates the minimum of the inner problem instead of the inner loop.
+- `outer`: meta-loss and meta-step.
+- `sparse`: a meta-step whose cost does not grow with the rows of the embedding tables.
 """
 
 from metarec_jax._moved import moved

@@ -1,4 +1,4 @@
-"""The inner loop of the dual engine as a plan lays it out, and the isolation of users whose numbers fail."""
+"""Run a planned inner loop, and isolate users whose numbers become non-finite."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,8 +14,8 @@ from metarec_jax.core._plan import DUAL, EXPLICIT, MERGED, Plan, step_factors
 from metarec_jax.core._trace import Program
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, mean_loss
 
-# Inner steps written out; more are a scan, but for DUAL leaves. On a CPU a scan compiles faster and runs as fast; a GPU
-# copies what it keeps for the backward pass.
+# Up to this many inner steps are unrolled; more run in a scan, unless there are DUAL leaves. On a CPU a scan compiles
+# faster and runs as fast. On a GPU it copies the residuals of the backward pass.
 UNROLLED = 2
 UNROLLED_ELSEWHERE = 8
 
@@ -23,7 +23,7 @@ UNROLLED_ELSEWHERE = 8
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Explicit:
-    """A leaf with values of its own for each user: `value` is `[users, *leaf shape]`."""
+    """A leaf with explicit per-user values: `value` is `[users, *leaf shape]`."""
 
     value: jax.Array
 
@@ -31,12 +31,13 @@ class Explicit:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Factored:
-    """A leaf that differs from the shared one by a term of low rank: `W_user = W + inputs^T outputs`.
+    """A leaf with a low-rank per-user correction: `W_user = W + inputs^T outputs`.
+
+    Both factors may be non-finite for failed users: callers must mask these, or use `settled`.
 
     Attributes:
-      inputs: `[users, rank, in]` inputs of the layer, or `[users, rank]` rows of a table that were looked up.
-      outputs: `[users, rank, out]` what they add to the layer's outputs, or to those rows. Both as they came out, not
-        finite perhaps, where the user failed: see `settled`.
+      inputs: `[users, rank, in]` inputs of the layer, or `[users, rank]` row numbers of a table.
+      outputs: `[users, rank, out]` changes for these inputs, or for these rows.
       axes: the leaf's axes that the layer contracts; None for a table.
     """
 
@@ -48,12 +49,11 @@ class Factored:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adapted:
-    """What `adapt` found for each user. Opaque: read it with `predict` or `weights`.
+    """Adapted parameters of a batch of users. Opaque: read it with `predict` or `weights`.
 
     Attributes:
       leaves: an entry for each leaf of the parameters, None where all users share it.
-      failed: `[users]` bool: the inner loop met a non-finite number, and the user keeps the shared
-        parameters.
+      failed: `[users]` bool: the inner loop met a non-finite number, so the user keeps the shared parameters.
       precision: of the matrix products.
     """
 
@@ -63,10 +63,10 @@ class Adapted:
 
 
 class Loop(NamedTuple):
-    """The inner loop of a batch of users, laid out by a plan."""
+    """The inner loop of a batch of users, run by a plan."""
 
     plan: Plan
-    tree: Any  # structure of the adapted leaves
+    tree: Any  # tree structure of the adapted leaves
     loss: PointwiseLoss
     optimizer: optax.GradientTransformation
     steps: int
@@ -76,17 +76,17 @@ class Loop(NamedTuple):
     precision: Any
 
     def users(self, leaves: list[jax.Array], support: Examples) -> Adapted:
-        """Adapts every user of a batch; one who fails is set back and cannot reach the others' gradients."""
-        entries, fine = isolated(self.run, leaves, support)
-        return Adapted(tuple(entries.get(i) for i in range(len(leaves))), ~fine, self.precision)
+        """Adapt every user of a batch; a failed user is reset and does not affect the gradients of others."""
+        entries, finite = isolated(self.run, leaves, support)
+        return Adapted(tuple(entries.get(i) for i in range(len(leaves))), ~finite, self.precision)
 
     def run(self, leaves: list[jax.Array], support: Examples) -> tuple[dict[int, Explicit | Factored], jax.Array]:
-        """The adapted leaves, and `[users]` whether every number on the way was finite."""
+        """Return the adapted leaves, and `[users]` whether every number in the loop was finite."""
         shared, still = self.prepare(leaves, support.features)
         return jax.vmap(partial(self.user, shared))(still, support.target, support.mask)
 
     def prepare(self, leaves: list[jax.Array], features: Features) -> tuple[dict[int, Any], dict[int, Any]]:
-        """All that the inner steps do not change: the same for every user, and `[users, ...]`."""
+        """Evaluate all values that the inner steps do not change: shared ones, and per-user ones `[users, ...]`."""
         plan, program = self.plan, self.plan.program
         products = with_precision(program, self.precision)
         shared = {**program.consts, **dict(zip(program.inputs[0], leaves, strict=True))}
@@ -102,12 +102,12 @@ class Loop(NamedTuple):
     def user(
         self, shared: dict[int, Any], still: dict[int, Any], target: jax.Array, mask: jax.Array
     ) -> tuple[dict[int, Explicit | Factored], jax.Array]:
-        """One user's inner loop: the adapted leaves, and whether every number was finite."""
+        """Run one user's inner loop; return the adapted leaves and whether every number was finite."""
         plan, env = self.plan, {**shared, **still}
-        given = jax.lax.stop_gradient(env) if self.first_order else env  # FOMAML: inner gradients are constants
+        input_env = jax.lax.stop_gradient(env) if self.first_order else env  # FOMAML: inner gradients are constants
         present = jnp.any(mask > 0)
         values = {leaf: env[plan.program.inputs[0][leaf]] for leaf in plan.ranked(EXPLICIT)}
-        bases = {leaf: self.inputs(leaf, given, {}) for leaf in plan.ranked(MERGED)}
+        bases = {leaf: self.inputs(leaf, input_env, {}) for leaf in plan.ranked(MERGED)}
         grams = {
             at: site.gram(site.inputs(env[site.operand]), bases[site.leaf], self.precision)
             for at, site in plan.sites.items()
@@ -118,14 +118,14 @@ class Loop(NamedTuple):
         gradients = jax.checkpoint(self.gradients) if self.remat else self.gradients
 
         def step(carry: Any, k: Any) -> Any:
-            values, coordinates, state, fine = carry
+            values, coordinates, state, finite = carry
             first = isinstance(k, int) and k == 0
             factors = {} if first else {leaf: self._factors(leaf, bases, blocks, coordinates) for leaf in coordinates}
-            gradient, taps, seen, value = gradients(env, target, mask, values, factors, grams)
-            fine &= jnp.isfinite(value)
+            gradient, taps, site_inputs, value = gradients(env, target, mask, values, factors, grams)
+            finite &= jnp.isfinite(value)
             moves = {}
             for leaf in coordinates:
-                inputs = bases[leaf] if leaf in bases else self.inputs(leaf, given, seen)
+                inputs = bases[leaf] if leaf in bases else self.inputs(leaf, input_env, site_inputs)
                 outputs = self._outputs(leaf, taps, inputs)
                 if leaf in blocks:
                     blocks[leaf].append((inputs, outputs))
@@ -138,32 +138,32 @@ class Loop(NamedTuple):
                 leaf: w + jnp.where(present, plan.step_sizes[leaf] * update[leaf], 0).astype(w.dtype)
                 for leaf, w in values.items()
             }
-            return (values, coordinates, state, fine), None
+            return (values, coordinates, state, finite), None
 
         carry = (values, coordinates, self.optimizer.init(self._tree(values, coordinates)), jnp.array(True))
         unrolled = UNROLLED if jax.default_backend() == "cpu" else UNROLLED_ELSEWHERE
         looped = self.steps > unrolled and not blocks
-        for k in range(1 if looped else self.steps):  # the first step apart: its weights are still shared
+        for k in range(1 if looped else self.steps):  # the first step is never in the scan: its weights are shared
             carry, _ = step(carry, k)
         if looped:
             carry, _ = jax.lax.scan(step, carry, jnp.arange(1, self.steps))
-        values, coordinates, _, fine = carry
+        values, coordinates, _, finite = carry
         entries: dict[int, Any] = {leaf: Explicit(value) for leaf, value in values.items()}
         for leaf in coordinates:
             axes = plan.sites[plan.sites_of(leaf)[0]].axes
             entries[leaf] = Factored(*self._factors(leaf, bases, blocks, coordinates), axes)
-        return entries, fine & self._finite(entries, env)
+        return entries, finite & self._finite(entries, env)
 
     def _finite(self, entries: dict[int, Explicit | Factored], env: dict[int, Any]) -> jax.Array:
-        """Whether every number of one user's entries is finite, read from as few numbers as tell.
+        """Return whether every number of one user's entries is finite, checking as few numbers as needed.
 
-        A fixed layer's inputs may be far wider than its outputs, in which any of them that is not finite shows, and so
-        does a sum of finite ones that is too large.
+        A fixed layer's outputs are checked instead of its inputs if they are narrower: a non-finite input makes an
+        output non-finite. An overflowing sum of finite inputs does so too.
         """
         plan, numbers = self.plan, []
         for leaf, entry in entries.items():
             if isinstance(entry, Explicit):
-                # a barrier, so that a GPU does not fuse this reduction with those that make the values
+                # The barrier keeps a GPU from fusing this reduction with those that compute the values.
                 numbers.append(jax.lax.optimization_barrier(jax.lax.stop_gradient(entry.value)))
                 continue
             numbers.append(entry.outputs)
@@ -179,7 +179,12 @@ class Loop(NamedTuple):
     def gradients(
         self, env: dict[int, Any], target: Any, mask: Any, values: dict, factors: dict, grams: dict
     ) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, jax.Array], jax.Array]:
-        """Gradients at the explicit leaves and at the sites' outputs, the sites' inputs, and the loss."""
+        """Compute one step's support loss and gradients.
+
+        Returns:
+          Gradients at the explicit leaves, gradients at the sites' outputs, inputs of the sites that are not fixed,
+          and the loss.
+        """
         program, sites = self.plan.program, self.plan.sites
 
         def support_loss(values: dict, taps: dict) -> tuple[jax.Array, dict[int, jax.Array]]:
@@ -209,20 +214,20 @@ class Loop(NamedTuple):
 
         outputs = {at: program.shapes[program.ops[at].outputs[0]] for at in sites}
         zeros = {at: jnp.zeros(a.shape, a.dtype) for at, a in outputs.items()}
-        (value, seen), (gradient, taps) = jax.value_and_grad(support_loss, (0, 1), has_aux=True)(values, zeros)
+        (value, site_inputs), (gradient, taps) = jax.value_and_grad(support_loss, (0, 1), has_aux=True)(values, zeros)
         if self.first_order:
-            gradient, taps, seen = jax.lax.stop_gradient((gradient, taps, seen))
-        return gradient, taps, seen, value
+            gradient, taps, site_inputs = jax.lax.stop_gradient((gradient, taps, site_inputs))
+        return gradient, taps, site_inputs, value
 
     def _tree(self, values: dict[int, Any], coordinates: dict[int, Any]) -> Params:
         both = {**values, **coordinates}
         return jax.tree.unflatten(self.tree, [both[leaf] for leaf in self.plan.kinds])
 
     def _zeros(self, leaf: int, env: dict[int, Any]) -> jax.Array:
-        """A leaf's coordinates before the first step, with as many axes as the leaf has.
+        """Return a leaf's initial coordinates, all 0, with as many axes as the leaf has.
 
-        The optimiser works on coordinates as it would on the leaf, being linear. MERGED: the outputs
-        `[rows, out]` that the one basis X multiplies; DUAL: `[steps]` coefficients of the steps' gradients.
+        The optimiser is linear, so it can update coordinates instead of the leaf. MERGED: the factor `[rows, out]` that
+        multiplies the constant inputs X. DUAL: `[steps]` coefficients of the gradients of the steps.
         """
         w = env[self.plan.program.inputs[0][leaf]]
         sites = [self.plan.sites[at] for at in self.plan.sites_of(leaf)]
@@ -232,16 +237,16 @@ class Loop(NamedTuple):
         free = [n for axis, n in enumerate(w.shape) if axis not in axes]
         return jnp.zeros((sum(site.rows for site in sites), *(1,) * (len(axes) - 1), *free), w.dtype)
 
-    def inputs(self, leaf: int, env: dict[int, Any], seen: dict[int, Any]) -> jax.Array:
-        """Inputs of the layer at all its sites, `[rows, in]`, times the step size if that is per row."""
-        sites, both = [self.plan.sites[at] for at in self.plan.sites_of(leaf)], {**env, **seen}
+    def inputs(self, leaf: int, env: dict[int, Any], site_inputs: dict[int, Any]) -> jax.Array:
+        """Return the inputs of a layer at all its sites, `[rows, in]`, times the step size if that is per row."""
+        sites, both = [self.plan.sites[at] for at in self.plan.sites_of(leaf)], {**env, **site_inputs}
         rows = [site.inputs(both[site.operand]) for site in sites]
         inputs = rows[0] if len(rows) == 1 else jnp.concatenate(rows)
         _, scale = self._step(leaf)
         return inputs if scale is None or sites[0].axes is None else inputs * scale
 
     def _outputs(self, leaf: int, taps: dict[int, Any], inputs: jax.Array) -> jax.Array:
-        """Gradients at the layer's outputs at all its sites, `[rows, out]`, times the step size."""
+        """Return the gradients at a layer's outputs at all its sites, `[rows, out]`, times the step size."""
         sites = {at: self.plan.sites[at] for at in self.plan.sites_of(leaf)}
         flat = [site.flat(taps[at]) for at, site in sites.items()]
         outputs = flat[0] if len(flat) == 1 else jnp.concatenate(flat)
@@ -253,62 +258,64 @@ class Loop(NamedTuple):
         return outputs
 
     def _step(self, leaf: int) -> tuple[Any, Any]:
+        """Return a factored leaf's step size as `step_factors`."""
         site = self.plan.sites[self.plan.sites_of(leaf)[0]]
         shape = self.plan.program.shapes[self.plan.program.inputs[0][leaf]].shape
-        found = step_factors(self.plan.step_sizes[leaf], shape, site.axes)
-        assert found is not None  # _kind has seen to it
-        return found
+        factors = step_factors(self.plan.step_sizes[leaf], shape, site.axes)
+        assert factors is not None  # `_plan._kind` makes other leaves EXPLICIT
+        return factors
 
     def _factors(self, leaf: int, bases: dict, blocks: dict, coordinates: dict) -> tuple[jax.Array, jax.Array]:
-        """`inputs`, `outputs` of a leaf's `Factored` form so far."""
+        """Return `inputs` and `outputs` of a leaf's `Factored` form after the steps so far."""
         if leaf in bases:
             width = self.plan.sites[self.plan.sites_of(leaf)[0]].outputs
             return bases[leaf], coordinates[leaf].reshape(bases[leaf].shape[0], width)
         inputs, outputs = zip(*blocks[leaf], strict=True)
         coefficients = coordinates[leaf].reshape(self.steps)[: len(outputs)]
-        weighed = [c * d for c, d in zip(coefficients, outputs, strict=True)]
-        return (inputs[0], weighed[0]) if len(inputs) == 1 else (jnp.concatenate(inputs), jnp.concatenate(weighed))
+        weighted = [c * d for c, d in zip(coefficients, outputs, strict=True)]
+        return (inputs[0], weighted[0]) if len(inputs) == 1 else (jnp.concatenate(inputs), jnp.concatenate(weighted))
 
 
 def isolated(run: Callable[..., Any], leaves: list[jax.Array], support: Examples) -> tuple[Any, jax.Array]:
-    """`run(leaves, support)`, with users that were not fine on shared values, where explicit, and without a gradient.
+    """Return `run(leaves, support)` with failed users isolated: no gradient, and shared values of explicit leaves.
 
-    Whoever reads a factored entry leaves those users out. Their cotangents are dropped here, and a zero cotangent is
-    not enough: it turns NaN where it meets an infinite number. So where a user failed, the backward pass is taken anew
-    with those users on a healthy user's numbers. Nothing is paid where none failed, except under `vmap` over parameters
-    (an ensemble), where the branch becomes a selection and both are run.
+    Factored entries of failed users are left as they are: callers must mask failed users.
+
+    Zero cotangents would not isolate a failed user, because 0 times infinity is NaN. So if any user failed, the
+    backward pass is rerun with a healthy user's examples in place of theirs. This costs nothing if no user failed.
+    Exception: `vmap` over parameters (an ensemble) turns the branch into a selection and runs both passes.
     """
     pure, consts = jax.closure_convert(run, leaves, support)
     args, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, (leaves, support, consts)))
     real = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.inexact)]
 
-    def outputs(reals: list[jax.Array], args: list[jax.Array], fine: jax.Array | None) -> Any:
+    def outputs(reals: list[jax.Array], args: list[jax.Array], finite: jax.Array | None) -> Any:
         both = dict(enumerate(args)) | dict(zip(real, reals, strict=True))
         leaves, support, consts = jax.tree.unflatten(structure, [both[i] for i in range(len(args))])
-        entries, now = pure(leaves, support if fine is None else healthy(support, fine), *consts)
-        entries = shared_where_failed(entries, leaves, now) if fine is None else reset(entries, leaves, fine)
+        entries, now = pure(leaves, support if finite is None else healthy(support, finite), *consts)
+        entries = shared_where_failed(entries, leaves, now) if finite is None else reset(entries, leaves, finite)
         flat, tree = jax.tree.flatten(entries)
         return {i: a for i, a in enumerate(flat) if jnp.issubdtype(a.dtype, jnp.inexact)}, (flat, tree, now)
 
     def primal(*args: jax.Array) -> Any:
-        _, (flat, tree, fine) = outputs([args[i] for i in real], list(args), None)
-        return jax.tree.unflatten(tree, flat), fine
+        _, (flat, tree, finite) = outputs([args[i] for i in real], list(args), None)
+        return jax.tree.unflatten(tree, flat), finite
 
     def forward(*args: jax.Array) -> Any:
         reals = [args[i] for i in real]
-        _, back, (flat, tree, fine) = jax.vjp(lambda r: outputs(r, list(args), None), reals, has_aux=True)
-        return (jax.tree.unflatten(tree, flat), fine), (back, args, fine)
+        _, back, (flat, tree, finite) = jax.vjp(lambda r: outputs(r, list(args), None), reals, has_aux=True)
+        return (jax.tree.unflatten(tree, flat), finite), (back, args, finite)
 
-    def backward(kept: Any, bar: Any) -> tuple[Any, ...]:
-        back, args, fine = kept
-        bars = {i: a for i, a in enumerate(jax.tree.leaves(bar[0])) if a.dtype != jax.dtypes.float0}
+    def backward(residuals: Any, bar: Any) -> tuple[Any, ...]:
+        back, args, finite = residuals
+        cotangents_in = {i: a for i, a in enumerate(jax.tree.leaves(bar[0])) if a.dtype != jax.dtypes.float0}
 
-        def again() -> Any:
-            _, anew, _ = jax.vjp(lambda r: outputs(r, list(args), fine), [args[i] for i in real], has_aux=True)
-            return anew(bars)
+        def rerun() -> Any:
+            _, pull, _ = jax.vjp(lambda r: outputs(r, list(args), finite), [args[i] for i in real], has_aux=True)
+            return pull(cotangents_in)
 
-        (found,) = jax.lax.cond(jnp.all(fine), lambda: back(bars), again)
-        cotangents = dict(zip(real, found, strict=True))
+        (real_cotangents,) = jax.lax.cond(jnp.all(finite), lambda: back(cotangents_in), rerun)
+        cotangents = dict(zip(real, real_cotangents, strict=True))
         return tuple(cotangents.get(i, np.zeros(a.shape, jax.dtypes.float0)) for i, a in enumerate(args))
 
     rule = jax.custom_vjp(primal)
@@ -316,50 +323,52 @@ def isolated(run: Callable[..., Any], leaves: list[jax.Array], support: Examples
     return rule(*args)
 
 
-def choose(fine: jax.Array, own: jax.Array, other: Any) -> jax.Array:
-    """`[users, ...]`: a user's own array where fine `[users]`, else the other; in copies `[users, members]` too."""
-    return jnp.where(fine.reshape(*fine.shape, *(1,) * (own.ndim - fine.ndim)), own, jnp.asarray(other, own.dtype))
+def choose(finite: jax.Array, value: jax.Array, fallback: Any) -> jax.Array:
+    """Select `value` `[users, ...]` for users that are `finite` (`[users]` or `[users, members]`), else `fallback`."""
+    where = finite.reshape(*finite.shape, *(1,) * (value.ndim - finite.ndim))
+    return jnp.where(where, value, jnp.asarray(fallback, value.dtype))
 
 
-def shared_where_failed(entries: dict[int, Any], leaves: list[jax.Array], fine: jax.Array) -> dict[int, Any]:
-    """`entries` with the shared values of explicit leaves for the users that are not fine."""
+def shared_where_failed(entries: dict[int, Any], leaves: list[jax.Array], finite: jax.Array) -> dict[int, Any]:
+    """Replace explicit leaves of failed users by the shared values."""
     return {
-        leaf: Explicit(choose(fine, entry.value, leaves[leaf])) if isinstance(entry, Explicit) else entry
+        leaf: Explicit(choose(finite, entry.value, leaves[leaf])) if isinstance(entry, Explicit) else entry
         for leaf, entry in entries.items()
     }
 
 
-def reset(entries: dict[int, Any], leaves: list[jax.Array], fine: jax.Array) -> dict[int, Any]:
-    """`entries` with the shared parameters for the users that are not fine."""
-    explicit = shared_where_failed(entries, leaves, fine)
-    return {leaf: _zeros_where_failed(entry, fine) for leaf, entry in explicit.items()}
+def reset(entries: dict[int, Any], leaves: list[jax.Array], finite: jax.Array) -> dict[int, Any]:
+    """Reset failed users to the shared parameters."""
+    explicit = shared_where_failed(entries, leaves, finite)
+    return {leaf: _zeros_where_failed(entry, finite) for leaf, entry in explicit.items()}
 
 
 def settled(adapted: Adapted) -> Adapted:
-    """`adapted` with factored terms of 0 for the users that failed, at the price of a copy."""
+    """Return a copy of `adapted` where the factored corrections of failed users are 0."""
     return replace(adapted, leaves=tuple(_zeros_where_failed(entry, ~adapted.failed) for entry in adapted.leaves))
 
 
-def _zeros_where_failed(entry: Any, fine: jax.Array) -> Any:
-    return jax.tree.map(partial(choose, fine, other=0), entry) if isinstance(entry, Factored) else entry
+def _zeros_where_failed(entry: Any, finite: jax.Array) -> Any:
+    return jax.tree.map(partial(choose, finite, fallback=0), entry) if isinstance(entry, Factored) else entry
 
 
-def healthy(support: Examples, fine: jax.Array) -> Examples:
-    """`support` with a healthy user's examples, masked, in the place of those of users that are not fine."""
-    if not len(fine):
+def healthy(support: Examples, finite: jax.Array) -> Examples:
+    """Replace the examples of failed users by those of a healthy user, with mask 0."""
+    if not len(finite):
         return support
-    user = jnp.where(fine, jnp.arange(len(fine)), jnp.argmax(fine))
+    user = jnp.where(finite, jnp.arange(len(finite)), jnp.argmax(finite))
 
     def swap(a: jax.Array) -> jax.Array:
-        taken = jnp.asarray(a)[user]
+        swapped = jnp.asarray(a)[user]
         if not jnp.issubdtype(a.dtype, jnp.inexact):
-            return taken
-        return jnp.where(jnp.any(fine), taken, jnp.zeros((), a.dtype))  # zeros where all users failed
+            return swapped
+        return jnp.where(jnp.any(finite), swapped, jnp.zeros((), a.dtype))  # zeros if all users failed
 
-    return Examples(jax.tree.map(swap, support.features), swap(support.target), choose(fine, support.mask, 0))
+    return Examples(jax.tree.map(swap, support.features), swap(support.target), choose(finite, support.mask, 0))
 
 
 def as_precision(precision: Any) -> Any:
+    """Validate `precision`; `jnp.bfloat16` becomes the algorithm with bfloat16 inputs and float32 sums."""
     if precision is not None and not isinstance(precision, jax.lax.DotAlgorithmPreset | jax.lax.Precision | str):
         if jnp.dtype(precision) != jnp.bfloat16:
             raise ValueError(f"precision must be None, a jax.lax.Precision or jnp.bfloat16, got {precision!r}")
@@ -368,7 +377,7 @@ def as_precision(precision: Any) -> Any:
 
 
 def with_precision(program: Program, precision: Any) -> dict[int, Callable[..., jax.Array]]:
-    """Replacements for the program's matrix products that run at the asked precision."""
+    """Return replacements for the program's matrix products that run at `precision`."""
 
     def product(params: dict[str, Any], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return jax.lax.dot_general(lhs, rhs, params["dimension_numbers"], precision, params["preferred_element_type"])

@@ -1,4 +1,4 @@
-"""The plan of an inner loop: which form each adapted leaf takes, and what is evaluated once, or at every step."""
+"""Plan an inner loop: the form of each adapted leaf, and which ops run once or at every step."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -15,43 +15,45 @@ EXPLICIT, DUAL, MERGED = "explicit", "dual", "merged"
 
 
 class PlainFormWarning(UserWarning):
-    """A weight is held as per-user values because of how it is used: the same result at a higher price."""
+    """Warning that a weight cannot stay factored and gets per-user values: same result, more memory."""
 
 
 class Plan(NamedTuple):
-    """How one call of `adapt` runs. Leaves are numbered as in `jax.tree.leaves(params)`, ops by position."""
+    """The plan of one call of `adapt`. Leaves are numbered as in `jax.tree.leaves(params)`, ops by position."""
 
     program: Program
     kinds: dict[int, str]  # adapted leaf -> EXPLICIT, DUAL or MERGED
     sites: dict[int, Site]  # op -> its use of a factored leaf
     step_sizes: dict[int, Any]
-    shared: list[int]  # ops that depend on no user
+    shared: list[int]  # ops that do not depend on the user
     still: list[int]  # ops that depend on the user but on no adapted leaf: evaluated once
     moving: list[int]  # ops evaluated at every inner step
-    carried: list[int]  # values that the moving ops read from the still ones
+    carried: list[int]  # values of `still` ops that `moving` ops read
 
     def ranked(self, *kinds: str) -> list[int]:
+        """Return the adapted leaves of the given kinds."""
         return [leaf for leaf, kind in self.kinds.items() if kind in kinds]
 
     def sites_of(self, leaf: int) -> list[int]:
+        """Return the ops that use a factored leaf."""
         return [at for at, site in self.sites.items() if site.leaf == leaf]
 
 
 def costs(rows: int, width: int, outputs: int, steps: int, merged: bool) -> tuple[float, float]:
-    """What a layer costs a user over the inner loop and the query: (factored, per-user weights), relative.
+    """Estimate a layer's cost per user for the inner loop and the query: (factored, per-user weights).
 
-    Counts products: forward, gradient at the weights, gradient at the inputs (not for a merged layer).
-    Shared ones count once; each user's own run as many small products, at a third of the speed with whole
-    weights and a fifth with corrections. The number of users scales both sides alike, so it does not enter.
+    Counts the multiplications of matrix products: forward, weight gradient and input gradient (none for a merged
+    layer). Products with shared weights have weight 1. Per-user products are small and slower: weight 3 with per-user
+    weights, 5 with low-rank corrections. Both costs are proportional to the number of users, which is left out.
 
     Args:
-      rows: examples (times tokens) that the layer reads; the query is taken to have half as many.
-      width, outputs: inputs and outputs of the layer.
-      steps: inner steps K.
-      merged: the layer's input is the same at every step.
+      rows: support examples (times tokens) that the layer reads; the query is assumed to have half as many.
+      width, outputs: input and output width of the layer.
+      steps: number of inner steps K.
+      merged: whether the layer's input is the same at every step.
 
-    Checked on two CPU cores, 10 query examples: time of a whole meta-gradient with a hidden layer plain over
-    the time with it dual.
+    Measured on two CPU cores with 10 query examples: time of a full meta-gradient with a plain hidden layer, divided
+    by the time with a dual one.
 
         rows  in x out    K=1   K=2   K=3   K=5
            8   64 x 64   1.26  1.27  1.11  0.98
@@ -61,15 +63,15 @@ def costs(rows: int, width: int, outputs: int, steps: int, merged: bool) -> tupl
           50   64 x 64   1.28  0.73  0.61  0.39
           50  256 x 128  1.97  1.30  0.92  0.82
     """
-    whole, query = rows * width * outputs, rows / 2
-    asked, side = query * width * outputs, width + outputs
+    support_product, query_rows = rows * width * outputs, rows / 2
+    query_product, side = query_rows * width * outputs, width + outputs
     if merged:
-        explicit = whole + 3 * ((2 * steps - 1) * whole + asked)
-        kept = (rows * rows * width if steps > 1 else 0) + (steps - 1) * rows * rows * outputs
-        return whole + asked + 5 * (kept + query * rows * side), explicit
-    explicit = 2 * whole + 3 * ((3 * steps - 2) * whole + asked)
-    correction = steps * (steps - 1) * rows * rows * side + query * steps * rows * side
-    return 2 * steps * whole + asked + 5 * correction, explicit
+        explicit = support_product + 3 * ((2 * steps - 1) * support_product + query_product)
+        support_corrections = (rows * rows * width if steps > 1 else 0) + (steps - 1) * rows * rows * outputs
+        return support_product + query_product + 5 * (support_corrections + query_rows * rows * side), explicit
+    explicit = 2 * support_product + 3 * ((3 * steps - 2) * support_product + query_product)
+    correction = steps * (steps - 1) * rows * rows * side + query_rows * steps * rows * side
+    return 2 * steps * support_product + query_product + 5 * correction, explicit
 
 
 def make_plan(
@@ -84,7 +86,7 @@ def make_plan(
     form: Params,
     kept: tuple[str, ...] = (DUAL, MERGED),
 ) -> Plan:
-    """The plan of one call of `adapt`; layers whose form is not `kept` get per-user weights."""
+    """Build the plan of one call of `adapt`; leaves whose kind is not in `kept` become EXPLICIT."""
     flags = jax.tree.leaves(jax.tree.map(lambda m, sub: jax.tree.map(lambda _: bool(m), sub), adapted, params))
     numbers = [leaf for leaf, flag in enumerate(flags) if flag]
     program = _trace.model(apply, params, one_user(features), numbers)
@@ -99,10 +101,10 @@ def make_plan(
             reasons[leaf] = reason
     if reasons:
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-        told = "; ".join(f"{paths[leaf]}: {reason}" for leaf, reason in reasons.items())
+        details = "; ".join(f"{paths[leaf]}: {reason}" for leaf, reason in reasons.items())
         name = getattr(apply, "__qualname__", type(apply).__name__)
         warnings.warn(
-            f"{name}: per-user weights are formed for some leaves; same result, more memory. {told}.",
+            f"{name}: some leaves cannot stay factored and get per-user weights; same result, more memory. {details}.",
             PlainFormWarning,
             stacklevel=3,
         )
@@ -113,7 +115,7 @@ def make_plan(
 def _kind(
     leaf: int, roles: _trace.Roles, linear: _trace.Linearity, size: Any, form: str, w: jax.Array, steps: int
 ) -> tuple[str, str | None]:
-    """The form of one adapted leaf, and the reason if that is not a free choice."""
+    """Choose the kind of one adapted leaf; a reason is returned if the leaf cannot be factored."""
     if form not in ("auto", "dual", "plain"):
         raise ValueError(f'form must be "auto", "dual" or "plain", got {form!r}')
     if form == "plain":
@@ -124,7 +126,7 @@ def _kind(
     if not (linear.own and linear.linear):
         return EXPLICIT, "the optimizer is not linear in its gradient"
     if step_factors(size, jnp.shape(w), uses[0].axes) is None:
-        return EXPLICIT, f"its step size has shape {jnp.shape(size)}, one per weight"
+        return EXPLICIT, f"its step size has shape {jnp.shape(size)}, one per weight; use a scalar, [out] or [in, 1]"
     merged = all(site.fixed for site in uses)
     if form == "auto":
         if uses[0].axes is None:
@@ -138,13 +140,13 @@ def _kind(
 
 
 def _schedule(program: Program, kinds: dict[int, str], sites: dict[int, Site], sizes: Any, numbers: Any) -> Plan:
-    """Sorts the ops by what they depend on, so that nothing is evaluated more often than it changes."""
+    """Sort the ops by what they depend on, so that each is evaluated only when its inputs change."""
     user = program.dependents(program.inputs[1])
     moving = program.dependents([program.inputs[0][leaf] for leaf in numbers])
     plan = Plan(program, kinds, sites, sizes, [], [], [], [])
     read = {atom for atom in program.outputs if isinstance(atom, int)}
     for at, op in enumerate(program.ops):
-        if not op.outputs:  # a debug print: it runs at every step
+        if not op.outputs:  # an effect such as a debug print
             plan.moving.append(at)
             read.update(atom for atom in op.inputs if isinstance(atom, int))
             continue
@@ -163,28 +165,32 @@ def _schedule(program: Program, kinds: dict[int, str], sites: dict[int, Site], s
 
 
 def step_factors(size: Any, shape: tuple[int, ...], axes: tuple[int, ...] | None) -> tuple[Any, Any] | None:
-    """A step size as (per column `[out]`, per row `[in]`), either None; None if it is neither."""
+    """Split a step size into (per column `[out]`, per row `[in]`), one of them None; None if it is neither.
+
+    A step size of 1 gives (None, None).
+    """
     if isinstance(size, int | float) and size == 1:
         return None, None
-    given = (1,) * (len(shape) - jnp.ndim(size)) + jnp.shape(size)
-    if len(given) > len(shape):
+    dims = (1,) * (len(shape) - jnp.ndim(size)) + jnp.shape(size)
+    if len(dims) > len(shape):
         return None
     axes = (0,) if axes is None else axes
     free = tuple(a for a in range(len(shape)) if a not in axes)
-    if all(given[a] == 1 for a in axes):
-        wide = jnp.broadcast_to(jnp.reshape(size, [given[a] for a in free]), [shape[a] for a in free])
+    if all(dims[a] == 1 for a in axes):
+        wide = jnp.broadcast_to(jnp.reshape(size, [dims[a] for a in free]), [shape[a] for a in free])
         return wide.reshape(-1), None
-    if all(given[a] == 1 for a in free):
-        return None, jnp.broadcast_to(jnp.reshape(size, [given[a] for a in axes]), [shape[a] for a in axes]).reshape(-1)
+    if all(dims[a] == 1 for a in free):
+        return None, jnp.broadcast_to(jnp.reshape(size, [dims[a] for a in axes]), [shape[a] for a in axes]).reshape(-1)
     return None
 
 
 def one_user(features: Features) -> Features:
+    """Return the shapes and dtypes of one user's features."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), features)
 
 
 def _spread(prefix: Params, start: Params) -> list[Any]:
-    """`prefix` repeated for each leaf of `start`."""
+    """Broadcast `prefix` to the leaves of `start`."""
     spread = jax.tree.map(
         lambda value, sub: None if sub is None else [value] * len(jax.tree.leaves(sub)),
         prefix,

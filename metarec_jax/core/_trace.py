@@ -1,6 +1,6 @@
-"""What a model does with its weights, read from its jaxpr: which of them are only layers' weights or tables.
+"""Jaxpr analysis: which leaves a model uses only as layer weights or tables, and which updates are linear.
 
-Also what an optimiser does with its gradients: which leaves it treats linearly, so updates can stay factored.
+Leaves of the first kind whose optimiser updates are linear in the gradients can stay factored.
 """
 
 import math
@@ -14,13 +14,13 @@ from jax.extend import core as jex
 
 from metarec_jax.types import Apply, Features, Params
 
-_INLINED = ("jit", "pjit", "closed_call", "core_call")  # calls that mean no more than their body
-_REMAT = ("checkpoint", "remat", "remat2")  # inlined only where an adapted weight enters, to reach its product
+_INLINED = ("jit", "pjit", "closed_call", "core_call")  # calls equivalent to their body
+_REMAT = ("checkpoint", "remat", "remat2")  # inlined only if an adapted weight enters, to reach its product
 _LINEAR_UNARY = ("neg", "convert_element_type", "reshape", "broadcast_in_dim", "squeeze", "copy", "copy_p")
 
 
 class Op(NamedTuple):
-    """One primitive of a flat program; inputs are value numbers or literals, outputs value numbers."""
+    """One primitive of a program; inputs are value numbers or literals, outputs value numbers."""
 
     eqn: Any
     inputs: tuple[Any, ...]
@@ -33,14 +33,14 @@ class Op(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A function as a straight list of primitives over numbered values.
+    """A function as a flat list of primitives over numbered values.
 
     Attributes:
-      ops: in order of evaluation.
-      consts: value number -> array, what the function closes over.
-      inputs: value numbers of each argument's leaves, in the order of the arguments.
+      ops: primitives in order of evaluation.
+      consts: value number -> array that the function closes over.
+      inputs: value numbers of the leaves of each argument.
       outputs: value numbers or literals.
-      tree: structure of the result.
+      tree: tree structure of the result.
       shapes: value number -> shape and dtype.
     """
 
@@ -52,10 +52,11 @@ class Program(NamedTuple):
     shapes: dict[int, Any]
 
     def read(self, atom: Any, env: dict[int, Any]) -> Any:
+        """Return the value of a value number or literal."""
         return env[atom] if isinstance(atom, int) else atom.val
 
     def run(self, ops: Sequence[int], env: dict[int, Any], replaced: dict[int, Callable[..., Any]]) -> None:
-        """Evaluates the ops at the given positions into `env`, some by the functions in `replaced`."""
+        """Evaluate the ops at these positions into `env`; `replaced` maps positions to substitute functions."""
         for position in ops:
             op = self.ops[position]
             values = [self.read(atom, env) for atom in op.inputs]
@@ -63,21 +64,26 @@ class Program(NamedTuple):
             env.update(zip(op.outputs, results, strict=True))
 
     def result(self, env: dict[int, Any]) -> Any:
+        """Return the function's result from the evaluated `env`."""
         return jax.tree.unflatten(self.tree, [self.read(atom, env) for atom in self.outputs])
 
     def dependents(self, sources: Sequence[int]) -> set[int]:
-        """Every value that is computed from one of the `sources`, the sources included."""
-        found = set(sources)
+        """Return all values that depend on one of the `sources`, including these."""
+        reached = set(sources)
         for op in self.ops:
-            if any(isinstance(atom, int) and atom in found for atom in op.inputs):
-                found.update(op.outputs)
-        return found
+            if any(isinstance(atom, int) and atom in reached for atom in op.inputs):
+                reached.update(op.outputs)
+        return reached
 
 
 def trace(function: Callable[..., Any], *args: Any, opened: Sequence[int] = ()) -> Program:
-    """The program of `function(*args)`; args are pytrees of arrays or `ShapeDtypeStruct`.
+    """Trace `function(*args)` to a `Program`.
 
-    Calls are inlined; rematerialised blocks only where a leaf of the first argument in `opened` enters.
+    Args:
+      function: a pure function.
+      args: pytrees of arrays or `ShapeDtypeStruct`.
+      opened: numbers of leaves of the first argument. Rematerialised blocks that one of them enters are inlined, as
+        all other calls are.
     """
     leaves, structure = jax.tree.flatten(args)
     result: list[Any] = []
@@ -109,7 +115,7 @@ def trace(function: Callable[..., Any], *args: Any, opened: Sequence[int] = ()) 
 
 
 def _inline(jaxpr: Any, names: dict[Any, Any], program: Program, new: Callable, opened: set[int]) -> list[Any]:
-    """Appends the equations of `jaxpr` to the program; returns its outputs as value numbers or literals."""
+    """Append the equations of `jaxpr` to the program; return its outputs as value numbers or literals."""
 
     def atom(variable: Any) -> Any:
         return variable if isinstance(variable, jex.Literal) else names[variable]
@@ -134,18 +140,18 @@ def _inline(jaxpr: Any, names: dict[Any, Any], program: Program, new: Callable, 
 
 
 class Site(NamedTuple):
-    """One use of an adapted leaf: as the weight of a dense layer, or as a table whose rows are looked up.
+    """One use of an adapted leaf, as the weight of a dense layer or as an embedding table.
 
     Attributes:
       leaf: number of the leaf among the parameters.
       operand: value number of the layer's input, or of the indices.
-      position: of the leaf among the op's two operands.
+      position: position of the leaf among the op's two operands, 0 or 1.
       axes: the leaf's axes that the layer contracts, ascending; None for a table.
-      contract: the input's axes that they meet.
-      fixed: the operand depends on no adapted leaf, so it is the same at every inner step.
-      rows: how many rows one user's operand has (examples, times tokens).
-      width, outputs: inputs and outputs of the layer; for a table, its length and the width of a row.
-      clip: indices beyond the table read its last row.
+      contract: the input's contracted axes, in the order of `axes`.
+      fixed: whether the operand depends on no adapted leaf, so that it is the same at every inner step.
+      rows: number of rows of one user's operand (examples, times tokens).
+      width, outputs: input and output width of the layer; for a table, its number of rows and their width.
+      clip: whether out-of-range indices are clipped to the table.
     """
 
     leaf: int
@@ -160,7 +166,7 @@ class Site(NamedTuple):
     clip: bool
 
     def inputs(self, operand: jax.Array) -> jax.Array:
-        """The operand as `[rows, in]`, or the looked-up rows' numbers `[rows]`."""
+        """Reshape the operand to `[rows, in]`, or return the row numbers `[rows]` of a look-up."""
         if self.axes is None:
             flat = operand.reshape(-1)
             inside = (flat >= 0) & (flat < self.width)
@@ -169,17 +175,17 @@ class Site(NamedTuple):
         return jnp.moveaxis(operand, self.contract, tuple(last)).reshape(self.rows, self.width)
 
     def flat(self, output: jax.Array) -> jax.Array:
-        """The layer's output, or a gradient at it, as `[rows, out]`."""
+        """Reshape the layer's output, or its gradient, to `[rows, out]`."""
         if self.axes is not None and self.position == 0:
             return output.reshape(self.outputs, self.rows).T
         return output.reshape(self.rows, self.outputs)
 
     def unflat(self, flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """`[rows, out]` in the shape of the layer's output."""
+        """Reshape `[rows, out]` to the shape of the layer's output."""
         return (flat.T if self.axes is not None and self.position == 0 else flat).reshape(shape)
 
     def gram(self, inputs: jax.Array, basis: jax.Array, precision: Any) -> jax.Array:
-        """`inputs basis^T`, `[rows, rank]`; for a table, 1 where the two looked up the same row."""
+        """Compute `inputs basis^T`, `[rows, rank]`; for a table, 1 where both are the same row number."""
         if self.axes is None:
             return ((inputs[:, None] == basis) & (inputs < self.width)[:, None]).astype(jnp.float32)
         return jnp.matmul(inputs, basis.T, precision=precision)
@@ -189,8 +195,8 @@ class Roles(NamedTuple):
     """How a program uses its adapted leaves.
 
     Attributes:
-      sites: op position -> its site, for every leaf that is used only at sites of one kind.
-      reasons: leaf -> why it has to be held as explicit per-user values.
+      sites: op position -> its site, for leaves that are used only at sites of one kind.
+      reasons: leaf -> why it needs explicit per-user values.
     """
 
     sites: dict[int, Site]
@@ -198,16 +204,16 @@ class Roles(NamedTuple):
 
 
 def model(apply: Apply, params: Params, features: Features, adapted: Sequence[int]) -> Program:
-    """The program of `apply` for one user, from that user's `features` and the adapted leaves' numbers."""
+    """Trace `apply` for one user's `features`; `adapted` holds the numbers of the adapted leaves."""
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), (params, features))
     return trace(apply, *shapes, opened=adapted)
 
 
 def roles(program: Program, adapted: Sequence[int]) -> Roles:
-    """Finds the adapted leaves that are used only as a layer's weight or only as a table of rows."""
+    """Find the adapted leaves that are used only as a layer's weight or only as a table."""
     number = {program.inputs[0][leaf]: leaf for leaf in adapted}
     moving = program.dependents(list(number))
-    found: dict[int, list[tuple[int, Site]]] = {leaf: [] for leaf in adapted}
+    uses_of: dict[int, list[tuple[int, Site]]] = {leaf: [] for leaf in adapted}
     reasons: dict[int, str] = {
         number[a]: "it is returned" for a in program.outputs if isinstance(a, int) and a in number
     }
@@ -221,9 +227,9 @@ def roles(program: Program, adapted: Sequence[int]) -> Roles:
             if site is None:
                 reasons[leaf] = f"it enters `{op.eqn.primitive.name}`, not as the weight of a matrix product"
             else:
-                found[leaf].append((at, site))
+                uses_of[leaf].append((at, site))
     sites: dict[int, Site] = {}
-    for leaf, uses in found.items():
+    for leaf, uses in uses_of.items():
         if len({site.axes for _, site in uses}) > 1:
             reasons[leaf] = "it is used in two ways"
         elif not uses:
@@ -234,6 +240,7 @@ def roles(program: Program, adapted: Sequence[int]) -> Roles:
 
 
 def _site(program: Program, op: Op, position: int, leaf: int, moving: set[int]) -> Site | None:
+    """Return the site if the op is a dense layer or a look-up of the leaf, else None."""
     other = op.inputs[1 - position] if len(op.inputs) == 2 else None
     if not isinstance(other, int) or other == op.inputs[position]:
         return None
@@ -244,10 +251,10 @@ def _site(program: Program, op: Op, position: int, leaf: int, moving: set[int]) 
         if batch[0] or not contract[0] or not math.prod(shape):
             return None
         pairs = sorted(zip(contract[position], contract[1 - position], strict=True))
-        axes, theirs = tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
+        axes, input_axes = tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
         width = math.prod(shape[a] for a in axes)
         outputs = math.prod(shape) // width
-        return Site(leaf, other, position, axes, theirs, fixed, size // width, width, outputs, False)
+        return Site(leaf, other, position, axes, input_axes, fixed, size // width, width, outputs, False)
     if op.eqn.primitive.name == "gather" and position == 0 and _is_lookup(op, program, shape):
         clip = op.eqn.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP
         return Site(leaf, other, position, None, (), fixed, size, shape[0], math.prod(shape[1:]), clip)
@@ -255,7 +262,7 @@ def _site(program: Program, op: Op, position: int, leaf: int, moving: set[int]) 
 
 
 def _is_lookup(op: Op, program: Program, shape: tuple[int, ...]) -> bool:
-    """Whether a gather reads whole rows of a table: `table[indices]`."""
+    """Return whether a gather reads whole rows of a table: `table[indices]`."""
     numbers, indices = op.eqn.params["dimension_numbers"], program.shapes[op.inputs[1]]
     rank = len(op.eqn.outvars[0].aval.shape)
     return (
@@ -269,17 +276,22 @@ def _is_lookup(op: Op, program: Program, shape: tuple[int, ...]) -> bool:
 
 
 class Linearity(NamedTuple):
-    """Of one leaf: are its updates `own`, no other leaf's business, and `linear` in its gradients?"""
+    """How an optimiser updates one leaf.
+
+    Attributes:
+      own: whether its updates depend on no other leaf.
+      linear: whether its updates are linear in the gradients.
+    """
 
     own: bool
     linear: bool
 
 
 def linearity(optimizer: optax.GradientTransformation, params: Params, steps: int) -> list[Linearity]:
-    """Whether updates of each leaf are `sum_j c_kj g_j` with scalars `c` that no gradient or parameter moves.
+    """Test whether each leaf's updates are `sum_j c_kj g_j` with `c` independent of gradients and parameters.
 
-    Shown on the optimiser's jaxpr for so many `steps`: only sums, and products with values that depend on no
-    gradient or parameter, may lie between a gradient and an update. A few do: all run the same.
+    Traces `steps` optimiser steps. Between a gradient and an update the jaxpr may have only sums, and products with
+    values that depend on no gradient or parameter. A few steps are enough, since all run the same code.
     """
     shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct((1,) * jnp.ndim(w), jnp.result_type(w)), params)
 
@@ -291,9 +303,9 @@ def linearity(optimizer: optax.GradientTransformation, params: Params, steps: in
         return out
 
     program = trace(updates, shapes, [shapes] * steps)
-    starts, gradients = program.inputs
-    count = len(starts)
-    kinds: dict[int, tuple[bool, frozenset[int]]] = {n: (False, frozenset([i])) for i, n in enumerate(starts)}
+    start_leaves, gradients = program.inputs
+    count = len(start_leaves)
+    kinds: dict[int, tuple[bool, frozenset[int]]] = {n: (False, frozenset([i])) for i, n in enumerate(start_leaves)}
     kinds.update({n: (True, frozenset([i % count])) for i, n in enumerate(gradients)})
     for op in program.ops:
         kind = _kind(op, [_atom_kind(atom, kinds) for atom in op.inputs])
@@ -302,23 +314,23 @@ def linearity(optimizer: optax.GradientTransformation, params: Params, steps: in
     for i, atom in enumerate(program.outputs):
         linear, leaves = _atom_kind(atom, kinds) or (True, frozenset())
         before, own = results[i % count], leaves <= {i % count}
-        same = isinstance(atom, int) and program.shapes[atom].shape == program.shapes[starts[i % count]].shape
+        same = isinstance(atom, int) and program.shapes[atom].shape == program.shapes[start_leaves[i % count]].shape
         results[i % count] = Linearity(before.own and own, before.linear and own and linear and (same or not leaves))
-    if all(not found.linear for found in results):
+    if all(not result.linear for result in results):
         return results
     actual = jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), jnp.result_type(w)), params)
     at_size = trace(updates, actual, [actual] * steps)
-    if _numbers(at_size) != _numbers(program):  # a rule that reads shapes, as by fan-in
-        return [found._replace(linear=False) for found in results]
+    if _numbers(at_size) != _numbers(program):  # a rule that depends on shapes, such as scaling by fan-in
+        return [result._replace(linear=False) for result in results]
     return results
 
 
 def _numbers(program: Program) -> list[Any]:
-    """The scalars written in a program, in order."""
+    """Return the scalar literals of a program, in order."""
     return [float(a.val) for op in program.ops for a in op.inputs if isinstance(a, jex.Literal) and not jnp.ndim(a.val)]
 
 
-# a value's kind: None for a constant, else (linear in the gradients?, leaves)
+# A value's kind is None for a constant, else (whether it is linear in the gradients, the leaves it depends on).
 _ZERO = (True, frozenset[int]())
 
 
@@ -332,6 +344,7 @@ def _atom_kind(atom: Any, kinds: dict[int, Any]) -> Any:
 
 
 def _kind(op: Op, kinds: list[Any]) -> Any:
+    """Return the kind of an op's outputs from those of its inputs."""
     name = op.eqn.primitive.name
     moving = [k for k in kinds if k is not None and k != _ZERO]
     leaves = frozenset().union(*(k[1] for k in moving))

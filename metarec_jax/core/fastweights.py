@@ -1,7 +1,8 @@
-"""The dual engine: adapt every user's layers without ever forming a user's weights.
+"""Fast weights in dual form: adapt each user's layers without forming per-user weight matrices.
 
-An SGD step adds `-lr X^T D` to a dense layer, X its inputs on the support and D the gradient at its outputs.
-So `x W' = x W - lr (x X^T) D`: one large product that all users share, and a correction of low rank for each.
+An SGD step adds `-lr X^T D` to the weights of a dense layer, with X its inputs on the support set and D the loss
+gradient at its outputs. So `x W' = x W - lr (x X^T) D`: one product shared by all users, and a low-rank correction for
+each user.
 """
 
 from functools import partial
@@ -50,43 +51,44 @@ def adapt(
     remat: bool = False,
     chunk: int | None = None,
 ) -> Adapted:
-    """Each user's parameters after `steps` optimiser steps on the support loss; `inner.adapt`, faster.
+    """Adapt the parameters to each user by `steps` optimiser steps on the support loss (MAML).
 
         w_0 = params;  w_{k+1} = w_k + step_size * optimizer(grad L_support(w_k))
 
-    The weights of dense layers and the rows of tables are found in the jaxpr of `apply` and kept factored.
-    Exact in `params` and `step_size` to second order, in reverse mode. A user with no support example keeps
-    the shared parameters; so does one whose inner loop meets a non-finite number, and it adds nothing to any
-    gradient.
+    Computes what `inner.adapt` computes, faster. Weights of dense layers and embedding tables are found in the jaxpr of
+    `apply` and kept factored. Exact to second order in `params` and `step_size`, in reverse mode.
+
+    A user without support examples keeps the shared parameters. So does a user whose inner loop meets a non-finite
+    number; that user adds nothing to any gradient.
 
     Args:
-      apply: `apply(params, features) -> scores`, for one user: features `[examples, ...]`, scores
-        `[examples]`.
+      apply: `apply(params, features) -> scores`, for one user: features `[examples, ...]`, scores `[examples]`.
       params: shared parameters, a pytree.
-      support: `[users, examples, ...]` what each user adapts to.
-      loss: elementwise loss of scores and targets; its mean over a user's real examples is minimised.
-      optimizer: any optax transformation (default `optax.sgd(0.1)`). Layers stay factored where its updates
-        are a fixed combination of the gradients (SGD, momentum, schedules, also with a learning rate that is
-        learned).
-      steps: number of inner steps. With a layer whose input moves (dual), the program grows with their square.
+      support: support set, arrays `[users, examples, ...]`.
+      loss: elementwise loss of scores and targets; its weighted mean over a user's support is minimised.
+      optimizer: any optax transformation (default `optax.sgd(0.1)`). Layers stay factored if its updates are a fixed
+        linear combination of the gradients: SGD, momentum, schedules, also with a learned learning rate.
+      steps: number of inner steps. The program grows with its square if the input of a factored layer changes between
+        steps.
       adapted: which leaves adapt: a pytree of Python bools, or a prefix of one (True: all of them).
-      step_size: multiplies the updates; a scalar or array, or a pytree prefix of the adapted leaves. Layers
-        stay factored with one per layer, per column `[out]` and per row `[in, 1]`; not with one per weight.
+      step_size: multiplies the updates; a scalar or array, or a pytree prefix of the adapted leaves. Layers stay
+        factored with a step size per layer, per column `[out]` or per row `[in, 1]`, but not with one per weight.
       first_order: drop the second-order terms of the meta-gradient (FOMAML).
-      count: adds to the number of a user's examples in that mean, as so many more whose loss nothing changes: with few
-        real ones a user moves less, as a posterior mean does, unless the optimiser's steps do not depend on the size of
-        the gradient, as Adam's. 0 or more; 0 is the published mean.
-      form: "auto" (see `costs`), "dual", "plain" (per-user values), or a pytree prefix of the adapted leaves.
-      precision: of the matrix products that are not inside loops or branches of `apply`: a `jax.lax.Precision`, or
-        `jnp.bfloat16` for bfloat16 with float32 sums.
-      remat: recompute the inner steps in the backward pass instead of keeping their activations.
-      chunk: users adapted at a time; see also `outer.chunked`.
+      count: pseudo-count in the denominator of the support mean, 0 or more; 0 is the published mean. It shrinks the
+        steps of users with few examples, as a posterior mean does. It has little effect on optimisers whose steps do
+        not depend on the gradient's scale, such as Adam.
+      form: "auto" (the cheaper by `costs`), "dual" (factored) or "plain" (per-user values), or a pytree prefix of the
+        adapted leaves.
+      precision: of the matrix products outside loops and branches of `apply`: a `jax.lax.Precision`, or `jnp.bfloat16`
+        for bfloat16 inputs with float32 sums.
+      remat: recompute the inner steps in the backward pass instead of storing their activations.
+      chunk: users adapted at a time, to bound memory; see also `outer.chunked`.
 
     Returns:
-      `Adapted`, with the users' axis first in every array.
+      `Adapted`; every array has the users' axis first.
 
     Raises:
-      ValueError: for a negative number of steps or count, or an unknown form.
+      ValueError: `steps` or `count` is negative, `chunk` is less than 1, or `form` or `precision` is unknown.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
@@ -111,12 +113,20 @@ def adapt(
 
 
 def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) -> jax.Array:
-    """Scores `[users, examples]` of each user's adapted model on `features` `[users, examples, ...]`.
+    """Score examples with each user's adapted model.
 
-    Differentiable in `params`, `features` and `adapted`, in the last where no user failed.
+    Differentiable in `params` and `features`, and in `adapted` if no user failed.
+
+    Args:
+      apply, params: as given to `adapt`.
+      adapted: the result of `adapt`.
+      features: `[users, examples, ...]`.
+
+    Returns:
+      Scores `[users, examples]`.
 
     Raises:
-      ValueError: `params` are not those that `adapted` came from.
+      ValueError: `params` has another number of leaves than at `adapt`.
     """
     leaves = _matching(params, adapted)
     numbers = [leaf for leaf, entry in enumerate(adapted.leaves) if entry is not None]
@@ -139,7 +149,7 @@ def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) 
         replaced = with_precision(program, adapted.precision)
         for at, site in sites.items():
             product, entry = replaced.get(at, partial(_first, program.ops[at])), entries[site.leaf]
-            assert isinstance(entry, Factored)  # `sites` has no other leaf
+            assert isinstance(entry, Factored)  # `sites` holds factored leaves only
             replaced[at] = partial(_layer, site, product, entry, failed, adapted.precision)
         program.run(range(len(program.ops)), env, replaced)
         return program.result(env)
@@ -148,9 +158,18 @@ def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) 
 
 
 def weights(params: Params, adapted: Adapted) -> Params:
-    """Each user's adapted leaves written out, `[users, ...]`, None where shared.
+    """Materialise each user's adapted leaves, for inspection and tests; `predict` does not form them.
 
-    After a step or more this is what `inner.adapt` returns. For inspection and tests; `predict` never forms them.
+    Args:
+      params: the shared parameters given to `adapt`.
+      adapted: the result of `adapt`.
+
+    Returns:
+      A pytree like `params`: `[users, ...]` where a leaf is adapted, None where it is shared. With one step or more it
+      equals the result of `inner.adapt`.
+
+    Raises:
+      ValueError: `params` has another number of leaves than at `adapt`.
     """
     full = [
         None if entry is None else jax.vmap(partial(_value, w))(entry, adapted.failed)
@@ -160,17 +179,21 @@ def weights(params: Params, adapted: Adapted) -> Params:
 
 
 def mean_change(params: Params, adapted: Adapted, share: jax.Array) -> Params:
-    """`sum_u share_u (w_u - params)` over users, a pytree like `params`; zeros where a leaf is shared.
+    """Compute the weighted sum of parameter changes over users, `sum_u share_u (w_u - params)`.
 
-    Reptile's meta-gradient, negated. No user's weights are formed: the users' low-rank terms are one product.
+    This is Reptile's negative meta-gradient. No per-user weights are formed: the low-rank terms of all users are summed
+    in one product.
 
     Args:
-      params: the shared parameters that `adapted` came from.
-      adapted: of `adapt`.
+      params: the shared parameters given to `adapt`.
+      adapted: the result of `adapt`.
       share: `[users]` weight of each user.
 
+    Returns:
+      A pytree like `params`, with zeros where a leaf is shared.
+
     Raises:
-      ValueError: `params` are not those that `adapted` came from, or `share` has another number of users.
+      ValueError: `params` has another number of leaves than at `adapt`, or `share` is not `[users]`.
     """
     if share.shape != adapted.failed.shape:
         raise ValueError(f"share must be [{len(adapted.failed)}], one weight a user, got {share.shape}")
@@ -189,22 +212,22 @@ def mean_change(params: Params, adapted: Adapted, share: jax.Array) -> Params:
 
 
 def _matching(params: Params, adapted: Adapted) -> list[jax.Array]:
-    """The leaves of `params`, one for each entry of `adapted`."""
+    """Return the leaves of `params`; raise if they are not as many as the entries of `adapted`."""
     leaves = jax.tree.leaves(params)
     if len(leaves) != len(adapted.leaves):
         raise ValueError(
-            f"params have {len(leaves)} leaves, those that users were adapted from had {len(adapted.leaves)}"
+            f"params have {len(leaves)} leaves, but adapt was given params with {len(adapted.leaves)}; pass the same"
         )
     return leaves
 
 
 def _value(w: jax.Array, entry: Explicit | Factored, failed: jax.Array) -> jax.Array:
-    """One user's values of a leaf."""
+    """Return one user's values of a leaf."""
     return entry.value if isinstance(entry, Explicit) else jnp.where(failed, w, w + _change(w, entry))
 
 
 def _change(w: jax.Array, entry: Factored) -> jax.Array:
-    """`inputs^T outputs`, in the shape of the leaf; the entry is without a users' axis."""
+    """Compute `inputs^T outputs` in the shape of the leaf; the entry has no users' axis."""
     if entry.axes is None:
         return (
             jnp.zeros_like(w).at[entry.inputs].add(entry.outputs.reshape(len(entry.outputs), *w.shape[1:]), mode="drop")
@@ -222,9 +245,9 @@ def _first(op: _trace.Op, *operands: jax.Array) -> jax.Array:
 def _layer(
     site: Site, product: Any, entry: Factored, failed: jax.Array, precision: Any, *operands: jax.Array
 ) -> jax.Array:
-    """A layer of one user's adapted model: shared product plus correction, which a user who failed has not."""
+    """Evaluate a layer of one user's adapted model: shared product plus correction, 0 for a failed user."""
     out, inputs = product(*operands), site.inputs(operands[1 - site.position])
-    if jnp.issubdtype(inputs.dtype, jnp.inexact):  # the same value, but no gradient through what may not be finite
+    if jnp.issubdtype(inputs.dtype, jnp.inexact):  # a failed user's factors may be non-finite: no gradient through them
         inputs = jnp.where(failed, jax.lax.stop_gradient(inputs), inputs)
     gram = site.gram(inputs, entry.inputs, precision)
     correction = jnp.where(failed, 0, jnp.matmul(gram, entry.outputs, precision=precision))

@@ -1,6 +1,7 @@
-"""Implicit MAML: the meta-gradient at the optimum of a regularised inner problem, whatever path led there.
+"""Implicit MAML: the meta-gradient at the minimum of a regularised inner problem.
 
-The inner loop is not differentiated, so its memory does not grow with its steps; conjugate gradients take its place.
+The inner loop is not differentiated, so memory does not grow with its steps. The gradient is computed by conjugate
+gradients instead.
 """
 
 from functools import partial
@@ -18,16 +19,18 @@ from metarec_jax.types import Apply, Examples, Params, PointwiseLoss
 
 
 class ProximalState(NamedTuple):
-    """State of `proximal`: that of the optimiser inside, and how far the parameters have moved."""
+    """State of `proximal`: the wrapped optimiser's state and the parameters' displacement."""
 
     inner: Any
     moved: Params  # the sum of all updates, w - params
 
 
 def proximal(optimizer: optax.GradientTransformation, damping: Params) -> optax.GradientTransformation:
-    """`optimizer` on the loss plus `damping / 2 |w - w_0|^2`, where `w_0` are the parameters at `init`.
+    """Run `optimizer` on the loss plus `damping / 2 |w - w_0|^2`, with `w_0` the parameters at `init`.
 
-    `damping` is a number, or a pytree prefix of the parameters with one for each array or group of arrays.
+    Args:
+      optimizer: any optax transformation.
+      damping: a number, or a pytree prefix of the parameters with a number for each array or subtree.
     """
 
     def init(params: Params) -> ProximalState:
@@ -56,34 +59,34 @@ def adapt(
     form: Params = "auto",
     precision: Any = None,
 ) -> Adapted:
-    """Each user's minimum of the support loss near the shared parameters, differentiated implicitly (iMAML).
+    """Minimise each user's regularised support loss and differentiate the minimum implicitly (iMAML).
 
         w* = argmin_w L_support(w) + damping / 2 |w - params|^2,   dw*/dparams = (I + H / damping)^-1
 
-    with H the Hessian of L_support at w*. Differentiable once, in `params`, in reverse mode; `apply` and
-    `loss` must not close over values that are differentiated. The gradient is that of the exact minimum, so
-    it is as good as the inner loop and the conjugate gradients are converged. Layers whose input no adapted
-    leaf changes, and tables, stay factored throughout, the Hessian products included; deeper layers have
-    per-user weights.
+    with H the Hessian of L_support at w*. Differentiable once, in `params`, in reverse mode; `apply` and `loss` must
+    not close over differentiated values. The gradient formula assumes the exact minimum: its error depends on how far
+    the inner loop and the conjugate gradients have converged.
+
+    Tables and layers whose input depends on no adapted leaf stay factored, in the Hessian products too. Deeper layers
+    have per-user weights.
 
     Args:
-      apply: `apply(params, features) -> scores`, for one user: features `[examples, ...]`, scores
-        `[examples]`.
+      apply: `apply(params, features) -> scores`, for one user: features `[examples, ...]`, scores `[examples]`.
       params: shared parameters, a pytree.
-      support: `[users, examples, ...]` what each user adapts to.
-      damping: strength of the pull to the shared parameters, lambda of the paper; a number, more than 0.
-      loss: elementwise loss of scores and targets; its mean over a user's real examples is minimised.
+      support: support set, arrays `[users, examples, ...]`.
+      damping: strength of the proximal term, lambda of the paper; a number above 0.
+      loss: elementwise loss of scores and targets; its weighted mean over a user's support is minimised.
       optimizer: of the inner problem, any optax transformation (default `optax.sgd(0.1)`).
-      steps: inner steps.
+      steps: number of inner steps.
       adapted: which leaves adapt: a pytree of Python bools, or a prefix of one.
-      iterations: of conjugate gradients.
+      iterations: number of conjugate-gradient iterations.
       count, form, precision: as in `fastweights.adapt`.
 
     Returns:
-      `Adapted`, read with `fastweights.predict`; users that fail keep the shared parameters.
+      `Adapted`, for `fastweights.predict`; failed users keep the shared parameters.
 
     Raises:
-      ValueError: if `damping` is not positive, `steps` is less than 1, or `iterations` or `count` less than 0.
+      ValueError: `damping` is not positive, `steps` is less than 1, or `iterations` or `count` is negative.
 
     References:
       Rajeswaran et al., Meta-Learning with Implicit Gradients, NeurIPS 2019, eq. 6 and algorithm 2.
@@ -98,25 +101,25 @@ def adapt(
     plan = make_plan(apply, params, support.features, start, pulled, steps, adapted, 1.0, form, kept=(MERGED,))
     loop = Loop(plan, jax.tree.structure(start), loss, pulled, steps, True, count, False, as_precision(precision))
     leaves = jax.tree.leaves(params)
-    found, fine = _solve(_Problem(loop, damping, iterations), leaves, support)
-    shared, still = loop.prepare(leaves, healthy(support, fine).features)
+    coordinates, finite = _solve(_Problem(loop, damping, iterations), leaves, support)
+    shared, still = loop.prepare(leaves, healthy(support, finite).features)
     entries: dict[int, Any] = {}
-    for leaf, value in found.items():
+    for leaf, value in coordinates.items():
         if plan.kinds[leaf] == EXPLICIT:
             entries[leaf] = Explicit(value)
             continue
         axes = plan.sites[plan.sites_of(leaf)[0]].axes
         inputs = jax.vmap(lambda still, leaf=leaf: loop.inputs(leaf, {**shared, **still}, {}))(still)
-        entries[leaf] = Factored(choose(fine, inputs, 0), value, axes)
-    return Adapted(tuple(entries.get(i) for i in range(len(leaves))), ~fine, loop.precision)
+        entries[leaf] = Factored(choose(finite, inputs, 0), value, axes)
+    return Adapted(tuple(entries.get(i) for i in range(len(leaves))), ~finite, loop.precision)
 
 
 class _Problem(NamedTuple):
-    """The inner problem in coordinates y: values of explicit leaves; C where a leaf is `W + X^T C`.
+    """The inner problem in coordinates y: the values of an explicit leaf; C for a factored leaf `W + X^T C`.
 
-    Stationarity reads `damping (y - y_0) + h(S y) = 0`: h gives the loss gradients at the explicit leaves and
-    at the factored layers' outputs, S y what the coordinates do to those (X X^T C at the outputs, themselves
-    otherwise).
+    The stationarity condition is `damping (y - y_0) + h(S y) = 0`. S maps coordinates to their effect: `X X^T C` at a
+    factored layer's outputs, the identity for explicit leaves. h returns the loss gradients at these outputs and
+    leaves.
     """
 
     loop: Loop
@@ -124,12 +127,13 @@ class _Problem(NamedTuple):
     iterations: int
 
     def minimum(self, leaves: list[jax.Array], support: Examples) -> tuple[dict[int, jax.Array], jax.Array]:
-        entries, fine = self.loop.run(leaves, support)
-        entries = reset(entries, leaves, fine)
-        return {i: e.value if isinstance(e, Explicit) else e.outputs for i, e in entries.items()}, fine
+        """Run the inner loop; return the coordinates y `[users, ...]` and whether each user stayed finite `[users]`."""
+        entries, finite = self.loop.run(leaves, support)
+        entries = reset(entries, leaves, finite)
+        return {i: e.value if isinstance(e, Explicit) else e.outputs for i, e in entries.items()}, finite
 
     def effect(self, env: dict[int, Any], y: dict[int, jax.Array]) -> dict[int, jax.Array]:
-        """S y, for one user."""
+        """Compute S y for one user."""
         plan, effects = self.loop.plan, {}
         for leaf, value in y.items():
             if plan.kinds[leaf] == MERGED:
@@ -141,7 +145,7 @@ class _Problem(NamedTuple):
     def gradients(
         self, env: dict[int, Any], target: jax.Array, mask: jax.Array, effect: dict[int, jax.Array]
     ) -> dict[int, jax.Array]:
-        """h, for one user: loss gradients where layers' outputs and explicit leaves are as `effect` says."""
+        """Compute h for one user: the loss gradients at the outputs and leaves given by `effect`."""
         plan, local = self.loop.plan, dict(env)
         for leaf in plan.ranked(MERGED):
             row = 0
@@ -159,7 +163,7 @@ class _Problem(NamedTuple):
         return {leaf: gradient[leaf] if leaf in gradient else outputs[leaf] for leaf in plan.kinds}
 
     def stationarity(self, y: dict[int, jax.Array], leaves: list[jax.Array], support: Examples) -> dict[int, jax.Array]:
-        """`damping (y - y_0) + h(S y)`, `[users, ...]`; 0 at the minimum."""
+        """Compute `damping (y - y_0) + h(S y)`, `[users, ...]`; 0 at the minimum."""
         shared, still = self.loop.prepare(leaves, support.features)
 
         def user(y: Any, still: Any, target: jax.Array, mask: jax.Array) -> dict[int, jax.Array]:
@@ -173,10 +177,11 @@ class _Problem(NamedTuple):
     def adjoint(
         self, y: dict[int, jax.Array], bar: dict[int, jax.Array], leaves: list[jax.Array], support: Examples
     ) -> dict[int, jax.Array]:
-        """mu with `(damping + S H) mu = bar`, H the Jacobian of h: `mu = (bar - S kappa) / damping`.
+        """Solve `(damping + S H) mu = bar` for mu, with H the Jacobian of h.
 
-        `(damping + H S) kappa = H bar` is solved by conjugate gradients in the inner product `<a, S b>`, in
-        which it is symmetric: the paper's iteration on whole weights, written in coordinates.
+        `mu = (bar - S kappa) / damping`, where `(damping + H S) kappa = H bar` is solved by conjugate gradients in the
+        inner product `<a, S b>`, which makes the operator symmetric. This is the paper's iteration on full weights,
+        written in coordinates.
         """
         shared, still = self.loop.prepare(leaves, support.features)
 
@@ -198,20 +203,20 @@ class _Problem(NamedTuple):
 
 
 def _solve(problem: _Problem, leaves: list[jax.Array], support: Examples) -> tuple[dict[int, jax.Array], jax.Array]:
-    """The minimum in coordinates, with the implicit gradient with respect to `leaves`."""
+    """Return `problem.minimum` with an implicit gradient in `leaves` and in the support's targets and mask."""
 
     def forward(leaves: list[jax.Array], support: Examples) -> Any:
-        y, fine = problem.minimum(leaves, support)
-        return (y, fine), (y, fine, leaves, support)
+        y, finite = problem.minimum(leaves, support)
+        return (y, finite), (y, finite, leaves, support)
 
-    def backward(kept: Any, bar: Any) -> Any:
-        y, fine, leaves, support = kept
-        fit = healthy(support, fine)
-        mu = problem.adjoint(y, bar[0], leaves, fit)
+    def backward(residuals: Any, bar: Any) -> Any:
+        y, finite, leaves, support = residuals
+        replaced = healthy(support, finite)
+        mu = problem.adjoint(y, bar[0], leaves, replaced)
 
         def stationarity(leaves: list[jax.Array], target: jax.Array, mask: jax.Array) -> dict[int, jax.Array]:
-            fit = healthy(support._replace(target=target, mask=mask), fine)
-            return problem.stationarity(y, leaves, fit)
+            replaced = healthy(support._replace(target=target, mask=mask), finite)
+            return problem.stationarity(y, leaves, replaced)
 
         _, pull = jax.vjp(stationarity, leaves, support.target, support.mask)
         cotangent, target, mask = pull(jax.tree.map(jnp.negative, mu))
@@ -228,21 +233,21 @@ def _no_cotangent(a: jax.Array) -> Any:
 
 
 def _conjugate_gradients(operator: Any, metric: Any, right: Params, iterations: int) -> Params:
-    """Solves `operator(x) = right`; the operator is symmetric, positive in the product `<a, metric(b)>`.
+    """Solve `operator(x) = right`; the operator is symmetric positive in the inner product `<a, metric(b)>`.
 
-    Stops where curvature is not positive, which is so once converged, and away from a minimum (Steihaug, 1983).
+    Stops where the curvature is not positive: after convergence, or away from a minimum (Steihaug, 1983).
     """
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         x, residual, direction, size = carry
         image = operator(direction)
         curvature = _inner(direction, metric(image))
-        going = (curvature > 0) & (size > 0)
-        length = jnp.where(going, size / jnp.where(going, curvature, 1), 0)
+        active = (curvature > 0) & (size > 0)
+        length = jnp.where(active, size / jnp.where(active, curvature, 1), 0)
         x, residual = _add(x, direction, length), _add(residual, image, -length)
-        now = _inner(residual, metric(residual))
-        ahead = _add(residual, direction, now / jnp.where(going, size, 1))
-        return (x, residual, jax.tree.map(lambda d: jnp.where(going, d, 0), ahead), now), None
+        new_size = _inner(residual, metric(residual))
+        next_direction = _add(residual, direction, new_size / jnp.where(active, size, 1))
+        return (x, residual, jax.tree.map(lambda d: jnp.where(active, d, 0), next_direction), new_size), None
 
     start = (jax.tree.map(jnp.zeros_like, right), right, right, _inner(right, metric(right)))
     return jax.lax.scan(step, start, length=iterations)[0][0]

@@ -1,8 +1,7 @@
-"""The inner loop: adapt shared parameters to each user by a few differentiable optimiser steps.
+"""The inner loop in plain form: adapt shared parameters to each user by differentiable optimiser steps.
 
-This is the plain form, `vmap` over users of `grad` over a user's support loss. It is the reference that faster
-engines are compared with. Parameters that every user shares are never copied: only the adapted ("fast") leaves get a
-users axis.
+`vmap` over users of `grad` of a user's support loss: the reference implementation for faster engines. Only the adapted
+("fast") leaves get a users axis; shared parameters are not copied.
 """
 
 from numbers import Real
@@ -17,25 +16,33 @@ from metarec_jax.types import Apply, Examples, Features, Params, PointwiseLoss, 
 
 
 def check_count(count: float | jax.Array) -> None:
-    """Refuses a number of examples that is none; an array, which may be traced, is taken as it is."""
+    """Validate `count`: a finite number, 0 or more. Arrays are not checked, since they may be traced."""
     if isinstance(count, jax.Array | np.ndarray):
         return
     if not isinstance(count, Real) or not 0 <= count < float("inf"):
-        raise ValueError(f"count must be 0 or more examples, got {count!r}")
+        raise ValueError(f"count must be 0 or more and finite, got {count!r}")
 
 
 def partition(params: Params, mask: Params) -> Params:
-    """The leaves of `params` where `mask` (a pytree of bools, or a prefix of one) is True; None elsewhere."""
+    """Select the leaves of `params` where `mask` is True; the others become None.
+
+    Args:
+      params: a pytree.
+      mask: a pytree of bools like `params`, or a prefix of one.
+
+    Raises:
+      ValueError: a leaf of `mask` is not a bool.
+    """
     for flag in jax.tree.leaves(mask):
         if not isinstance(flag, bool | np.bool_):
             raise ValueError(
-                f"what adapts is said by bools, one for each leaf or subtree of the parameters; got {flag!r}"
+                f"the mask of adapted parameters must hold bools, one for each leaf or subtree; got {flag!r}"
             )
     return jax.tree.map(lambda keep, sub: sub if keep else jax.tree.map(lambda _: None, sub), mask, params)
 
 
 def merge(fast: Params, params: Params) -> Params:
-    """`params` with every leaf that `fast` has replaced; where `fast` has None the shared leaf stays."""
+    """Replace leaves of `params` by those of `fast`; where `fast` is None the shared leaf stays."""
     return jax.tree.map(lambda f, p: p if f is None else f, fast, params, is_leaf=lambda x: x is None)
 
 
@@ -52,33 +59,33 @@ def adapt(
     first_order: bool = False,
     count: float | jax.Array = 0.0,
 ) -> Params:
-    """Fast weights of each user after `steps` optimiser steps on that user's support loss (MAML, eq. 1).
+    """Compute each user's fast weights by `steps` optimiser steps on the support loss (MAML, eq. 1).
 
         w_0 = params;  w_{k+1} = w_k + step_size * optimizer(grad L_support(w_k))
 
     Differentiable in `params` and `step_size` to second order; `first_order=True` treats the inner gradients as
-    constants (FOMAML). A user with no support example keeps the shared parameters, exactly.
+    constants (FOMAML). A user without support examples keeps the shared parameters exactly.
 
     Args:
       apply: `apply(params, features) -> scores`, for one user: features `[examples, ...]`, scores `[examples]`.
       params: shared parameters, a pytree.
-      support: `[users, examples, ...]` what each user adapts to.
-      loss: elementwise loss of scores and targets; its mean over a user's real examples is minimised.
-      optimizer: any optax transformation (default `optax.sgd(0.1)`); its state starts anew for each user.
+      support: support set, arrays `[users, examples, ...]`.
+      loss: elementwise loss of scores and targets; its weighted mean over a user's support is minimised.
+      optimizer: any optax transformation (default `optax.sgd(0.1)`); its state is initialised for each user.
       steps: number of inner steps.
       adapted: which leaves adapt: a pytree of Python bools, or a prefix of one (True: all of them).
       step_size: multiplies the optimiser's updates; a scalar or array, or a pytree prefix of the adapted leaves.
         Make it a parameter to meta-learn it (Meta-SGD, Li et al., 2017).
       first_order: drop the second-order terms of the meta-gradient.
-      count: adds to the number of a user's examples in that mean, as so many more whose loss nothing changes: with few
-        real ones a user moves less, as a posterior mean does, unless the optimiser's steps do not depend on the size of
-        the gradient, as Adam's. 0 or more; 0 is the published mean.
+      count: pseudo-count in the denominator of the support mean, 0 or more; 0 is the published mean. It shrinks the
+        steps of users with few examples, as a posterior mean does. It has little effect on optimisers whose steps do
+        not depend on the gradient's scale, such as Adam.
 
     Returns:
-      A pytree like `params`: `[users, ...]` where a leaf is adapted, None where it is shared. Read it with `predict`.
+      A pytree like `params`: `[users, ...]` where a leaf is adapted, None where it is shared. Pass it to `predict`.
 
     Raises:
-      ValueError: for a negative number of steps or count.
+      ValueError: `steps` or `count` is negative.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
@@ -112,12 +119,21 @@ def adapt(
 
 
 def predict(apply: Apply, params: Params, fast: Params, features: Features) -> jax.Array:
-    """Scores `[users, examples]` of each user's adapted model on `features` `[users, examples, ...]`."""
+    """Score examples with each user's adapted model.
+
+    Args:
+      apply, params: as given to `adapt`.
+      fast: the result of `adapt`.
+      features: `[users, examples, ...]`.
+
+    Returns:
+      Scores `[users, examples]`.
+    """
     return jax.vmap(lambda w, x: apply(merge(w, params), x))(fast, features)
 
 
 def _scale(step_size: Params, updates: Params) -> Params:
-    """`step_size * updates`, where `step_size` is a prefix of `updates`."""
+    """Compute `step_size * updates`, where `step_size` is a pytree prefix of `updates`."""
     return jax.tree.map(
         lambda s, sub: None if sub is None else jax.tree.map(lambda u: s * u, sub),
         step_size,

@@ -1,4 +1,4 @@
-"""The outer loop: meta-loss over a batch of users, its gradient, and one meta-step."""
+"""The outer loop: meta-loss over a batch of users, and the meta-step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ Loss = Callable[[Params, Task, jax.Array], tuple[jax.Array, dict[str, jax.Array]
 
 
 def query_loss(scores: jax.Array, query: Examples, loss: PointwiseLoss) -> jax.Array:
-    """Mean over users of each user's mean query loss; users without a query example do not count.
+    """Compute the mean over users of their mean query loss; users without query examples are left out.
 
     Args:
       scores: `[users, examples]`.
@@ -26,16 +26,19 @@ def query_loss(scores: jax.Array, query: Examples, loss: PointwiseLoss) -> jax.A
 
 
 def meta_step(loss: Loss, optimizer: optax.GradientTransformation, *, chunk: int | None = None) -> Callable[..., Any]:
-    """One step of meta-training as a pure function: jit it, and donate the first two arguments.
+    """Build a meta-training step as a pure function. Jit it and donate its first two arguments.
 
     Args:
       loss: `loss(params, task, key) -> (scalar, aux)`, the loss of a strategy. Its gradient is the meta-gradient.
       optimizer: any optax transformation.
-      chunk: users differentiated at a time, see `chunked`: any number of users in bounded memory.
+      chunk: users differentiated at a time, to bound memory; see `chunked`.
 
     Returns:
-      `step(params, state, task, key) -> (params, state, aux)`, where `state` starts as `optimizer.init(params)` and
-      `aux` is the loss's own with `loss` added, a scalar.
+      `step(params, state, task, key) -> (params, state, aux)`. The first `state` is `optimizer.init(params)`; `aux` is
+      that of the loss, with the scalar "loss" added.
+
+    Raises:
+      ValueError: `chunk` is less than 1.
     """
 
     if chunk is not None:
@@ -50,20 +53,22 @@ def meta_step(loss: Loss, optimizer: optax.GradientTransformation, *, chunk: int
 
 
 def chunked(loss: Loss, chunk: int) -> Loss:
-    """A meta-loss that works through its users `chunk` at a time: same value, same gradient, bounded memory.
+    """Evaluate a meta-loss in chunks of users: same value and gradient, bounded memory.
 
-    Value and gradient of a chunk are found together, so nothing is computed twice and no activation outlives
-    its chunk; small chunks also stay in a CPU's cache. Users without a query example do not count, as in
-    `query_loss`. Differentiable once, in `params` only; `aux` has no gradient.
+    The value and gradient of a chunk are computed together, so nothing is computed twice and no activation outlives
+    its chunk. Small chunks also fit into a CPU's cache. Users without query examples are left out, as in `query_loss`.
+    Differentiable once, in `params` only; `aux` has no gradient.
 
     Args:
-      loss: `loss(params, task, key) -> (scalar, aux)`, a mean over the task's users that have a query
-        example.
-      chunk: users at a time; the last chunk is filled up with users that have no examples.
+      loss: `loss(params, task, key) -> (scalar, aux)`, a mean over the users with query examples.
+      chunk: users per chunk; the last one is padded with users without examples.
 
     Returns:
-      A loss of the same form, each chunk with its own key. In `aux`, scalar floats are averaged as the loss
-      is, scalar counts (integers and bools) are summed, and arrays `[users, ...]` are joined.
+      A loss of the same form that splits `key` over the chunks. In `aux`, scalar floats are averaged as the loss is,
+      scalar integers and bools are summed, and arrays `[users, ...]` are concatenated.
+
+    Raises:
+      ValueError: `chunk` is less than 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be 1 or more, got {chunk}")
@@ -109,14 +114,14 @@ def _weigh(share: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _join(share: jax.Array, users: int, value: jax.Array) -> jax.Array:
-    """The chunks' auxiliary outputs `[chunks, ...]` as one."""
+    """Combine the chunks' auxiliary outputs `[chunks, ...]`."""
     if value.ndim > 1:
         return value.reshape(-1, *value.shape[2:])[:users]
     return jnp.where(share > 0, share * value, 0).sum() if jnp.issubdtype(value.dtype, jnp.inexact) else value.sum()
 
 
 def pieces(batch: Any, chunk: int) -> Any:
-    """`[users, ...]` as `[chunks, chunk, ...]`; the last chunk is filled with users of zeros, masked."""
+    """Reshape arrays `[users, ...]` to `[chunks, chunk, ...]`; zeros (mask 0) pad the last chunk."""
     users = jax.tree.leaves(batch)[0].shape[0]
     missing = -users % chunk
 

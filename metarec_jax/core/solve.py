@@ -1,4 +1,4 @@
-"""Solve: batched symmetric positive definite systems by conjugate gradients, in matrix products only."""
+"""Batched conjugate gradients for symmetric positive definite systems."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,17 @@ import jax.numpy as jnp
 def solve(matrix: jax.Array, right: jax.Array, steps: int = 24) -> jax.Array:
     """Solve `matrix @ x = right` for each user by conjugate gradients with a Jacobi preconditioner.
 
-    A fixed number of steps, differentiable in both arguments through the implicit function theorem. Batched LAPACK
-    factorisations would be the usual way; two of them at once can deadlock the CPU thread pool of jaxlib 0.10.2.
+    Uses matrix products only, for a fixed number of steps. Differentiable in both arguments by the implicit function
+    theorem. Batched LAPACK factorisations are not used: two at once can deadlock the CPU thread pool of jaxlib 0.10.2.
 
     Args:
       matrix: `[users, n, n]`, symmetric positive definite.
       right: `[users, n]` or `[users, n, columns]`.
-      steps: more than the number of clusters of eigenvalues; `n` are exact up to rounding.
+      steps: number of iterations; choose more than the number of eigenvalue clusters. `n` steps are exact up to
+        rounding.
+
+    Returns:
+      x, of the shape of `right`.
 
     References:
       Hestenes and Stiefel, Methods of Conjugate Gradients for Solving Linear Systems, 1952.

@@ -1,9 +1,9 @@
-"""Row-sparse embeddings: a meta-step whose cost follows the batch, never the rows of its tables.
+"""Row-sparse embeddings: a meta-step whose cost depends on the batch size, not on the number of table rows.
 
-A batch touches few rows of an item table. Before anything is differentiated those rows are gathered into a small table
-and the batch's ids become positions in it, so that any loss runs on it unchanged and its gradient is that of the rows,
-repeated ids summed. Each row has an optimiser of its own, which steps only when a batch touches the row; new rows and
-new states are scattered into the old buffers. Sorting, gathering and scattering all have the size of the batch.
+A batch touches few rows of an item table. These rows are gathered into a compact table and the batch's ids are mapped
+to positions in it. Any loss runs on the compact table unchanged; its gradient sums over repeated ids. Each row has its
+own optimiser state, updated only when a batch touches the row. New rows and states are scattered into the old buffers.
+The sort, gather and scatter have the size of the batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +23,8 @@ class State(NamedTuple):
     """State of a row-sparse meta-step.
 
     Attributes:
-      rest: state of the optimiser of all parameters that are no tables.
-      tables: by path of the table, the row optimiser's state, every array of it `[rows, ...]`.
+      rest: optimiser state of the parameters that are not tables.
+      tables: table path -> state of the row optimiser, with arrays `[rows, ...]`.
     """
 
     rest: Any
@@ -32,7 +32,9 @@ class State(NamedTuple):
 
 
 class MetaStep(NamedTuple):
-    """A pair of pure functions: jit both, and donate the first two arguments of `step`, or all tables are copied.
+    """A row-sparse meta-step as two pure functions.
+
+    Jit both. Donate the first two arguments of `step`; otherwise all tables are copied.
 
     Attributes:
       init: `init(params) -> State`.
@@ -44,47 +46,47 @@ class MetaStep(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The rows of a table that a batch uses, `[n]`: row 0, the others in order, then as many as it takes of no row."""
+    """Row numbers `[n]` of the compact table: row 0, the batch's other rows in order, then padding beyond the table."""
 
     read: jax.Array
-    write: jax.Array  # beyond the table where nothing is to be written
+    write: jax.Array  # beyond the table where nothing must be written
 
 
 def meta_step(
     loss: Loss, optimizer: optax.GradientTransformation, row_optimizer: optax.GradientTransformation, tables: Tables
 ) -> MetaStep:
-    """`core.meta_step` with row-sparse tables.
+    """Build a meta-step with row-sparse embedding tables; otherwise as `core.meta_step`.
 
-    Every row runs `row_optimizer` alone, as if it were a parameter of its own, in the steps that touch it: those where
-    its id occurs in the features, under the mask too. In other steps neither the row nor its state changes. Hence
+    Each row is a separate parameter of `row_optimizer`. A step updates a row and its state only if the row's id occurs
+    in the features, including padded examples. Hence:
 
-    - `optax.sgd` and `optax.adagrad` equal the dense update, to which an untouched row's zero gradient means nothing;
-    - `optax.adam` is lazy: a row's moments decay, and its bias correction counts, by the row's own steps, where dense
-      Adam keeps moving rows that were touched before. Both are equal when every step touches every row. Momentum,
-      weight decay and schedules are lazy likewise;
-    - `rowwise_adagrad` keeps one number a row;
-    - transformations see one row of one table: `optax.clip_by_global_norm` clips each row's norm.
+    - `optax.sgd` and `optax.adagrad` equal the dense update, which leaves a row with zero gradient unchanged.
+    - `optax.adam` is lazy: a row's moments decay, and its bias correction counts, only in steps that touch the row.
+      Dense Adam keeps moving rows that were touched before. Both are equal if every step touches every row. Momentum,
+      weight decay and schedules are lazy too.
+    - `rowwise_adagrad` keeps one number per row.
+    - Transformations see one row of one table: `optax.clip_by_global_norm` clips each row's norm.
 
-    The loss sees tables of at most (ids in the batch) + 2 rows. It may read them only through the features named, and
-    ids only as row numbers: their order stays, id 0 stays 0 (padding of multi-valued fields), negative ids become -1,
-    and ids beyond the table stay beyond it. The latter two, which are no rows, train nothing. A penalty on a whole
-    table belongs in `row_optimizer`.
+    The loss sees tables of at most (ids in the batch) + 2 rows. It must read them only through the named features and
+    use ids only as row numbers. Ids keep their order and id 0 stays 0 (padding of multi-valued fields). Negative ids
+    become -1 and ids beyond the table stay beyond it; neither trains any row. Put a penalty on a whole table into
+    `row_optimizer`.
 
     Args:
       loss: `loss(params, task, key) -> (scalar, aux)`, the loss of a strategy.
-      optimizer: any optax transformation, for the parameters that are no tables.
+      optimizer: any optax transformation, for the parameters that are not tables.
       row_optimizer: any optax transformation, for one row.
-      tables: for a feature, or a tuple of features that share tables, the tables that its ids index: a path or several,
-        of a leaf or of a subtree of tables, in the parameters; names joined by "/". Each leaf is `[rows, ...]`, with
-        equal rows for the tables of one feature; features are integer arrays of any shape, in support and query.
-        With `models.linear`: `{"item_id": ["model/embedding/item_id", "model/embedding_bias/item_id"]}`.
+      tables: maps a feature, or a tuple of features that share tables, to the parameter path or paths of the tables
+        that its ids index. A path joins names by "/" and may end at a subtree. Each leaf is `[rows, ...]`, with equal
+        rows for all tables of one feature. Features are integer arrays of any shape, in support and query. With
+        `models.linear`: `{"item_id": ["model/embedding/item_id", "model/embedding_bias/item_id"]}`.
 
     Returns:
-      `init` and `step`; `aux` is the loss's own with `loss` added, a scalar.
+      `MetaStep`; its `aux` is that of the loss, with the scalar "loss" added.
 
     Raises:
-      ValueError: when `init` or `step` is traced: a path or feature that does not exist or occurs twice, a feature that
-        is no integer array, tables of one feature with different numbers of rows.
+      ValueError: a feature occurs twice. When `init` or `step` is traced: a path or feature is missing, a path occurs
+        twice, a feature is not an integer array, or tables of one feature differ in rows.
 
     References:
       Kingma and Ba, Adam, ICLR 2015, algorithm 1, here for each row. Lazy Adam is known from TensorFlow Addons
@@ -92,8 +94,8 @@ def meta_step(
     """
     groups = {(features,) if isinstance(features, str) else features: paths for features, paths in tables.items()}
     named = [name for features in groups for name in features]
-    if twice := sorted({name for name in named if named.count(name) > 1}):
-        raise ValueError(f"tables: feature {twice[0]!r} occurs twice; features that share a table go in one tuple")
+    if repeated := sorted({name for name in named if named.count(name) > 1}):
+        raise ValueError(f"tables: feature {repeated[0]!r} occurs twice; features that share a table go in one tuple")
 
     def init(params: Params) -> State:
         leaves = _table_leaves(params, groups)
@@ -110,7 +112,7 @@ def meta_step(
             task, rows = _compact(task, features, len(next(iter(leaves.values()))))
             old |= {path: (table, state.tables[path]) for path, table in leaves.items()}
             at |= dict.fromkeys(leaves, rows)
-        # The barrier keeps every read before every write: a read fused into its later uses could cost a copy.
+        # The barrier orders all reads before all writes: a read fused into a later use could force a copy of the table.
         read = jax.lax.optimization_barrier({path: _read(old[path], at[path].read) for path in old})
         small = _replace(params, {path: table for path, (table, _) in read.items()})
 
@@ -134,16 +136,16 @@ def meta_step(
 def rowwise_adagrad(
     learning_rate: optax.ScalarOrSchedule, initial_accumulator_value: float = 0.1, eps: float = 1e-7
 ) -> optax.GradientTransformation:
-    """Adagrad with one accumulator for a whole row: the state of a table is `[rows]` instead of `[rows, width]`.
+    """Build Adagrad with one accumulator per row: a table's state is `[rows]` instead of `[rows, width]`.
 
         a <- a + mean(g^2);   row <- row - learning_rate * g / sqrt(a + eps)
 
-    A `row_optimizer`; on a parameter that is no row it would keep one accumulator for each whole array.
+    For use as a `row_optimizer`. On any other parameter it keeps one accumulator for the whole array.
 
     Args:
       learning_rate: step size, or a schedule of it.
-      initial_accumulator_value: where `a` starts, 0 or more.
-      eps: keeps the root from 0, as in `optax.adagrad`.
+      initial_accumulator_value: initial value of `a`, 0 or more.
+      eps: added under the root for numerical stability, as in `optax.adagrad`.
 
     References:
       Gupta, Bengio and Weston, Training Highly Multiclass Classifiers, JMLR 15, 2014; for embeddings Lerer et al.,
@@ -161,11 +163,14 @@ def rowwise_adagrad(
     return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
 
 
-# --- rows: what a batch uses of a table
+# --- rows: the compact tables of a batch
 
 
 def _compact(task: Task, features: tuple[str, ...], rows: int) -> tuple[Task, _Rows]:
-    """The task with positions for the ids of `features`, and the rows at those positions; the last is always no row."""
+    """Replace the ids of `features` by positions in a compact table; return the task and the rows at the positions.
+
+    The last position is never a row of the table.
+    """
     ids = [_ids(part.features, name) for part in task for name in features]
     flat = jnp.concatenate([x.ravel() for x in ids])
     known = (flat >= 0) & (flat < rows)
@@ -183,9 +188,10 @@ def _compact(task: Task, features: tuple[str, ...], rows: int) -> tuple[Task, _R
 
 
 def _ids(features: Features, name: str) -> jax.Array:
+    """Return a feature's ids, validated, as integers of at least 32 bits."""
     leaf = _leaves(features).get(name)
     if leaf is None:
-        raise ValueError(f"tables: the task has no feature {name!r}; it has {sorted(_leaves(features))}")
+        raise ValueError(f"tables: the task has no feature {name!r}; choose from {sorted(_leaves(features))}")
     ids = jnp.asarray(leaf)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"tables: feature {name!r} must be an integer array, got {ids.dtype}")
@@ -193,23 +199,24 @@ def _ids(features: Features, name: str) -> jax.Array:
 
 
 def _read(tree: Any, rows: jax.Array) -> Any:
-    """`[n, ...]` of every `[rows, ...]`; zeros for no row."""
+    """Gather `[n, ...]` from every array `[rows, ...]`; zeros for rows beyond the table."""
     return jax.tree.map(lambda a: a.at[rows].get(mode="fill", fill_value=0), tree)
 
 
 def _write(tree: Any, new: Any, rows: jax.Array) -> Any:
+    """Scatter `new` `[n, ...]` into every array `[rows, ...]`; rows beyond the table are dropped."""
     return jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop", unique_indices=True), tree, new)
 
 
 def _advance(
     row_optimizer: optax.GradientTransformation, gradient: jax.Array, state: Any, table: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """One step of each row's optimiser: the new rows `[n, ...]` and their states."""
+    """Step each row's optimiser; return the new rows `[n, ...]` and their states."""
     updates, state = jax.vmap(row_optimizer.update)(gradient, state, table)
     return optax.apply_updates(table, updates), state
 
 
-# --- paths: where tables and ids are in their pytrees
+# --- paths of tables and features in their pytrees
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -221,7 +228,7 @@ def _leaves(tree: Any) -> dict[str, jax.Array]:
 
 
 def _replace(tree: Any, new: Mapping[str, Any]) -> Any:
-    """`tree` with other values at the paths of `new`."""
+    """Replace the values of `tree` at the paths of `new`."""
     return jax.tree.map_with_path(
         lambda path, leaf: new.get(_name(path), leaf), tree, is_leaf=lambda leaf: leaf is None
     )
@@ -230,22 +237,22 @@ def _replace(tree: Any, new: Mapping[str, Any]) -> Any:
 def _table_leaves(
     params: Params, groups: Mapping[tuple[str, ...], str | Sequence[str]]
 ) -> dict[tuple[str, ...], dict[str, jax.Array]]:
-    """For the features of each group, its tables by path."""
+    """Return the tables of each feature group, by path."""
     names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
-    leaves, found = _leaves(params), {}
+    leaves, tables_of = _leaves(params), {}
     seen: set[str] = set()
     for features, paths in groups.items():
         tables: dict[str, jax.Array] = {}
         for path in [paths] if isinstance(paths, str) else paths:
-            here = [name for name in names if name == path or name.startswith(f"{path}/")]
-            if not here:
+            matches = [name for name in names if name == path or name.startswith(f"{path}/")]
+            if not matches:
                 raise ValueError(f"tables: the parameters have nothing at {path!r}; their leaves are {names}")
-            if twice := [name for name in here if name in seen or here.count(name) > 1]:
-                raise ValueError(f"tables: {twice[0]!r} occurs twice; features that share a table go in one tuple")
-            seen.update(here)
-            tables |= {name: leaves[name] for name in here}
+            if repeated := [name for name in matches if name in seen or matches.count(name) > 1]:
+                raise ValueError(f"tables: {repeated[0]!r} occurs twice; features that share a table go in one tuple")
+            seen.update(matches)
+            tables |= {name: leaves[name] for name in matches}
         rows = {name: table.shape[0] if table.ndim else 0 for name, table in tables.items()}
         if len(set(rows.values())) != 1 or 0 in rows.values():
-            raise ValueError(f"tables: those of {features} need one number of rows, 1 or more, got {rows}")
-        found[features] = tables
-    return found
+            raise ValueError(f"tables: all tables of {features} need one number of rows, 1 or more, got {rows}")
+        tables_of[features] = tables
+    return tables_of

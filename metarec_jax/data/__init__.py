@@ -1,4 +1,4 @@
-"""Data: read, check, clean and encode interactions, users and items."""
+"""Data: read, validate, clean and encode interactions, users and items."""
 
 from metarec_jax._moved import moved
 from metarec_jax.data import cleaning

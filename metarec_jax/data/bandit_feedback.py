@@ -1,4 +1,4 @@
-"""Open Bandit: real clicks that a fashion shop logged with the probabilities of what it showed."""
+"""Open Bandit: logged clicks of a fashion shop with the propensities of the displayed items."""
 
 import io
 import logging
@@ -15,7 +15,7 @@ from metarec_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-OBP = "obp==0.4.1"  # its wheel carries a sample of 10,000 rows a file; only these members of it are ever read
+OBP = "obp==0.4.1"  # its wheel holds a sample of 10,000 rows a file; only the members below are read
 SHA256 = {
     "bts/all/all.csv": "0ad874e4dbf6902f0845dd478ad8dde5ef6903583d3ffaace78411bdad064106",
     "bts/men/men.csv": "db6d1f7ed2d591ba521533e45286d4c1fba7fe57a8ad2e80342210335f43c527",
@@ -29,17 +29,17 @@ LICENCE = "Open Bandit data: ZOZO, CC BY 4.0; cite Saito et al., NeurIPS Dataset
 
 @dataclass(frozen=True, eq=False)
 class LoggedFeedback:
-    """What a logging policy showed, and what came of it.
+    """Actions of a logging policy, their propensities and rewards.
 
     Attributes:
-      action: `[n]` int32, what was shown.
-      position: `[n]` int32, where; 0, 1, 2 from the left.
-      reward: `[n]` float64, 1 where it was clicked.
-      propensity: `[n]` float64, the policy's probability to show this action at this position.
-      user: `[n, 4]` int32, codes of four hashed user attributes.
-      affinity: `[n, actions]` float32, how often the user clicked each item before.
+      action: `[n]` int32 displayed item.
+      position: `[n]` int32 display position; 0, 1, 2 from the left.
+      reward: `[n]` float64, 1 for a click, else 0.
+      propensity: `[n]` float64 probability with which the logging policy shows this action at this position.
+      user: `[n, 4]` int32 codes of four hashed user attributes.
+      affinity: `[n, actions]` float32 number of the user's earlier clicks on each item.
       timestamp: `[n]` int64 seconds, ascending.
-      actions: how many there are.
+      actions: number of actions.
     """
 
     action: np.ndarray
@@ -58,18 +58,18 @@ def open_bandit(
     *,
     cache: str | Path | None = None,
 ) -> LoggedFeedback:
-    """The small sample of the Open Bandit dataset: 10,000 logged impressions of one policy in one campaign.
+    """Load the small sample of the Open Bandit dataset: 10,000 impressions of one policy in one campaign.
 
-    It is taken from the wheel of the PyPI package obp 0.4.1, of which only the data are read and nothing is run, and
-    kept in the cache.
+    The sample comes from the wheel of the PyPI package obp 0.4.1. Only its data files are read; no code of it runs. The
+    sample is kept in the cache.
 
     Args:
       policy: "random", or "bts" (Bernoulli Thompson sampling).
-      campaign: of all items, men's or women's.
-      cache: where downloads are kept (default as in `load`).
+      campaign: "all" items, "men" or "women".
+      cache: download folder (default as in `load`).
 
     Raises:
-      DataError: an unknown name, or the sample can neither be found nor fetched.
+      DataError: unknown `policy` or `campaign`, or the sample is neither in the cache nor can be downloaded.
 
     References:
       Saito et al., Open Bandit Dataset and Pipeline, NeurIPS Datasets and Benchmarks 2021.
@@ -77,7 +77,9 @@ def open_bandit(
     import polars as pl
 
     if policy not in ("random", "bts") or campaign not in ("all", "men", "women"):
-        raise DataError(f'policy is "random" or "bts", campaign "all", "men" or "women"; got {policy!r}, {campaign!r}')
+        raise DataError(
+            f'policy must be "random" or "bts", campaign "all", "men" or "women"; got {policy!r}, {campaign!r}'
+        )
     archive = cache_folder(cache) / "open-bandit.zip"
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +89,7 @@ def open_bandit(
         with zipfile.ZipFile(archive) as file:
             table = pl.read_csv(io.BytesIO(file.read(f"{policy}/{campaign}/{campaign}.csv")))
     except (KeyError, zipfile.BadZipFile, zlib.error, pl.exceptions.PolarsError) as error:
-        raise DataError(f"{archive} is damaged ({error}); delete it to have it fetched again") from error
+        raise DataError(f"{archive} is damaged ({error}); delete it and call again to download it") from error
     affinity = sorted((c for c in table.columns if c.startswith("user-item_affinity_")), key=lambda c: int(c[19:]))
     codes = [np.unique(table[f"user_feature_{i}"].to_numpy(), return_inverse=True)[1] for i in range(4)]
     return LoggedFeedback(

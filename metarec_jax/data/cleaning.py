@@ -1,7 +1,7 @@
-"""Cleaning: a declared list of rules on a table of interactions, and a report of what each one took.
+"""Cleaning: rules that drop or correct rows of an interaction table, with a report.
 
-A rule is a named function from a polars table with the columns `user_id`, `item_id`, `rating` and, where there is one,
-`timestamp` (seconds), to the same table with fewer or mended rows.
+A rule maps a polars table with the columns `user_id`, `item_id`, `rating` and, optionally, `timestamp` (seconds) to the
+same table with fewer or corrected rows.
 """
 
 import math
@@ -20,12 +20,12 @@ DAY = 86_400
 
 
 class Rule(NamedTuple):
-    """One step of cleaning.
+    """One cleaning step.
 
     Attributes:
-      name: for the report and for errors.
-      apply: table -> (table, rows touched): dropped, or changed where the rule mends.
-      needs: columns that the table must have.
+      name: the name in reports and errors.
+      apply: table -> (table, number of rows dropped or changed).
+      needs: required columns.
     """
 
     name: str
@@ -34,20 +34,24 @@ class Rule(NamedTuple):
 
 
 def clean(table: "pl.DataFrame", rules: Sequence[Rule]) -> tuple["pl.DataFrame", dict[str, int]]:
-    """Apply the rules in order.
+    """Apply cleaning rules in order.
+
+    Args:
+      table: the interactions.
+      rules: the rules, with distinct names.
 
     Returns:
-      The cleaned table, and the report: rows that each rule touched, by its name.
+      The cleaned table, and a report: the number of rows that each rule touched, by name.
 
     Raises:
-      DataError: a rule needs a column that is not there, or leaves no row; two rules have one name.
+      DataError: a rule needs a missing column or leaves no row; or two rules have the same name.
     """
     report: dict[str, int] = {}
     for rule in rules:
         if rule.name in report:
-            raise DataError(f"clean: the rule {rule.name!r} is there twice; the report has one line for each")
+            raise DataError(f"clean: the rule {rule.name!r} is there twice; give each rule once")
         if missing := [column for column in rule.needs if column not in table.columns]:
-            raise DataError(f"clean: the rule {rule.name!r} needs the column {missing[0]!r}; there is none")
+            raise DataError(f"clean: the rule {rule.name!r} needs the column {missing[0]!r}; add it or drop the rule")
         table, report[rule.name] = rule.apply(table)
         if not table.height:
             raise DataError(f"clean: the rule {rule.name!r} leaves no row (rows touched so far: {report}); loosen it")
@@ -55,7 +59,7 @@ def clean(table: "pl.DataFrame", rules: Sequence[Rule]) -> tuple["pl.DataFrame",
 
 
 def duplicates() -> Rule:
-    """Of several interactions of one user with one item the latest stays (by time, else by row)."""
+    """Keep the latest of several interactions of one user with one item (by time, then by row)."""
 
     def apply(table: "pl.DataFrame") -> tuple["pl.DataFrame", int]:
         rows = table.with_row_index("_row")
@@ -67,7 +71,11 @@ def duplicates() -> Rule:
 
 
 def rating_between(low: float, high: float) -> Rule:
-    """Drops ratings outside `[low, high]`, which cannot be; also NaN and nulls."""
+    """Drop invalid ratings: outside `[low, high]`, NaN or null.
+
+    Raises:
+      ValueError: `low` is not below `high`.
+    """
     import polars as pl
 
     if not low < high:
@@ -76,8 +84,14 @@ def rating_between(low: float, high: float) -> Rule:
 
 
 def time_between(first: datetime | float, last: datetime | float) -> Rule:
-    """Drops interactions outside `[first, last]`, moments or seconds since 1970: before the shop opened, or in the
-    future."""
+    """Drop interactions outside `[first, last]`, for instance before the shop opened or in the future.
+
+    Args:
+      first, last: datetimes, or seconds since 1970.
+
+    Raises:
+      ValueError: `first` is not before `last`.
+    """
     import polars as pl
 
     low, high = (m.timestamp() if isinstance(m, datetime) else float(m) for m in (first, last))
@@ -87,8 +101,11 @@ def time_between(first: datetime | float, last: datetime | float) -> Rule:
 
 
 def milliseconds_to_seconds() -> Rule:
-    """Divides timestamps of 10^11 and more, which as seconds lie after the year 5138, by 1000; from 10^14 on they are
-    microseconds, and divided by 10^6."""
+    """Convert timestamps in milliseconds or microseconds to seconds.
+
+    Values of 10^11 and more, which as seconds lie after the year 5138, are divided by 1000; values of 10^14 and more
+    are divided by 10^6.
+    """
     import polars as pl
 
     def apply(table: "pl.DataFrame") -> tuple["pl.DataFrame", int]:
@@ -101,8 +118,12 @@ def milliseconds_to_seconds() -> Rule:
 
 
 def bots(per_day: int = 1000, per_minute: int = 60) -> Rule:
-    """Drops users who interact more than `per_day` times in some calendar day (UTC) or `per_minute` times in some
-    calendar minute: more than people can."""
+    """Drop users whose activity exceeds human rates.
+
+    Args:
+      per_day: most interactions in a calendar day (UTC).
+      per_minute: most interactions in a calendar minute.
+    """
     import polars as pl
 
     def busiest(seconds: int) -> "pl.Expr":
@@ -113,7 +134,7 @@ def bots(per_day: int = 1000, per_minute: int = 60) -> Rule:
 
 
 def one_rating_users(minimum: int = 20) -> Rule:
-    """Drops users with `minimum` ratings or more that are all the same: they tell nothing of what they like."""
+    """Drop users with at least `minimum` ratings that are all equal: they carry no preference."""
     import polars as pl
 
     rating = pl.col("rating")
@@ -122,8 +143,11 @@ def one_rating_users(minimum: int = 20) -> Rule:
 
 
 def outlier_users(deviations: float = 6.0) -> Rule:
-    """Drops users whose number of interactions, on a log scale, is more than so many robust standard deviations
-    (1.4826 times the median absolute deviation) above the users' median, and more than twice as high."""
+    """Drop users with an outlying number of interactions.
+
+    The log count of such a user is more than `deviations` robust standard deviations (1.4826 times the median absolute
+    deviation) above the median, and the count more than twice the median.
+    """
     import polars as pl
 
     def apply(table: "pl.DataFrame") -> tuple["pl.DataFrame", int]:
@@ -131,7 +155,8 @@ def outlier_users(deviations: float = 6.0) -> Rule:
         logs = count["n"].to_numpy()
         middle = float(np.median(logs))
         spread = 1.4826 * float(np.median(np.abs(logs - middle)))
-        usual = count.filter(pl.col("n") <= middle + max(deviations * spread, math.log(2)))  # twice is never an outlier
+        # up to twice the median is never an outlier
+        usual = count.filter(pl.col("n") <= middle + max(deviations * spread, math.log(2)))
         kept = table.join(usual, "user_id", "semi", maintain_order="left")
         return kept, table.height - kept.height
 
@@ -139,7 +164,15 @@ def outlier_users(deviations: float = 6.0) -> Rule:
 
 
 def k_core(users: int = 5, items: int = 5) -> Rule:
-    """Drops users with fewer than `users` and items with fewer than `items` interactions, until none is left."""
+    """Drop rare users and items repeatedly, until none is left.
+
+    Args:
+      users: fewest interactions of a user.
+      items: fewest interactions of an item.
+
+    Raises:
+      ValueError: `users` or `items` is below 1.
+    """
     import polars as pl
 
     if users < 1 or items < 1:
@@ -157,10 +190,10 @@ def k_core(users: int = 5, items: int = 5) -> Rule:
 
 
 def _keep(name: str, kept: "pl.Expr", needs: tuple[str, ...]) -> Rule:
-    """The rule that drops every row for which `kept` is not true."""
+    """Build the rule that keeps the rows for which `kept` is true; null is false."""
 
     def apply(table: "pl.DataFrame") -> tuple["pl.DataFrame", int]:
-        found = table.filter(kept.fill_null(False))
-        return found, table.height - found.height
+        remaining = table.filter(kept.fill_null(False))
+        return remaining, table.height - remaining.height
 
     return Rule(name, apply, needs)

@@ -1,4 +1,4 @@
-"""Dataset: cleaned interactions with users and items as dense rows, and the encoded attributes of both."""
+"""Dataset: cleaned interactions with integer user and item rows, and their encoded attributes."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,21 +11,23 @@ from metarec_jax.data.vocabulary import Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """What every reader returns and every protocol splits.
+    """Interactions of users with items, and the encoded attributes of both.
+
+    Readers return it and protocols split it. Row 0 of users and of items stands for an unknown user or item.
 
     Attributes:
-      name: for reports.
+      name: the name in reports.
       user, item: `[interactions]` int32 rows in `users` and `items`; never 0.
       rating: `[interactions]` float32.
-      timestamp: `[interactions]` int64 seconds, 0 where unknown.
-      users, items: raw ids and their rows.
-      user_fields, item_fields: how attributes are encoded.
-      user_features, item_features: encoded attributes, each `[rows, ...]`; row 0 is the unknown user or item.
-      context_fields: how what was around an interaction (device, hour) is encoded.
-      context_features: encoded contexts, each `[interactions, ...]`.
-      titles: `[item rows]` names to show to people, or None.
-      report: what cleaning did, as counts.
-      truth: `[user rows, item rows]` expected rating, for synthetic data only.
+      timestamp: `[interactions]` int64 seconds since 1970; 0 where unknown.
+      users, items: vocabularies that map raw ids to rows.
+      user_fields, item_fields: encoders of the attributes.
+      user_features, item_features: encoded attributes by field name, each `[rows, ...]`.
+      context_fields: encoders of the context of an interaction (device, hour).
+      context_features: encoded contexts by field name, each `[interactions, ...]`.
+      titles: `[item rows]` display names, or None.
+      report: counts of the rows that cleaning touched.
+      truth: `[user rows, item rows]` expected ratings; synthetic data only.
     """
 
     name: str
@@ -47,12 +49,12 @@ class Dataset:
 
     @cached_property
     def by_user(self) -> np.ndarray:
-        """`[interactions]` positions of the interactions, user after user, of each in time (else in rows)."""
+        """Indices `[interactions]` that sort by user, then by time, then by row."""
         return np.lexsort((self.timestamp, self.user))
 
     @cached_property
     def order(self) -> np.ndarray:
-        """`[interactions]` int32: how many of the same user's interactions came before (by time, else by row)."""
+        """Number `[interactions]` int32 of earlier interactions of the same user (by time, then by row)."""
         by_user = self.by_user
         first = np.searchsorted(self.user[by_user], self.user[by_user])
         order = np.empty(len(self.user), np.int32)

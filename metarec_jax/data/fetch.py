@@ -1,4 +1,4 @@
-"""Fetch: a named dataset from a local path, the user's cache, the official archive, or a package's copy."""
+"""Fetch: load a named dataset from a local path, the cache, the official archive, or a PyPI package."""
 
 import hashlib
 import http.client
@@ -24,12 +24,12 @@ from metarec_jax.errors import DataError
 logger = logging.getLogger(__name__)
 
 OFFICIAL = "https://files.grouplens.org/datasets/movielens/{}.zip"
-MD5 = {  # as published beside the archives; ml-latest* change over time and have none here
+MD5 = {  # as published with the archives; ml-latest* changes over time and has none here
     "ml-100k": "0e33842e24a9c977be4e0107933c0723",
     "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
 }
 NAMES = ("ml-100k", "ml-1m", "ml-latest-small", "ml-latest")
-RECBOLE = "recbole==1.2.1"  # its wheel carries a copy of ml-100k; only these members of it are ever read
+RECBOLE = "recbole==1.2.1"  # its wheel holds a copy of ml-100k; only the members below are read
 RECBOLE_FOLDER = "recbole/dataset_example/ml-100k/"
 RECBOLE_SHA256 = {
     "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
@@ -50,19 +50,18 @@ def load(
     download: bool = True,
     timeout: float = 10.0,
 ) -> Dataset:
-    """A dataset by name, or from a file.
+    """Load a dataset by name, or from a file.
 
-    `load("ml-100k")` looks, in this order, at `path`, the cache, the official archive, and (ml-100k only) the
-    copy that the PyPI package recbole 1.2.1 carries, of which only the data members are read and nothing is
-    run.
+    `load("ml-100k")` tries, in this order: `path`, the cache, the official archive, and (ml-100k only) the copy in the
+    PyPI package recbole 1.2.1. Only the data files of the package are read; no code of it runs.
 
     Args:
-      name: "ml-100k", "ml-1m", "ml-latest-small", "ml-latest"; or the path of a folder or archive in one of
-        these layouts, of a folder of RecBole's atomic files, or of a .csv, .tsv, .jsonl or .parquet table with the
-        columns user_id, item_id, rating and, if there is one, timestamp.
+      name: "ml-100k", "ml-1m", "ml-latest-small" or "ml-latest"; or the path of a folder or archive in one of these
+        layouts, of a folder of RecBole's atomic files, or of a .csv, .tsv, .jsonl or .parquet table with the columns
+        user_id, item_id and, optionally, rating and timestamp.
       path: a local folder or archive to read instead of downloading.
-      cache: where downloads are kept (default: the user's cache folder, or `METAREC_CACHE`).
-      download: False never touches the network.
+      cache: download folder (default: `METAREC_CACHE`, or the user's cache folder).
+      download: False disables network access.
       timeout: seconds to wait for the official server before the next source is tried.
 
     Raises:
@@ -78,7 +77,7 @@ def load(
         try:
             return movielens.read(cached, name)
         except DataError as error:
-            raise DataError(f"{error}. Delete {cached} to have it fetched again") from error
+            raise DataError(f"{error}. Delete {cached} and call again to download it") from error
     reasons = ["download=False"]
     if download:
         reasons = []
@@ -94,14 +93,14 @@ def load(
             return movielens.read(cached, name)
     raise DataError(
         f"{name} is not in the cache ({folder}) and could not be fetched ({'; '.join(reasons)}). "
-        f"Three ways to get on: (1) go online, try again; (2) get the archive from {OFFICIAL.format(name)} "
+        f"You can (1) go online and try again; (2) download the archive from {OFFICIAL.format(name)} "
         f'on another machine and call load("{name}", path="{name}.zip"); (3) use '
         "metarec_jax.data.synthetic(...), which needs no download."
     )
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where downloads are kept: `cache`, else `METAREC_CACHE`, else the user's cache folder."""
+    """Return the download folder: `cache`, else `METAREC_CACHE`, else the user's cache folder."""
     return Path(cache or os.environ.get("METAREC_CACHE") or platformdirs.user_cache_dir("metarec_jax"))
 
 
@@ -114,33 +113,33 @@ def _read_path(path: Path) -> Dataset:
 
 
 def _official(name: str, target: Path, timeout: float) -> None:
-    """The official archive, checked by its published MD5 where there is one."""
+    """Download the official archive; verify its published MD5, if there is one."""
     with urllib.request.urlopen(OFFICIAL.format(name), timeout=timeout) as response:
         content = response.read()
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if digest != MD5.get(name, digest):
         raise DataError(f"the official archive of {name} does not have its published checksum; try again later")
     if not zipfile.is_zipfile(io.BytesIO(content)):
-        raise DataError(f"what the server sent for {name} is no zip archive")
+        raise DataError(f"the server's response for {name} is no zip archive; try again later")
     _write(target, content)
 
 
 def _recbole(name: str, target: Path, timeout: float) -> None:
-    """The data members of recbole's wheel as an archive of their own."""
+    """Pack the data files of recbole's wheel as an archive."""
     from_wheel(RECBOLE, RECBOLE_FOLDER, RECBOLE_SHA256, target)
 
 
 def from_wheel(requirement: str, inside: str, sha256: Mapping[str, str], target: Path) -> None:
-    """Some members of a PyPI package's wheel, each checked by SHA-256, packed as an archive of their own.
+    """Extract members of a PyPI package's wheel, verify their SHA-256, and pack them as an archive.
 
     Args:
-      requirement: of pip, with the version.
-      inside: the folder of the members in the wheel.
-      sha256: the members' checksums, by their names below the folder.
-      target: the archive to write.
+      requirement: pip requirement with a version.
+      inside: folder of the members in the wheel.
+      sha256: checksums by member name, relative to the folder.
+      target: path of the archive to write.
 
     Raises:
-      DataError: pip cannot get the wheel, or a member is missing or another.
+      DataError: pip cannot download the wheel, or a member is missing or has another checksum.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = ["--no-deps", "--quiet", "--only-binary=:all:", "-d", folder]
@@ -166,8 +165,8 @@ def from_wheel(requirement: str, inside: str, sha256: Mapping[str, str], target:
 
 
 def _write(target: Path, content: bytes) -> None:
-    """Write a whole file or nothing."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # on the same disk: the move is atomic
+    """Write a file atomically."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # same disk, so that the move is atomic
         part = Path(folder) / target.name
         part.write_bytes(content)
         os.replace(part, target)

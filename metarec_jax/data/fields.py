@@ -1,4 +1,7 @@
-"""Field: how one attribute of users or items becomes numbers, on the data it is fitted to and on new ones."""
+"""Field: encodes one attribute of users, items or contexts as numbers.
+
+An encoding is fitted once and then applied to new values.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +13,8 @@ from metarec_jax.data.normalise import knots, transformed
 from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary, as_ids, is_missing
 from metarec_jax.errors import DataError
 
-MAX_VALUES = 32  # of a multi-valued field that one row may have
-MAX_GRAMS = 64  # of a text
+MAX_VALUES = 32  # codes a row of a multi-valued field
+MAX_GRAMS = 64  # codes a row of a text field
 KINDS = ("categorical", "multi", "text", "dense", "multimodal")
 NUMBERS = ("dense", "multimodal")
 
@@ -21,18 +24,18 @@ class Field:
     """One encoded attribute.
 
     Attributes:
-      name: column name; also the key in a batch's features.
-      kind: "categorical" (one int32 code a row), "multi" (int32 codes `[width]`, 0 = no more values), "dense"
-        (float32 `[width]`, standardised, or soft bins; a missing value becomes the mean, or no bin), or "multimodal"
-        (float32 `[width]`: a vector, standardised and divided by the root of its length, then a 1; all zeros where it
-        is missing).
-      size: number of codes, the unknown code 0 included (1 for fields of numbers).
-      width: values a row has (1 for categorical).
-      vocabulary: the raw values behind the codes (None for fields of numbers).
-      mean, scale: what standardises numbers, `[width]`, of a vector `[width - 1]`.
-      transform: what numbers pass first, see `metarec_jax.data.normalise.transformed`.
-      knots: what that remembers of the values it was fitted to.
-      gram: of a multi-valued field of texts the length of the parts of words that are its values, beside the words.
+      name: column name, and the key in the features of a batch.
+      kind: "categorical" (one int32 code a row); "multi" (int32 codes `[width]`, 0 for padding); "dense" (float32
+        `[width]`, standardised numbers or soft bins; a missing value becomes the mean, or no bin); or "multimodal"
+        (float32 `[width]`: a vector, standardised and divided by the square root of its length, followed by a 1; all
+        zeros if missing).
+      size: number of codes, including the unknown code 0 (1 for numeric fields).
+      width: values a row (1 for categorical).
+      vocabulary: raw values of the codes (None for numeric fields).
+      mean, scale: statistics that standardise the numbers, `[width]`; `[width - 1]` for multimodal.
+      transform: transform before standardising, see `metarec_jax.data.normalise.transformed`.
+      knots: fitted knots of the transform.
+      gram: for text fields, the n-gram length, in letters; 0 for words only.
     """
 
     name: str
@@ -57,23 +60,23 @@ class Field:
         transform: str | None = None,
         gram: int = 3,
     ) -> "Field":
-        """The field of these values.
+        """Fit the encoding of a column.
 
         Args:
           name: column name.
           values: `[n]` raw values, or `[n, width]` numbers.
-          kind: one of `KINDS`; by default strings and booleans are categorical, lists of strings or integers
-            multi-valued, numbers and vectors of numbers dense. "multimodal" is for vectors of an image, sound or text,
-            which some rows lack: models weigh those that are there by a learned gate. "text" hashes the words of a
-            text and their parts to a multi-valued field.
-          buckets: hash the values to so many codes instead of giving each its own (texts: 8192 by default).
-          transform: "log", "clip" or "quantile", for numbers with heavy tails; "bins" where the transform is to be
-            learned (`metarec_jax.data.normalise.transformed`).
-          gram: letters in the parts of words of a text; 0 for whole words only.
+          kind: one of `KINDS`. By default strings and booleans are categorical, lists of strings or integers
+            multi-valued, and numbers and vectors of numbers dense. "multimodal" is for embeddings of an image, sound or
+            text that some rows lack: models weigh those present by a learned gate. "text" hashes the words of a text
+            and their n-grams to a multi-valued field.
+          buckets: hash the values to this number of codes instead of one code for each value (default for texts: 8192).
+          transform: "log", "clip" or "quantile", for numbers with heavy tails; "bins" for a learned transform
+            (`metarec_jax.data.normalise.transformed`).
+          gram: n-gram length of a text, in letters; 0 for whole words only.
 
         Raises:
-          DataError: the values are of another kind, of several lengths, infinite; no row has a vector.
-          ValueError: an unknown kind or transform, or an option that this kind does not have.
+          DataError: values are of the wrong kind, of several lengths, or infinite; or no row has a vector.
+          ValueError: `kind` or `transform` is unknown, or an option does not apply to the kind.
         """
         if kind not in (None, *KINDS):
             raise ValueError(f"{name}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -87,34 +90,43 @@ class Field:
             return cls(name, "multi", len(hashes), MAX_GRAMS, hashes, gram=gram)
         if kind == "categorical":
             texts, missing = _texts(values, name)
-            found = Vocabulary.of(texts[~missing], name) if buckets is None else Vocabulary.hashed(buckets, name)
-            return cls(name, kind, len(found), 1, found)
+            vocabulary = Vocabulary.of(texts[~missing], name) if buckets is None else Vocabulary.hashed(buckets, name)
+            return cls(name, kind, len(vocabulary), 1, vocabulary)
         if kind == "multi":
             flat, counts = _flat(values)
-            found = Vocabulary.of(flat, name) if buckets is None else Vocabulary.hashed(buckets, name)
-            return cls(name, kind, len(found), min(int(counts.max(initial=1)), MAX_VALUES), found)
-        dense = _dense(values, name, None)
-        if kind == "multimodal" and np.isnan(dense).all():
+            vocabulary = Vocabulary.of(flat, name) if buckets is None else Vocabulary.hashed(buckets, name)
+            return cls(name, kind, len(vocabulary), min(int(counts.max(initial=1)), MAX_VALUES), vocabulary)
+        numbers = _dense(values, name, None)
+        if kind == "multimodal" and np.isnan(numbers).all():
             raise DataError(f"column {name!r}: no row has a vector, so its length is unknown; leave the column out")
         if kind == "multimodal" and transform == "bins":
             raise ValueError(f"{name}: bins are for plain numbers, not for a multimodal vector")
-        fitted = knots(dense, transform)
-        dense = transformed(dense, transform, fitted)
-        if transform == "bins":  # shares, which need no standardising
-            zero = np.zeros(dense.shape[1])
-            return cls(name, kind, 1, dense.shape[1], None, zero, zero + 1, transform, fitted)
-        count = np.maximum(np.isfinite(dense).sum(0), 1)
-        mean = np.nansum(dense, 0) / count
-        scale = np.sqrt(np.nansum((dense - mean) ** 2, 0) / count)
-        varies = scale > 1e-7 * np.abs(mean)  # a constant's deviation is rounding, and not always 0
-        width = dense.shape[1] + (kind == "multimodal")
+        fitted = knots(numbers, transform)
+        numbers = transformed(numbers, transform, fitted)
+        if transform == "bins":  # bins are already shares in [0, 1]
+            zero = np.zeros(numbers.shape[1])
+            return cls(name, kind, 1, numbers.shape[1], None, zero, zero + 1, transform, fitted)
+        count = np.maximum(np.isfinite(numbers).sum(0), 1)
+        mean = np.nansum(numbers, 0) / count
+        scale = np.sqrt(np.nansum((numbers - mean) ** 2, 0) / count)
+        varies = scale > 1e-7 * np.abs(mean)  # rounding gives a constant column a tiny deviation
+        width = numbers.shape[1] + (kind == "multimodal")
         return cls(name, kind, 1, width, None, mean, np.where(varies, scale, 1.0), transform, fitted)
 
     def encode(self, values: Any) -> np.ndarray:
-        """Codes `[n]` (categorical), `[n, width]` (multi) or float32 `[n, width]` (numbers) of raw `values` `[n]`.
+        """Encode raw values.
 
-        A value never seen gets code 0; a missing dense value the mean (0 after standardising), a missing vector of a
-        multimodal field zeros. An infinite value, or one that is no number, raises `DataError`.
+        An unseen value gets code 0. A missing dense value becomes the mean (0 after standardising), a missing
+        multimodal vector zeros.
+
+        Args:
+          values: `[n]` raw values.
+
+        Returns:
+          Codes `[n]` (categorical) or `[n, width]` (multi), or float32 `[n, width]` (numeric).
+
+        Raises:
+          DataError: a value is infinite or of the wrong kind.
         """
         values = np.asarray(values) if not isinstance(values, list) else as_objects(values)
         if self.kind in NUMBERS:
@@ -143,7 +155,7 @@ class Field:
         return codes
 
     def unknown(self) -> np.ndarray:
-        """The encoded row of an entity about which nothing is known."""
+        """Return the encoded row of an entity without known attributes."""
         return np.zeros(
             () if self.kind == "categorical" else self.width, np.float32 if self.kind in NUMBERS else np.int32
         )
@@ -157,7 +169,14 @@ class Field:
 def encode_table(
     fields: tuple[Field, ...], columns: dict[str, np.ndarray], rows: np.ndarray, size: int
 ) -> dict[str, np.ndarray]:
-    """Feature arrays `[size, ...]` with `columns` written at `rows`; every other row is unknown."""
+    """Encode an attribute table as feature arrays `[size, ...]`.
+
+    Args:
+      fields: the encoders.
+      columns: raw values `[n]` by field name.
+      rows: `[n]` rows of the values; all other rows are unknown.
+      size: number of rows.
+    """
     features = {}
     for field in fields:
         table = np.repeat(field.unknown()[None], size, axis=0)
@@ -167,14 +186,14 @@ def encode_table(
 
 
 def as_objects(values: list[Any]) -> np.ndarray:
-    """A list as a one-axis object array, whatever its elements are."""
+    """Convert a list to a one-dimensional object array, whatever its elements."""
     array = np.empty(len(values), object)
     array[:] = values
     return array
 
 
 def _texts(values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Strings `[n]` of the values, and which are missing."""
+    """Return the values as strings `[n]`, and a mask of the missing ones."""
     if values.dtype.kind == "S":
         values = as_ids(values, f"column {name!r}")
     if values.dtype.kind != "O":
@@ -185,13 +204,13 @@ def _texts(values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _flat(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The strings of all rows of a multi-valued field, one after the other, and how many each row `[n]` has."""
+    """Return the strings of all rows of a multi-valued field, concatenated, and the number of values a row `[n]`."""
     rows = [_listed(row) for row in values]
     return np.array([str(v) for row in rows for v in row], np.str_), np.array([len(row) for row in rows], int)
 
 
 def _listed(row: Any) -> list[Any]:
-    """The values of one row of a multi-valued field; a lone string is one value."""
+    """Return the values of one row of a multi-valued field; a lone string is one value."""
     if isinstance(row, str):
         return [row]
     return [] if is_missing(row) else [value for value in row if not is_missing(value)]
@@ -214,7 +233,7 @@ def _kind(values: np.ndarray, name: str) -> str:
 
 
 def _dense(values: np.ndarray, name: str, width: int | None) -> np.ndarray:
-    """float64 `[n, width]`; NaN where missing."""
+    """Return float64 `[n, width]`; NaN where missing."""
     if values.dtype.kind in "iufb" and values.ndim <= 2:
         dense = values.astype(float).reshape(len(values), -1 if len(values) else width or 1)
         if width is not None and dense.shape[1] != width:

@@ -1,26 +1,35 @@
-"""Hashing: ids and texts to 64 bits, the same in every process and on every machine, as Python's own `hash` is not."""
+"""Hashing: 64-bit hashes of ids and strings.
+
+Unlike Python's `hash`, they are the same in every process and on every machine.
+"""
 
 import numpy as np
 
-PRIME = np.uint64(0x100000001B3)  # of the 64-bit FNV hashes
+PRIME = np.uint64(0x100000001B3)  # of 64-bit FNV
 OFFSET = np.uint64(0xCBF29CE484222325)
 
 
 def hashed(values: np.ndarray) -> np.ndarray:
-    """64-bit hashes `[n]` (uint64) of int64 ids or unicode strings `[n]`.
+    """Compute 64-bit hashes of ids or strings.
 
-    Of strings FNV-1a over their code points, h <- (h xor c) * prime; both kinds then pass SplitMix64's finaliser, so
-    that the low bits, which a remainder reads, depend on all others.
+    Strings are hashed by FNV-1a over their code points, h <- (h xor c) * prime. Hashes of strings and integer ids then
+    pass through SplitMix64's finaliser: their low bits, which a modulus uses, depend on all other bits.
+
+    Args:
+      values: `[n]` int64 ids or unicode strings.
+
+    Returns:
+      `[n]` uint64.
 
     References:
-      Fowler, Noll and Vo, the FNV hash, RFC 9923; Steele et al., Fast Splittable Pseudorandom Number Generators,
-      OOPSLA 2014, figure 16.
+      Fowler, Noll and Vo, the FNV hash, RFC 9923; Steele et al., Fast Splittable Pseudorandom Number Generators, OOPSLA
+      2014, figure 16.
     """
     if values.dtype.kind == "U":
         width = values.dtype.itemsize // 4
         points = np.ascontiguousarray(values).view(np.uint32).reshape(len(values), width)
         h = np.full(len(values), OFFSET)
-        for column in points.T:  # a string's end is padded with zeros
+        for column in points.T:  # numpy pads shorter strings with zeros
             h = np.where(column != 0, (h ^ column) * PRIME, h)
     else:
         h = values.astype(np.int64).view(np.uint64)
@@ -30,7 +39,14 @@ def hashed(values: np.ndarray) -> np.ndarray:
 
 
 def grams(text: str, size: int) -> list[str]:
-    """The words of a text, then the parts of `size` letters of each, `<` and `>` marking its ends; each once.
+    """Split a text into its distinct words and their character n-grams.
+
+    Args:
+      text: any text.
+      size: n-gram length in letters; 0 for words only.
+
+    Returns:
+      Words, marked as `<word>`, then n-grams, which include the marks.
 
     References:
       Bojanowski et al., Enriching Word Vectors with Subword Information, TACL 2017, section 3.2.

@@ -1,6 +1,6 @@
 """Readers of the MovieLens layouts (ml-100k, ml-1m, ml-latest*) and of RecBole's atomic files.
 
-Each reads from a folder or a zip archive.
+All read from a folder or a zip archive.
 """
 
 import io
@@ -30,7 +30,11 @@ GENRES_100K = (
 
 
 def members(path: str | Path) -> Members:
-    """The files of a folder or zip archive by name; a damaged archive raises `DataError`."""
+    """Return readers of the files in a folder or zip archive, by file name.
+
+    Raises:
+      DataError: the archive is damaged or missing.
+    """
     path = Path(path)
     if path.is_dir():
         return {f.name: f.read_bytes for f in sorted(path.rglob("*")) if f.is_file()}
@@ -38,15 +42,15 @@ def members(path: str | Path) -> Members:
         with zipfile.ZipFile(path) as archive:
             names = [n for n in archive.namelist() if not n.endswith("/")]
     except DAMAGED as error:
-        raise DataError(f"{path}: no readable folder or zip archive ({error}); download it again") from error
+        raise DataError(f"{path}: not a readable folder or zip archive ({error}); download it again") from error
     return {n.rsplit("/", 1)[-1]: _zip_reader(path, n) for n in names}
 
 
 def read(path: str | Path, name: str | None = None) -> Dataset:
-    """A dataset from a folder or zip archive in any of the known layouts.
+    """Read a dataset from a folder or zip archive in any of the known layouts.
 
     Raises:
-      DataError: no known layout, a file that is damaged, cut short or badly encoded.
+      DataError: the layout is unknown, or a file is damaged, cut short or badly encoded.
     """
     files = members(path)
     name = name or Path(path).stem
@@ -64,16 +68,18 @@ def read(path: str | Path, name: str | None = None) -> Dataset:
 
 
 def read_recbole(files: Members, name: str) -> Dataset:
-    """Atomic files `*.inter`, `*.item`, `*.user`: tab-separated, headers `name:type`; values of a `_seq` are separated
-    by spaces."""
-    found = {end: next((f for f in files if f.endswith(end)), None) for end in (".inter", ".item", ".user")}
-    inter = _atomic(files, found[".inter"] or "*.inter")
-    items = _atomic(files, found[".item"]) if found[".item"] else None
-    users = _atomic(files, found[".user"]) if found[".user"] else None
+    """Read RecBole's atomic files `*.inter`, `*.item` and `*.user`.
+
+    They are tab-separated with headers `name:type`; the values of a `_seq` column are separated by spaces.
+    """
+    file_of = {end: next((f for f in files if f.endswith(end)), None) for end in (".inter", ".item", ".user")}
+    inter = _atomic(files, file_of[".inter"] or "*.inter")
+    items = _atomic(files, file_of[".item"]) if file_of[".item"] else None
+    users = _atomic(files, file_of[".user"]) if file_of[".user"] else None
     if items is not None and {"movie_title", "release_year", "class"} <= set(items.columns):
         items = _recbole_movies(items)
-    elif items is not None and (named := [c for c in TITLES if c in items.columns]):
-        items = items.rename({named[0]: "title"})
+    elif items is not None and (title_columns := [c for c in TITLES if c in items.columns]):
+        items = items.rename({title_columns[0]: "title"})
     if users is not None and "zip_code" in users.columns:
         users = users.drop("zip_code")
     return from_tables(inter, users, items, name=name)
@@ -126,7 +132,7 @@ def _read_latest(files: Members, name: str) -> Dataset:
 
 
 def _movies(raw: "pl.DataFrame") -> "pl.DataFrame":
-    """Titles that end in "(1995)" and genres joined by "|" to the fields title, year, genres."""
+    """Select title, year (from a title ending in "(1995)") and genres (joined by "|")."""
     import polars as pl
 
     return raw.select(
@@ -138,10 +144,10 @@ def _movies(raw: "pl.DataFrame") -> "pl.DataFrame":
 
 
 def _recbole_movies(raw: "pl.DataFrame") -> "pl.DataFrame":
-    """RecBole's ml-100k items as the official u.item has them: the year in the title, genres as a list."""
+    """Convert RecBole's ml-100k items to the official u.item: the year in the title, genres as a list."""
     import polars as pl
 
-    # RecBole cut "(1995)", or the last "(V)", off every title; of the film "unknown" it made "unkonwn" twice
+    # RecBole cuts "(1995)", or a final "(V)", off every title, and misspells the film "unknown" as "unkonwn" twice
     name, year = pl.col("movie_title").cast(pl.String), pl.col("release_year").cast(pl.String)
     title = (
         pl.when(year == "unkonwn")
@@ -175,11 +181,11 @@ def _atomic(files: Members, file: str) -> "pl.DataFrame":
     try:
         return table.with_columns(casts)
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"{file}: a number cannot be read ({error})") from error
+        raise DataError(f"{file}: a numeric column holds a value that is not a number ({error}); correct it") from error
 
 
 def _all_integers(series: "pl.Series") -> bool:
-    """Whether no two of these strings become one as integers: no "007" beside "7"."""
+    """Return whether casting to integers keeps these strings distinct: "007" beside "7" would not."""
     return bool(series.is_not_null().all() and series.str.contains(r"^(0|-?[1-9]\d{0,17})$").all())
 
 
@@ -192,15 +198,19 @@ def _csv(
     quote: str | None = None,
     dtypes: "pl.DataType | type | None" = None,
 ) -> "pl.DataFrame":
-    """One text file as a table; the file and the reason are named when it cannot be read."""
+    """Read one text file as a table.
+
+    Raises:
+      DataError: the file is missing, damaged, cut short, badly encoded, or has another number of columns.
+    """
     import polars as pl
 
     if file not in files:
-        raise DataError(f"{file}: missing from the dataset; there are: {', '.join(sorted(files)[:10])}")
+        raise DataError(f"{file}: missing from the dataset, which has: {', '.join(sorted(files)[:10])}")
     try:
         text = files[file]().decode(encoding)
         if text and not text.endswith("\n"):
-            raise DataError(f"{file}: cut short, no line break ends the last row; get the file again")
+            raise DataError(f"{file}: cut short, the last row has no line break; download the file again")
         if separator == "::":
             text, separator = text.replace("::", "\t"), "\t"
         table = pl.read_csv(
@@ -215,7 +225,7 @@ def _csv(
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise DataError(f"{file}: cannot be read, it may be damaged or cut short ({reason})") from error
     if columns is not None and len(table.columns) != len(columns):
-        raise DataError(f"{file}: expected {len(columns)} columns, found {len(table.columns)}")
+        raise DataError(f"{file}: expected {len(columns)} columns, found {len(table.columns)}; download the file again")
     return table
 
 

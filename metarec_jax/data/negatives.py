@@ -1,4 +1,4 @@
-"""Negatives: for data that hold only what users did, items that they did not, drawn at random."""
+"""Negative sampling for positive-only data."""
 
 from dataclasses import replace
 from typing import Literal
@@ -7,7 +7,7 @@ import numpy as np
 
 from metarec_jax.data.dataset import Dataset
 
-ROUNDS = 100  # of drawing again what was drawn twice or is known; then the user has little left
+ROUNDS = 100  # of redrawing rejected items; a user still short then has interacted with nearly all items
 
 
 def with_negatives(
@@ -18,27 +18,28 @@ def with_negatives(
     rating: float = 0.0,
     seed: int = 0,
 ) -> Dataset:
-    """The dataset with `per_positive` sampled negatives for each interaction.
+    """Add `per_positive` sampled negatives for each interaction.
 
-    A negative is an item that the user has no interaction with, anywhere in the data, drawn at most once for a user. It
-    has the time and the context of its positive, so that a protocol in time keeps the two together. A user who knows
-    nearly all items gets fewer; `report["negatives"]` counts them all.
+    A negative is an item without any interaction of the user in the data; each is drawn at most once for a user. It
+    gets the timestamp and the context of its positive, so that time-based protocols keep the two together. A user who
+    knows nearly all items may get fewer. `report["negatives"]` counts all negatives.
 
     Args:
-      data: the interactions, all of them positive. A table of clicks needs a column of ratings, say 1 everywhere, and a
-        protocol that takes it for a click: `ColdUsers(threshold=1)`.
-      per_positive: how many for each.
-      by: every item alike, or in proportion to how many interactions it has (Rendle and Freudenthaler, WSDM 2014).
-      rating: what a negative is rated; below the threshold of a click.
-      seed: same seed, same negatives.
+      data: the interactions, all of them positive. Click tables need a rating column, for instance 1 everywhere, and a
+        protocol whose threshold it reaches: `ColdUsers(threshold=1)`.
+      per_positive: negatives for each positive.
+      by: "uniform" over items, or in proportion to an item's number of interactions (Rendle and Freudenthaler, WSDM
+        2014).
+      rating: the rating of a negative; below the click threshold.
+      seed: random seed.
 
     Raises:
-      ValueError: `per_positive` below 1, or an unknown `by`.
+      ValueError: `per_positive` is below 1, or `by` is unknown.
     """
     if per_positive < 1 or by not in ("uniform", "popularity"):
         raise ValueError(f'need per_positive >= 1 and by "uniform" or "popularity", got {per_positive} and {by!r}')
     rng, items = np.random.default_rng(seed), len(data.items)
-    source = np.repeat(np.arange(len(data.user)), per_positive)  # each negative's positive
+    source = np.repeat(np.arange(len(data.user)), per_positive)  # the positive of each negative
     taken = np.unique(data.user.astype(np.int64) * items + data.item)
     cumulated = np.cumsum(np.bincount(data.item, minlength=items)[1:]) if by == "popularity" else None
     kept_source, kept_item = [], []
@@ -50,23 +51,23 @@ def with_negatives(
         else:
             drawn = 1 + np.searchsorted(cumulated, rng.integers(0, cumulated[-1], len(source)), side="right")
         pair = data.user[source].astype(np.int64) * items + drawn
-        first = np.zeros(len(pair), bool)
-        first[np.unique(pair, return_index=True)[1]] = True
-        known = taken[np.minimum(np.searchsorted(taken, pair), len(taken) - 1)] == pair
-        good = first & ~known
-        kept_source.append(source[good])
-        kept_item.append(drawn[good])
-        taken, source = np.union1d(taken, pair[good]), source[~good]
+        first_draw = np.zeros(len(pair), bool)
+        first_draw[np.unique(pair, return_index=True)[1]] = True
+        interacted = taken[np.minimum(np.searchsorted(taken, pair), len(taken) - 1)] == pair
+        accepted = first_draw & ~interacted
+        kept_source.append(source[accepted])
+        kept_item.append(drawn[accepted])
+        taken, source = np.union1d(taken, pair[accepted]), source[~accepted]
     origin, item = np.concatenate(kept_source), np.concatenate(kept_item).astype(data.item.dtype)
-    both = np.concatenate([np.arange(len(data.user)), origin])
-    order = np.argsort(both, kind="stable")  # a negative stands behind its positive
-    everything = both[order]
+    positive_of = np.concatenate([np.arange(len(data.user)), origin])
+    order = np.argsort(positive_of, kind="stable")  # each negative directly after its positive
+    row_of = positive_of[order]
     return replace(
         data,
-        user=data.user[everything],
+        user=data.user[row_of],
         item=np.concatenate([data.item, item])[order],
         rating=np.concatenate([data.rating, np.full(len(item), rating, data.rating.dtype)])[order],
-        timestamp=data.timestamp[everything],
-        context_features={name: table[everything] for name, table in data.context_features.items()},
+        timestamp=data.timestamp[row_of],
+        context_features={name: table[row_of] for name, table in data.context_features.items()},
         report=data.report | {"negatives": len(item)},
     )

@@ -1,4 +1,4 @@
-"""Normalising: ratings from one scale to another, and numbers whose few large values would drown the rest."""
+"""Normalisation: rating scales, user centring, and transforms of heavy-tailed numbers."""
 
 from typing import TYPE_CHECKING
 
@@ -17,16 +17,16 @@ Scale = str | tuple[float, float]
 
 
 def rescale(source: Scale, target: Scale = "stars") -> Rule:
-    """The cleaning rule that maps ratings from one scale to another, lowest to lowest and highest to highest.
+    """Build the cleaning rule that maps ratings linearly from one scale to another.
 
         r' = c + (r - a) (d - c) / (b - a),  [a, b] the source, [c, d] the target
 
     Args:
-      source, target: (lowest, highest), or a name in `SCALES`; `(5, 1)` is a scale on which 1 is best.
+      source, target: (lowest, highest), or a name in `SCALES`; in `(5, 1)`, 1 is the best rating.
 
     Raises:
-      ValueError: an unknown name, or a scale of one number.
-      DataError: when applied, a rating lies outside the source (drop it first with `cleaning.rating_between`).
+      ValueError: a scale is unknown, or its ends are equal or not finite.
+      DataError: when applied, a rating lies outside the source scale (drop it first with `cleaning.rating_between`).
     """
     import polars as pl
 
@@ -38,8 +38,8 @@ def rescale(source: Scale, target: Scale = "stars") -> Rule:
         if outside.any():
             row = int(outside.arg_max() or 0)
             raise DataError(
-                f"clean: rating {rating[row]} is outside {a:g} to {b:g} ({outside.sum()} such rows); drop such rows "
-                "first with rating_between"
+                f"clean: rating {rating[row]} is outside {a:g} to {b:g} ({outside.sum()} such rows); drop these rows "
+                "first, with rating_between"
             )
         mapped = c + (rating - a) * ((d - c) / (b - a))
         return table.with_columns(mapped.alias("rating")), int((mapped != rating).sum())
@@ -48,16 +48,20 @@ def rescale(source: Scale, target: Scale = "stars") -> Rule:
 
 
 def centre_users(middle: float, weight: float = 1.0) -> Rule:
-    """The cleaning rule that takes from each rating the mean of the same user's earlier ones, shrunk to `middle`.
+    """Build the cleaning rule that subtracts a user's running mean from each rating.
 
-        r'_t = r_t - (w m + sum_{s<t} r_s) / (w + t),  t = 0, 1, ... by time, else by row
+        r'_t = r_t - (w m + sum_{s<t} r_s) / (w + t),  t = 0, 1, ... by time, then by row
 
-    Nothing later than a rating changes it. Where queries are not later than their support (`ColdUsers` draws them at
-    random), a support rating's mean holds earlier queries: centre only for protocols in time.
+    The mean is over the user's earlier ratings, shrunk to `middle`. The rule is causal: a rating depends on earlier
+    ratings only. Where queries may precede their support (`ColdUsers` draws them at random), a centred support rating
+    contains information about query ratings: use the rule with time-based protocols only.
 
     Args:
-      middle: m, what a user's first rating is measured from.
-      weight: w, the ratings that it is worth.
+      middle: m, the prior mean.
+      weight: w, the pseudo-count of the prior mean.
+
+    Raises:
+      ValueError: `weight` is not above 0.
     """
     import polars as pl
 
@@ -76,7 +80,18 @@ def centre_users(middle: float, weight: float = 1.0) -> Rule:
 
 
 def knots(values: np.ndarray, transform: str | None) -> np.ndarray | None:
-    """What a transform remembers of the values `[n, width]` it is fitted to, `[knots, width]`; NaN is no value."""
+    """Fit the knots of a transform.
+
+    Args:
+      values: `[n, width]` numbers; NaN is missing.
+      transform: one of `TRANSFORMS`, or None.
+
+    Returns:
+      `[knots, width]`, or None for transforms without knots.
+
+    Raises:
+      ValueError: `transform` is unknown.
+    """
     if transform is not None and transform not in TRANSFORMS:
         raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}, got {transform!r}")
     if transform in (None, "log"):
@@ -87,16 +102,25 @@ def knots(values: np.ndarray, transform: str | None) -> np.ndarray | None:
 
 
 def transformed(values: np.ndarray, transform: str | None, fitted: np.ndarray | None) -> np.ndarray:
-    """Values `[n, width]` with lighter tails, of "bins" `[n, width * knots]`; NaN stays NaN.
+    """Transform numbers with heavy tails; NaN stays NaN.
 
-    "log": sign(x) log(1 + |x|). "clip": to the 1st and 99th percentile. "quantile": the share of the fitted values that
-    lie below, by linear interpolation between percentiles (of equal ones the middle). "bins": soft binning, how far a
-    value belongs to each of nine quantiles, of which the two next to it share it: a linear layer on top is any
-    piecewise linear function of the number, clipped at both ends, and is learned by the meta-gradient with all else.
+    "log": sign(x) log(1 + |x|). "clip": clip to the 1st and 99th percentile. "quantile": the empirical distribution
+    function of the fitted values, interpolated linearly between percentiles; equal percentiles share their mean rank.
+    "bins": soft binning by hat functions at nine quantiles; each value activates the two neighbouring knots. A linear
+    layer on top of the bins is a piecewise linear function of the number, clipped at both ends, which the meta-gradient
+    learns with all other parameters.
+
+    Args:
+      values: `[n, width]` numbers.
+      transform: one of `TRANSFORMS`, or None.
+      fitted: knots from `knots`.
+
+    Returns:
+      `[n, width]`; for "bins" `[n, width * knots]`.
 
     References:
       Gorishniy et al., On Embeddings for Numerical Features in Tabular Deep Learning, NeurIPS 2022 (their piecewise
-      linear encoding adds up the hat functions used here).
+      linear encoding is a cumulative sum of the hat functions used here).
     """
     if transform == "log":
         return np.sign(values) * np.log1p(np.abs(values))
@@ -111,12 +135,12 @@ def transformed(values: np.ndarray, transform: str | None, fitted: np.ndarray | 
 
 
 def _hats(values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """`[n, knots]` the hat functions of the distinct knots; of equal knots all but the first have none."""
+    """Compute the hat functions `[n, knots]` of the distinct knots; of equal knots only the first has one."""
     distinct, place = np.unique(at, return_index=True)
-    found = np.zeros((len(values), len(at)))
-    for k, one in zip(place, np.eye(len(distinct)), strict=True):
-        found[:, k] = np.interp(values, distinct, one)
-    return np.where(np.isnan(values)[:, None], np.nan, found)
+    hats = np.zeros((len(values), len(at)))
+    for k, unit in zip(place, np.eye(len(distinct)), strict=True):
+        hats[:, k] = np.interp(values, distinct, unit)
+    return np.where(np.isnan(values)[:, None], np.nan, hats)
 
 
 def _rank(values: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -131,5 +155,5 @@ def _scale(scale: Scale) -> tuple[float, float]:
         return SCALES[scale]
     low, high = map(float, scale)
     if low == high or not np.isfinite([low, high]).all():
-        raise ValueError(f"a scale needs two different finite numbers, got {scale}")
+        raise ValueError(f"a scale needs two different finite numbers (lowest, highest), got {scale}")
     return low, high

@@ -1,4 +1,4 @@
-"""Tasks other than users: items, merchants, segments, a user on one device or in one session."""
+"""Regroup interactions into other tasks than users: items, merchants, segments, sessions."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,11 +12,11 @@ from metarec_jax.errors import DataError
 
 
 def by_item(data: Dataset) -> Dataset:
-    """The dataset with users and items exchanged.
+    """Swap users and items, so that each item is a task.
 
-    Its "users", the tasks, are the items, and their attributes are the tasks' own; its "items" are the users, who have
-    no titles. Every protocol, field and metric works as before: `ColdUsers` then splits cold items, and
-    `ItemStatistics` tells what the training items' ratings say of a user.
+    The task attributes are those of the item. The new "items" are the users; they have no titles. Protocols, fields and
+    metrics work unchanged: `ColdUsers` then splits cold items, and `ItemStatistics` summarises a user's ratings of the
+    training items.
     """
     return replace(
         data,
@@ -35,22 +35,23 @@ def by_item(data: Dataset) -> Dataset:
 
 
 def by_key(data: Dataset, *keys: str | np.ndarray) -> Dataset:
-    """The dataset with one task for each value of a key, or for each combination of several; items stay what is scored.
+    """Group interactions into one task for each value of a key, or for each combination of several keys.
 
-    Where every task holds interactions of one user, as `by_key(data, "user", "context/device")`, the user's attributes
-    are the task's. Else they are contexts of the interactions, `context/user/NAME`, because they differ within a task.
-    The keys' own fields are left out: a new task's would be unknown. Interactions whose key is unknown are dropped, and
-    `report["without a key"]` counts them. Tasks of one user are split like others; `TimeSplit` keeps their times apart.
+    Items remain the candidates. If every task holds interactions of one user, as in `by_key(data, "user",
+    "context/device")`, the user's attributes become those of the task. Otherwise user attributes vary within a task and
+    become context fields `context/user/NAME`. Fields used as keys are dropped, since their value would be unknown for a
+    new task. Interactions with an unknown key are dropped and counted in `report["without a key"]`. Tasks of the same
+    user may fall into different splits; `TimeSplit` still separates them in time.
 
     Args:
       data: the dataset; for items as tasks see `by_item`.
-      *keys: each "user", a categorical field as "item/merchant", "user/segment" or "context/session", or raw values
-        `[interactions]`, integers or strings.
+      *keys: each "user", a categorical field such as "item/merchant", "user/segment" or "context/session", or raw
+        values `[interactions]`, integers or strings.
 
     Raises:
-      DataError: an unknown or other field, values of another length, no interaction with a key, or two combinations
-        that read alike.
-      ValueError: no key.
+      DataError: a key is unknown or not categorical, has a wrong length, or is unknown in every interaction; or two
+        combinations of values have the same name.
+      ValueError: no key is given.
     """
     if not keys:
         raise ValueError('by_key needs a key, for instance by_key(data, "item/merchant")')
@@ -61,25 +62,28 @@ def by_key(data: Dataset, *keys: str | np.ndarray) -> Dataset:
     group, names = np.zeros(len(kept), np.int64), np.array([""])
     for i, (rows, ids) in enumerate(parts):
         pairs, group = np.unique(group * (len(ids) + 1) + rows[kept], return_inverse=True)
-        before, last = np.divmod(pairs, len(ids) + 1)
-        own = ids[last - 1]
-        names = own if i == 0 else np.char.add(np.char.add(names[before].astype(str), "/"), own.astype(str))
+        prefix, code = np.divmod(pairs, len(ids) + 1)
+        labels = ids[code - 1]
+        names = labels if i == 0 else np.char.add(np.char.add(names[prefix].astype(str), "/"), labels.astype(str))
     tasks = Vocabulary.of(names, _name(keys))
     if len(tasks) != len(names) + 1:
-        raise DataError(f"{data.name}: two combinations of {_name(keys)} read alike; give the combinations as one key")
+        raise DataError(
+            f"{data.name}: two combinations of {_name(keys)} read alike when joined by '/'; "
+            "pass one array of combined keys"
+        )
     task, user = tasks.encode(names)[group], data.user[kept]
-    owner = np.zeros(len(tasks), user.dtype)
-    owner[task] = user
-    own_user = bool((owner[task] == user).all())
+    user_of_task = np.zeros(len(tasks), user.dtype)
+    user_of_task[task] = user
+    single_user = bool((user_of_task[task] == user).all())
 
-    def read(source: str, fields: tuple[Field, ...]) -> tuple[Field, ...]:
-        return tuple(f for f in fields if f"{source}/{f.name}" not in named)
+    def fields_kept(source: str, fields: tuple[Field, ...]) -> tuple[Field, ...]:
+        return tuple(f for f in fields if f"{source}/{f.name}" not in key_names)
 
-    named = {key for key in keys if isinstance(key, str)}
-    user_fields, item_fields = read("user", data.user_fields), read("item", data.item_fields)
-    context_fields = read("context", data.context_fields)
+    key_names = {key for key in keys if isinstance(key, str)}
+    user_fields, item_fields = fields_kept("user", data.user_fields), fields_kept("item", data.item_fields)
+    context_fields = fields_kept("context", data.context_fields)
     contexts = {f.name: data.context_features[f.name][kept] for f in context_fields}
-    if not own_user:
+    if not single_user:
         context_fields += tuple(replace(f, name=f"user/{f.name}") for f in user_fields)
         contexts |= {f"user/{f.name}": data.user_features[f.name][user] for f in user_fields}
         user_fields = ()
@@ -92,13 +96,13 @@ def by_key(data: Dataset, *keys: str | np.ndarray) -> Dataset:
         timestamp=data.timestamp[kept],
         users=tasks,
         user_fields=user_fields,
-        user_features={f.name: data.user_features[f.name][owner] for f in user_fields},
+        user_features={f.name: data.user_features[f.name][user_of_task] for f in user_fields},
         item_fields=item_fields,
         item_features={f.name: data.item_features[f.name] for f in item_fields},
         context_fields=context_fields,
         context_features=contexts,
         report=data.report | {"without a key": len(data.user) - len(kept)},
-        truth=data.truth[owner] if own_user and data.truth is not None else None,
+        truth=data.truth[user_of_task] if single_user and data.truth is not None else None,
     )
 
 
@@ -107,12 +111,14 @@ def _name(keys: tuple[str | np.ndarray, ...]) -> str:
 
 
 def _rows(data: Dataset, key: str | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A key's row `[interactions]`, 0 where it is unknown, and the raw values of the rows from 1 on."""
+    """Return a key's row of each interaction `[interactions]`, 0 if unknown, and the raw values of rows 1 and up."""
     if not isinstance(key, str):
-        found = Vocabulary.of(key, "key")
-        if len(rows := found.encode(key)) != len(data.user):
-            raise DataError(f"by_key: got {len(rows)} values of a key for {len(data.user)} interactions")
-        return rows, found.ids
+        vocabulary_of_key = Vocabulary.of(key, "key")
+        if len(rows := vocabulary_of_key.encode(key)) != len(data.user):
+            raise DataError(
+                f"by_key: got {len(rows)} values of a key for {len(data.user)} interactions; give one for each"
+            )
+        return rows, vocabulary_of_key.ids
     if key == "user":
         return data.user, data.users.ids
     source, _, name = key.partition("/")
@@ -125,6 +131,6 @@ def _rows(data: Dataset, key: str | np.ndarray) -> tuple[np.ndarray, np.ndarray]
     field = next((f for f in fields if f.name == name), None)
     if field is None or field.kind != "categorical" or field.vocabulary is None:
         known = ["user", *(f"{s}/{f.name}" for s, (fs, *_) in tables.items() for f in fs if f.kind == "categorical")]
-        raise DataError(f"by_key: {key!r} is no categorical field; there are {', '.join(known)}")
+        raise DataError(f"by_key: {key!r} is no categorical field; choose from {', '.join(known)}")
     vocabulary = field.vocabulary
     return features[name][position], vocabulary.decode(np.arange(1, len(vocabulary)))

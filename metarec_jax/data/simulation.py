@@ -1,4 +1,4 @@
-"""Synthetic ratings with known user preferences, for tests and for trying things without a download."""
+"""Synthetic ratings with known user preferences, for tests and for experiments without a download."""
 
 import numpy as np
 
@@ -16,26 +16,29 @@ def synthetic(
     genres: int = 4,
     seed: int = 0,
 ) -> Dataset:
-    """A dataset drawn from a linear model of taste.
+    """Draw a dataset from a linear latent-factor model.
 
         rating_ui = 3.5 + b_u + b_i + p_u . q_i + noise * eps,   eps ~ N(0, 1)
-        b_u, b_i ~ N(0, 0.3^2),  p_u ~ N(0, I_rank / rank),  q_i = c_{genre(i)} + 0.3 * N(0, I_rank),  c_g ~
-        N(0, I_rank)
+        b_u, b_i ~ N(0, 0.3^2),  p_u ~ N(0, I_rank / rank),  q_i = c_{genre(i)} + 0.3 * N(0, I_rank),
+        c_g ~ N(0, I_rank)
 
-    so that the best possible prediction of a rating is `truth = 3.5 + b_u + b_i + p_u . q_i`, with an error
-    of standard deviation `noise`. Ratings are real numbers, neither rounded nor clipped. Each user rates a
-    uniform number of distinct random items at random times in one year.
+    The best possible prediction is `truth = 3.5 + b_u + b_i + p_u . q_i`; its error has standard deviation `noise`.
+    Ratings are neither rounded nor clipped. The number of ratings of a user is uniform in `ratings_per_user`; each user
+    rates distinct random items at random times within one year.
 
     Args:
-      users, items: how many of each.
+      users, items: number of users and of items.
       ratings_per_user: smallest and largest number of ratings of a user.
-      rank: dimension of taste.
-      noise: standard deviation of a rating around the truth.
-      genres: number of genres; an item's genre is its one (categorical) field.
-      seed: same seed, same data.
+      rank: dimension of the latent factors.
+      noise: standard deviation of the rating noise.
+      genres: number of genres; the genre is the only item field (categorical).
+      seed: random seed.
 
     Returns:
-      A `Dataset` whose `truth` is `[users + 1, items + 1]` (row and column 0, the unknown, are NaN).
+      A `Dataset` whose `truth` is `[users + 1, items + 1]`; row and column 0 (unknown) are NaN.
+
+    Raises:
+      ValueError: `ratings_per_user` is not an increasing range within [1, items].
     """
     if not 1 <= ratings_per_user[0] <= ratings_per_user[1] <= items:
         raise ValueError(f"ratings_per_user must satisfy 1 <= low <= high <= items ({items}), got {ratings_per_user}")

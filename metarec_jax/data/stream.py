@@ -1,9 +1,9 @@
-"""Stream: tables larger than memory to per-user histories on disk, in bounded memory, resumable after a kill.
+"""Streaming preparation: tables larger than memory to per-user histories on disk, in bounded memory.
 
-Two passes. The first reads the tables in pieces and writes each with its rows ordered by shard (a hash of the user);
-the second gathers a shard from all pieces, sorts it by user and time, and writes it as arrays that are mapped into
-memory. Every piece and every shard appears under its name at once when it is whole, so that a killed run loses at most
-the one at work.
+The first pass reads the tables in pieces and writes each piece with its rows ordered by shard (a hash of the user). The
+second pass gathers each shard from all pieces, sorts it by user and time, and writes memory-mapped arrays. Pieces and
+shards are renamed into place when complete, so a killed run can resume and loses at most the piece or shard in
+progress.
 """
 
 import errno
@@ -37,12 +37,12 @@ ARRAYS = ("users", "starts", "item", "rating", "timestamp")
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Histories on disk, as `prepare` wrote them.
+    """Per-user histories on disk, as written by `prepare`.
 
     Attributes:
       path: the folder.
-      report: counts of `rows`, `duplicates`, rows that are `cut` from long histories, `users` and `items`.
-      shards: how many.
+      report: counts of `rows`, `duplicates`, rows `cut` from long histories, `users` and `items`.
+      shards: number of shards.
     """
 
     path: Path
@@ -51,10 +51,10 @@ class Prepared:
 
     @classmethod
     def open(cls, path: str | Path) -> "Prepared":
-        """What `prepare` has finished at `path`.
+        """Open the finished output of `prepare` at `path`.
 
         Raises:
-          DataError: nothing there, or it is not finished.
+          DataError: there are no prepared histories, they are unfinished, or in another format version.
         """
         path = Path(path)
         try:
@@ -62,16 +62,16 @@ class Prepared:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: no prepared histories, or not finished ({error}); prepare them again") from error
         if manifest["version"] != VERSION:
-            raise DataError(f"{path}: written in format {manifest['version']}, this is {VERSION}; prepare it again")
+            raise DataError(f"{path}: format {manifest['version']} found, expected {VERSION}; prepare it again")
         return cls(path, manifest["report"], manifest["shards"])
 
     @cached_property
     def items(self) -> Vocabulary:
-        """All items of all shards."""
+        """Vocabulary of the items of all shards."""
         return Vocabulary(np.load(self.path / ITEMS), "item_id")
 
     def shard(self, number: int) -> Dataset:
-        """One shard's users, each with its interactions from the first to the latest; mapped, not read."""
+        """Return one shard as a memory-mapped dataset; each user's interactions are in order of time."""
         users, starts, item, rating, timestamp = self._arrays(number)
         return Dataset(
             name=f"{self.path.name}, shard {number}",
@@ -84,12 +84,12 @@ class Prepared:
         )
 
     def history(self, user: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A user's raw item ids, ratings and seconds, from the first to the latest; empty for an unknown user."""
-        wanted = as_ids([user], "user_id")
-        users, starts, item, rating, timestamp = self._arrays(int(_shard_of(wanted, self.shards)[0]))
-        row = int(Vocabulary(users, "user_id").encode(wanted)[0])
-        found = slice(0, 0) if row == UNKNOWN else slice(starts[row - 1], starts[row])
-        return self.items.ids[item[found] - 1], np.array(rating[found]), np.array(timestamp[found])
+        """Return a user's raw item ids, ratings and timestamps in order of time; empty for an unknown user."""
+        raw = as_ids([user], "user_id")
+        users, starts, item, rating, timestamp = self._arrays(int(_shard_of(raw, self.shards)[0]))
+        row = int(Vocabulary(users, "user_id").encode(raw)[0])
+        span = slice(0, 0) if row == UNKNOWN else slice(starts[row - 1], starts[row])
+        return self.items.ids[item[span] - 1], np.array(rating[span]), np.array(timestamp[span])
 
     def _arrays(self, number: int) -> list[np.ndarray]:
         folder = self.path / _shard_name(number)
@@ -106,28 +106,31 @@ def prepare(
     max_history: int | None = None,
     progress: bool = True,
 ) -> Prepared:
-    """Turn tables of interactions of any size into histories on disk.
+    """Convert tables of interactions of any size to per-user histories on disk.
 
-    Two ratings of one item by one user count as one, the later, as in `from_tables`. Memory: one piece, or one shard,
-    or all item ids, a few times over; more shards, less memory. After a kill, an error or a full disk the same call
-    goes on where it stopped.
+    Of several ratings of one item by one user the latest is kept, as in `from_tables`. Peak memory is a small multiple
+    of the largest of: one piece, one shard, all item ids. More shards need less memory. After a kill, an error or a
+    full disk, the same call resumes.
 
     Args:
       sources: Parquet, CSV (also .tsv) or JSON-lines (.jsonl, .ndjson) files, all with the same columns.
-      out: the folder to write.
+      out: the output folder.
       columns: names of your own columns, as in `from_tables`.
-      shards: how many parts the users are split into, by a hash.
+      shards: number of parts into which users are hashed.
       piece: rows read at a time.
-      max_history: keep this many of a user's interactions, the latest (default: all).
+      max_history: number of latest interactions kept for each user (default: all).
       progress: show a progress bar.
 
     Raises:
-      DataError: no such file, a damaged one, a bad id, rating or time (with file and row); no space on the disk; `out`
-        holds something else.
+      DataError: a file is missing or damaged; an id, rating or time is invalid (with file and row); the disk is full;
+        `out` holds something else; or an option is out of range.
     """
     files = [Path(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]
     if not files or shards < 1 or piece < 1 or (max_history is not None and max_history < 1):
-        raise DataError("prepare: give at least one file, and shards, piece and max_history of 1 or more")
+        raise DataError(
+            f"prepare needs at least one file, and shards, piece and max_history of 1 or more; got {len(files)} files, "
+            f"shards={shards}, piece={piece}, max_history={max_history}"
+        )
     if missing := [f for f in files if not f.is_file()]:
         raise DataError(f"{missing[0]}: no such file")
     out, names = Path(out), {c: c for c in COLUMNS} | dict(columns or {})
@@ -141,15 +144,17 @@ def prepare(
             return Prepared.open(out)
         work.mkdir(parents=True, exist_ok=True)
         write_whole(out / SETTING, json.dumps(setting).encode())
-        with counter(progress, "reading rows") as told:
-            pieces = [p for f, file in enumerate(files) for p in _partition(file, f, names, shards, piece, work, told)]
+        with counter(progress, "reading rows") as advance:
+            pieces = [
+                p for f, file in enumerate(files) for p in _partition(file, f, names, shards, piece, work, advance)
+            ]
         _merge_items(pieces, out)
         items = Vocabulary(np.load(out / ITEMS), "item_id")
-        with counter(progress, "writing shards", shards) as told:
+        with counter(progress, "writing shards", shards) as advance:
             for number in range(shards):
                 if not (out / _shard_name(number)).exists():
                     _gather(number, pieces, items, out, max_history)
-                told(1)
+                advance(1)
         counts = [json.loads((out / _shard_name(n) / "counts.json").read_text()) for n in range(shards)]
         report = {key: sum(c[key] for c in counts) for key in counts[0]} | {"items": len(items) - 1}
         manifest = {"version": VERSION, "shards": shards, "report": report}
@@ -167,10 +172,10 @@ def prepare(
 
 
 def _partition(
-    file: Path, number: int, names: Mapping[str, str], shards: int, rows: int, work: Path, told: Any
+    file: Path, number: int, names: Mapping[str, str], shards: int, rows: int, work: Path, advance: Any
 ) -> list[Path]:
-    """First pass over one file: a folder for each piece, its rows ordered by shard."""
-    found: list[Path] = []
+    """Run the first pass over one file; return one folder for each piece, its rows ordered by shard."""
+    folders: list[Path] = []
 
     def folder_of(begin: int) -> Path:
         return work / f"piece-{number:05}-{begin:012}"
@@ -190,17 +195,17 @@ def _partition(
             content["bounds"] = np.searchsorted(shard[order], np.arange(shards + 1))
             content["items"] = np.unique(item)
             _write_folder(folder, content)
-        found.append(folder)
-        told(height)
-    if not found:
+        folders.append(folder)
+        advance(height)
+    if not folders:
         raise DataError(f"{file}: the table is empty")
-    return found
+    return folders
 
 
 def _pieces(
     file: Path, names: Mapping[str, str], rows: int, done: Callable[[int], bool]
 ) -> Iterator[tuple[int, int, "pl.DataFrame | None"]]:
-    """First row, number of rows and wanted columns of each piece, in the file's order; of what is `done` no columns."""
+    """Yield first row, number of rows and wanted columns of each piece; None for the columns of a `done` piece."""
     import polars as pl
 
     scanners: dict[str, Callable[[Path], pl.LazyFrame]] = {
@@ -214,8 +219,8 @@ def _pieces(
         raise DataError(f"{file}: unknown kind of table {file.suffix!r}; use {', '.join(scanners)}")
     try:
         scan = scanners[file.suffix](file)
-        there = scan.collect_schema().names()
-        scan = scan.select([n for n in names.values() if n in there])
+        available = scan.collect_schema().names()
+        scan = scan.select([n for n in names.values() if n in available])
         if file.suffix == ".parquet":
             total = scan.select(pl.len()).collect().item()
             for begin in range(0, total, rows):
@@ -231,20 +236,20 @@ def _pieces(
 
 
 def _merge_items(pieces: list[Path], out: Path) -> None:
-    """All item ids, sorted, as the vocabulary of all shards."""
+    """Write the sorted item ids of all pieces, the vocabulary of all shards."""
     if (out / ITEMS).exists():
         return
     merged = np.load(pieces[0] / "items.npy")
     for folder in pieces[1:]:
-        fresh = np.load(folder / "items.npy")
-        if fresh.dtype.kind != merged.dtype.kind:
+        more = np.load(folder / "items.npy")
+        if more.dtype.kind != merged.dtype.kind:
             raise DataError("item ids are integers in one file and strings in another; make them one type")
-        merged = np.union1d(merged, fresh)
+        merged = np.union1d(merged, more)
     write_whole(out / ITEMS, _bytes(merged))
 
 
 def _gather(number: int, pieces: list[Path], items: Vocabulary, out: Path, max_history: int | None) -> None:
-    """Second pass over one shard: sorted by user and time, the later of duplicates, the latest of long histories."""
+    """Run the second pass over one shard: drop duplicates, sort by user and time, cut long histories."""
 
     def column(name: str) -> np.ndarray:
         parts = []
@@ -255,29 +260,34 @@ def _gather(number: int, pieces: list[Path], items: Vocabulary, out: Path, max_h
 
     user, item, time = column("user"), items.encode(column("item")), column("time")
     users, owner = np.unique(user, return_inverse=True)
-    # the last of each (user, item) by time, else by row: lexsort is stable, so that equal times keep the rows' order
+    # lexsort is stable: of interactions at the same time the last row wins
     by_pair = np.lexsort((time, item, owner))
     last = np.ones(len(item), bool)
     last[:-1] = (np.diff(owner[by_pair]) != 0) | (np.diff(item[by_pair]) != 0)
     kept = np.sort(by_pair[last])
     kept = kept[np.lexsort((time[kept], owner[kept]))]
-    before = len(kept)
+    unique = len(kept)
     if max_history is not None:
         ends = np.searchsorted(owner[kept], owner[kept], side="right")
         kept = kept[ends - np.arange(len(kept)) <= max_history]
     starts = np.searchsorted(owner[kept], np.arange(len(users) + 1))
-    counts = {"rows": len(item), "duplicates": len(item) - before, "cut": before - len(kept), "users": len(users)}
+    counts = {
+        "rows": len(item),
+        "duplicates": len(item) - unique,
+        "cut": unique - len(kept),
+        "users": len(users),
+    }
     content = {"users": users, "starts": starts, "item": item[kept], "rating": column("rating")[kept]}
     content["timestamp"] = time[kept]
     _write_folder(out / _shard_name(number), content, {"counts.json": json.dumps(counts).encode()})
 
 
 def _same_setting(out: Path, setting: dict[str, Any]) -> bool:
-    """Whether `out` belongs to this call; what belongs to another is refused."""
+    """Return whether `out` holds an earlier run of the same call; raise `DataError` if it holds anything else."""
     if not out.exists() or not any(out.iterdir()):
         return False
     if not (out / SETTING).exists():
-        raise DataError(f"{out} holds something else; give an empty folder")
+        raise DataError(f"{out} holds something else than prepared histories; give an empty folder")
     if json.loads((out / SETTING).read_text()) != setting:
         raise DataError(f"{out} was prepared from other files or with other options; delete it or give another folder")
     return True
@@ -298,12 +308,12 @@ def _bytes(array: np.ndarray) -> bytes:
 
 
 def _write_folder(folder: Path, arrays: Mapping[str, np.ndarray], others: Mapping[str, bytes] | None = None) -> None:
-    """A folder of arrays that appears at once, when all of it is on the disk."""
-    fresh = folder.with_name(f".{folder.name}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    """Write arrays and other files to a folder that appears under its name only when complete."""
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
     for name, array in arrays.items():
-        write_whole(fresh / f"{name}.npy", _bytes(array))
+        write_whole(unfinished / f"{name}.npy", _bytes(array))
     for name, content in (others or {}).items():
-        write_whole(fresh / name, content)
-    os.replace(fresh, folder)
+        write_whole(unfinished / name, content)
+    os.replace(unfinished, folder)

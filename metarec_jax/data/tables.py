@@ -1,4 +1,4 @@
-"""Tables: what the caller has (dict of arrays, pandas, polars, Arrow, CSV, Parquet) as a Dataset."""
+"""Tables (dict of arrays, pandas, polars, Arrow, CSV, JSON lines, Parquet) to a Dataset."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from metarec_jax.errors import DataError
 if TYPE_CHECKING:
     import polars as pl
 
-LATEST = 10**11  # seconds; what is later must be in another unit
+LATEST = 10**11  # seconds; larger timestamps must be in another unit
 COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 Options = Mapping[str, Mapping[str, Any]] | None
 
@@ -34,34 +34,33 @@ def from_tables(
     title: str = "title",
     name: str = "tables",
 ) -> Dataset:
-    """A dataset from tables in memory: each a dict of arrays, a pandas, polars or Arrow table.
+    """Build a dataset from tables in memory: dicts of arrays, pandas, polars or Arrow tables.
 
-    Two interactions of one user with one item count as one: the later (by timestamp, else by row) stays, and
-    `Dataset.report["duplicates"]` tells how many went.
+    Of several interactions of one user with one item the latest is kept (by timestamp, then by row);
+    `Dataset.report["duplicates"]` counts those dropped.
 
     Args:
       interactions: one row an interaction, with `user_id`, `item_id` and, both optional, `rating` and `timestamp`.
-        Without ratings the data are positive-only (plays, purchases): every interaction has the rating 1.0.
+        Without ratings the data are positive-only (plays, purchases): every rating is 1.0.
       users: optional attributes, one row a user, keyed by `user_id`; every other column becomes a field.
-      items: optional attributes, one row an item, keyed by `item_id`. Items nobody rated are in the catalogue
+      items: optional attributes, one row an item, keyed by `item_id`. Items without an interaction join the catalogue,
         too.
-      columns: names of the caller's own columns, for instance `{"user_id": "customer", "rating": "stars"}`. A column
-        that is named here must be there.
-      clean: rules of `metarec_jax.data.cleaning`, applied in order before anything else; `Dataset.report` tells how
-        many rows each touched, and is kept with a model.
-      context: columns of `interactions` that tell what was around each one (device, hour); models read them as they
-        read attributes.
-      fields: how to encode columns of attributes or context where the default does not suit: keyword arguments of
-        `Field.fit` by column, for instance `{"price": {"transform": "log"}, "poster": {"kind": "multimodal"},
-        "plot": {"kind": "text"}, "seller": {"buckets": 10_000}}`.
-      title: the column of `items` to show to people; it is not a field.
-      name: what to call the dataset in reports.
+      columns: names of your own columns, for instance `{"user_id": "customer", "rating": "stars"}`. A column named here
+        must exist.
+      clean: rules of `metarec_jax.data.cleaning`, applied in order before anything else. `Dataset.report`, which is
+        saved with a model, counts the rows that each rule touched.
+      context: columns of `interactions` that describe the context of each interaction (device, hour). Models read them
+        like attributes.
+      fields: non-default encodings of attribute or context columns: keyword arguments of `Field.fit` by column, for
+        instance `{"price": {"transform": "log"}, "poster": {"kind": "multimodal"}, "plot": {"kind": "text"}, "seller":
+        {"buckets": 10_000}}`.
+      title: the column of `items` with display names; it is not a field.
+      name: the dataset's name in reports.
 
     Raises:
-      DataError: a column is missing; the table is empty; an id is missing, a float, or beyond 64 bits; a
-        rating is missing, NaN, infinite or no number; an attribute table has an id twice or an infinite
-        value.
-      ValueError: `fields` asks what `Field.fit` does not know.
+      DataError: a column is missing; the table is empty; an id is missing, a float, or beyond 64 bits; a rating is
+        missing, NaN, infinite or not a number; an attribute table has a duplicate id or an infinite value.
+      ValueError: `fields` has an option that `Field.fit` rejects.
     """
     names = {c: c for c in COLUMNS} | dict(columns or {})
     if extra := set(names) - set(COLUMNS):
@@ -117,8 +116,11 @@ def from_tables(
 
 
 def read_table(path: str | Path) -> "pl.DataFrame":
-    """A CSV (also .tsv), JSON-lines (.jsonl, .ndjson) or Parquet file as a polars table; a damaged file raises
-    `DataError`."""
+    """Read a CSV (also .tsv), JSON-lines (.jsonl, .ndjson) or Parquet file as a polars table.
+
+    Raises:
+      DataError: the file is missing, damaged, cut short, or of another format.
+    """
     import polars as pl
 
     path = Path(path)
@@ -140,55 +142,75 @@ def read_table(path: str | Path) -> "pl.DataFrame":
 
 
 def _refuse_cut_row(path: Path, separator: str, width: int) -> None:
-    """Raise `DataError` when the last row has neither a line break nor all its columns."""
+    """Raise `DataError` if the last row lacks both a line break and some of its columns."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65_536))
         last = file.read().rsplit(b"\n", 1)[-1].decode(errors="replace")
     if last and last.count('"') % 2 == 0 and len(next(csv.reader([last], delimiter=separator))) < width:
-        raise DataError(f"{path}: the last row is cut short ({last[:60]!r}); get the file again")
+        raise DataError(f"{path}: the last row is cut short ({last[:60]!r}); download or write the file again")
 
 
 def to_polars(table: Any, what: str) -> "pl.DataFrame":
-    """A dict of arrays, a pandas, polars or Arrow table as polars."""
+    """Convert a dict of arrays, a pandas, polars or Arrow table to a polars table.
+
+    Args:
+      table: the table.
+      what: its name in error messages.
+
+    Raises:
+      DataError: it is not a table, or a column mixes types.
+    """
     import polars as pl
 
     if isinstance(table, pl.DataFrame):
         return table
     if isinstance(table, pl.LazyFrame):
         return table.collect()
-    if hasattr(table, "columns") and hasattr(table, "iloc"):  # pandas; without a hard need of pyarrow
+    if hasattr(table, "columns") and hasattr(table, "iloc"):  # pandas, converted without pyarrow
         table = {str(c): table[c].to_numpy() for c in table.columns}
     if isinstance(table, Mapping):
         table = {c: _series(v, f"{what}: column {c!r}") for c, v in table.items()}
     try:
-        return pl.DataFrame(table)  # Arrow tables and everything with the Arrow C stream
+        return pl.DataFrame(table)  # also Arrow tables and objects with an Arrow C stream
     except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{what}: not a table of equally long columns of one type each ({error})") from error
 
 
 def ids(table: "pl.DataFrame", column: str, what: str) -> np.ndarray:
-    """The column of ids, checked."""
+    """Return a column as validated int64 or string ids `[rows]`.
+
+    Raises:
+      DataError: the column is missing, or an id is missing, a float or beyond 64 bits.
+    """
     import polars as pl
 
     values = _column(table, column, what)
     if values.null_count():
         row = int(values.is_null().arg_max() or 0)
-        raise DataError(f"{what}: column {column!r} has no id in row {row}; drop such rows first")
+        raise DataError(f"{what}: column {column!r} has no id in row {row}; drop rows without an id first")
     if values.dtype in (pl.Categorical, pl.Enum):
         values = values.cast(pl.String)
     if not (values.dtype.is_integer() or values.dtype.is_float() or values.dtype == pl.String):
         raise DataError(f"{what}: column {column!r} holds {values.dtype}; ids must be integers or strings")
-    wide = values.dtype in (pl.Int128, pl.UInt128)  # which numpy does not have
+    wide = values.dtype in (pl.Int128, pl.UInt128)  # numpy has no such types
     return as_ids(values.to_list() if wide else values.to_numpy(), f"{what}: column {column!r}")
 
 
 def numbers(table: "pl.DataFrame", column: str, what: str) -> np.ndarray:
-    """The column as float32, checked: no null, NaN, infinite or larger value, and no text."""
+    """Return a column as finite float32 `[rows]`.
+
+    Raises:
+      DataError: the column is missing, or a value is null, NaN, infinite, too large for float32, or text.
+    """
     return _finite(_column(table, column, what), np.float32, f"{what}: column {column!r}")
 
 
 def seconds(table: "pl.DataFrame", column: str, what: str) -> np.ndarray:
-    """The column as int64 seconds, checked; dates and times count from 1970."""
+    """Return a column as validated int64 seconds `[rows]`; dates and times count from 1970.
+
+    Raises:
+      DataError: the column is missing, or a value is not finite or not in seconds.
+    """
     import polars as pl
 
     values = _column(table, column, what)
@@ -198,8 +220,8 @@ def seconds(table: "pl.DataFrame", column: str, what: str) -> np.ndarray:
     if (late := np.abs(finite) >= LATEST).any():
         row = int(np.argmax(late))
         raise DataError(
-            f"{what}: column {column!r} is {values[row]} in row {row}: in seconds that is over 3,000 years; if "
-            "it is in milliseconds, divide it, or give clean=[mr.data.cleaning.milliseconds_to_seconds()]"
+            f"{what}: column {column!r} is {values[row]} in row {row}: expected seconds, but that is over 3,000 years; "
+            "if it is in milliseconds, divide by 1000 or pass clean=[mr.data.cleaning.milliseconds_to_seconds()]"
         )
     return finite.astype(np.int64)
 
@@ -214,34 +236,36 @@ def _finite(values: "pl.Series", dtype: type, where: str) -> np.ndarray:
         row = int(np.argmax(bad))
         raise DataError(
             f"{where} is {values[row]} in row {row} ({bad.sum()} such rows), not a finite number; "
-            "drop or mend them first"
+            "drop or correct them first"
         )
     return array
 
 
 def _series(values: Any, where: str) -> "pl.Series":
-    """One column of a dict as polars; of a column of mixed types the first row that does not fit is named."""
+    """Convert one column of a dict to polars; an error names the first row of another type."""
     import polars as pl
 
     if isinstance(values, np.ndarray) and values.dtype.kind == "M":
-        values = values.astype("datetime64[us]")  # polars knows no datetime64[s]
+        values = values.astype("datetime64[us]")  # polars has no datetime64[s]
     if isinstance(values, list | tuple) or (isinstance(values, np.ndarray) and values.dtype.kind == "O"):
         values = [None if is_missing(v) else v for v in values]
     try:
         return pl.Series(values=values)
     except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
-        kinds = [type(v) for v in values]
-        if set(kinds) <= {int, float, type(None)} and float in kinds:  # [4, 3.5, None]
+        types = [type(v) for v in values]
+        if set(types) <= {int, float, type(None)} and float in types:  # [4, 3.5, None]
             return pl.Series(values=np.array(values, float))
         numbers = ((r, v) for r, v in enumerate(values) if type(v) is int)
         if wide := next(((r, v) for r, v in numbers if not -(2**63) <= v < 2**63), None):
-            raise DataError(f"{where} holds {wide[1]} in row {wide[0]}, beyond 64 bits") from error
-        first = next((k for k in kinds if k is not type(None)), None)
-        row = next((r for r, k in enumerate(kinds) if k not in (first, type(None))), None)
+            raise DataError(
+                f"{where} holds {wide[1]} in row {wide[0]}, beyond 64 bits; convert it to strings"
+            ) from error
+        first = next((k for k in types if k is not type(None)), None)
+        row = next((r for r, k in enumerate(types) if k not in (first, type(None))), None)
         if row is None or first is None:
             raise DataError(f"{where} cannot be read ({error})") from error
         raise DataError(
-            f"{where} mixes {first.__name__} with {kinds[row].__name__} (row {row}: {values[row]!r}); "
+            f"{where} mixes {first.__name__} with {types[row].__name__} (row {row}: {values[row]!r}); "
             "convert it to one type first"
         ) from error
 
@@ -261,7 +285,7 @@ def _vocabulary(raw: np.ndarray, table: "pl.DataFrame | None", key: str, what: s
     listed = ids(table, key, what)
     if listed.dtype.kind != raw.dtype.kind:
         raise DataError(
-            f"{what}: column {key!r} is of another type than the interactions'; make both integers or strings"
+            f"{what}: column {key!r} has another type than that of the interactions; make both integers or strings"
         )
     unique, count = np.unique(listed, return_counts=True)
     if (count > 1).any():
@@ -272,7 +296,7 @@ def _vocabulary(raw: np.ndarray, table: "pl.DataFrame | None", key: str, what: s
 def _attributes(
     table: "pl.DataFrame | None", key: str, vocabulary: Vocabulary, title: str | None, options: Options
 ) -> tuple[tuple[Field, ...], dict[str, np.ndarray], np.ndarray | None]:
-    """Fields, their features `[rows, ...]` and the titles of an attribute table."""
+    """Return the fields, the features `[rows, ...]` and the titles of an attribute table."""
     if table is None:
         return (), {}, None
     rows = vocabulary.encode(ids(table, key, key))
@@ -288,10 +312,10 @@ def _attributes(
 def _contexts(
     table: "pl.DataFrame", columns: Sequence[str], taken: set[str], keep: np.ndarray, options: Options
 ) -> tuple[tuple[Field, ...], dict[str, np.ndarray]]:
-    """Fields of these columns of the interactions and their features, of the rows that are kept."""
+    """Return the fields of context columns, and their features for the rows in `keep`."""
     if isinstance(columns, str) or len(set(columns)) < len(columns) or taken & set(columns):
         others = ", ".join(sorted(taken))
-        raise DataError(f"context: give a list of other columns than {others}, each once; got {columns!r}")
+        raise DataError(f"context: give a list of distinct columns other than {others}; got {columns!r}")
     values = {c: _values(_column(table, c, "interactions")[keep]) for c in columns}
     fields = tuple(Field.fit(c, v, **(options or {}).get(c, {})) for c, v in values.items())
     return fields, {f.name: f.encode(values[f.name]) for f in fields}
@@ -306,13 +330,13 @@ def _values(series: "pl.Series") -> np.ndarray:
         series = series.arr.to_list()
     if series.dtype in (pl.List(pl.Float32), pl.List(pl.Float64)):
         lengths = series.list.len().unique()
-        if len(lengths) == 1 and lengths[0]:  # vectors, all there: not by way of objects
+        if len(lengths) == 1 and lengths[0]:  # equally long vectors without gaps: no detour through objects
             return series.explode().to_numpy().reshape(len(series), -1)
     return as_objects(series.to_list())
 
 
 def _canonical(table: "pl.DataFrame", names: Mapping[str, str]) -> "pl.DataFrame":
-    """The table with `COLUMNS` in the place of the caller's own names."""
+    """Rename the caller's columns to `COLUMNS`, dropping columns whose names would collide."""
     for column in ("user_id", "item_id"):
         _column(table, names[column], "interactions")
     taken = {c for c in COLUMNS if names[c] != c and c in table.columns}
@@ -320,7 +344,7 @@ def _canonical(table: "pl.DataFrame", names: Mapping[str, str]) -> "pl.DataFrame
 
 
 def _last_of_each_pair(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
-    """Row numbers, ascending, of the latest interaction of each user with each item."""
+    """Return ascending row numbers of the latest interaction of each user with each item."""
     order = np.lexsort((np.arange(len(user)), timestamp, item, user))
     last = np.ones(len(user), bool)
     last[:-1] = (np.diff(user[order]) != 0) | (np.diff(item[order]) != 0)

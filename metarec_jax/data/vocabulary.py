@@ -1,6 +1,6 @@
-"""Vocabulary: raw ids (64-bit integers or strings) to dense int32 rows.
+"""Vocabulary: maps raw ids (64-bit integers or strings) to dense int32 rows.
 
-Row 0 is kept for every id never seen. Ids without bound can be hashed to a fixed number of rows instead.
+Row 0 stands for every unseen id. Unbounded ids can be hashed to a fixed number of rows instead.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,20 @@ import numpy as np
 from metarec_jax.data.hashing import hashed
 from metarec_jax.errors import DataError
 
-UNKNOWN = 0  # the row of an id that the vocabulary does not have
+UNKNOWN = 0  # row of ids that are not in the vocabulary
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Sorted unique ids; id `ids[r - 1]` has row `r`. With `buckets`, id x has row 1 + hash(x) mod buckets.
+    """Mapping of sorted unique ids to rows: id `ids[r - 1]` has row `r`.
+
+    With `buckets`, id x has row 1 + hash(x) mod buckets.
 
     Attributes:
-      ids: `[n]` int64 or numpy unicode strings, sorted, unique; of a hashed vocabulary empty, its type still counts.
-      name: what the ids are, for messages ("item_id").
-      buckets: rows of a hashed vocabulary besides row 0; None where every id has its own.
+      ids: `[n]` int64 or numpy unicode strings, sorted, unique. Empty for a hashed vocabulary; its dtype still tells
+        integers from strings.
+      name: what the ids are, for error messages ("item_id").
+      buckets: number of rows of a hashed vocabulary besides row 0; None if every id has its own row.
     """
 
     ids: np.ndarray
@@ -31,20 +34,20 @@ class Vocabulary:
 
     @classmethod
     def of(cls, values: Any, name: str = "id") -> "Vocabulary":
-        """The vocabulary of all distinct `values`."""
+        """Build the vocabulary of all distinct `values`."""
         return cls(np.unique(as_ids(values, name)), name)
 
     @classmethod
     def hashed(cls, buckets: int, name: str = "id", *, integers: bool = False) -> "Vocabulary":
-        """A vocabulary for ids without bound: nothing is stored, and two ids may share a row.
+        """Build a vocabulary for unbounded ids: nothing is stored, and ids may collide.
 
-        Of n ids about n - b (1 - exp(-n / b)) lose their own row to another, with b buckets: 1 in 10 at n = b / 5. The
-        rows are the same in every process, on every machine. No id is unknown, and none can be told from its row.
+        Of n ids, about n - b (1 - exp(-n / b)) share a row with an earlier id, with b buckets: 1 in 10 at n = b / 5.
+        Rows are the same in every process and on every machine. No id is unknown, and rows cannot be decoded.
 
         Args:
           buckets: number of rows besides row 0.
-          name: what the ids are, for messages.
-          integers: the ids are integers, not strings.
+          name: what the ids are, for error messages.
+          integers: whether the ids are integers instead of strings.
 
         Raises:
           ValueError: `buckets` is not between 1 and 2^31 - 2.
@@ -57,11 +60,15 @@ class Vocabulary:
         return cls(np.zeros(0, np.int64 if integers else np.str_), name, buckets)
 
     def __len__(self) -> int:
-        """Number of rows, the unknown row included."""
+        """Return the number of rows, including the unknown row."""
         return (len(self.ids) if self.buckets is None else self.buckets) + 1
 
     def encode(self, values: Any) -> np.ndarray:
-        """Rows `[n]` int32 of raw ids; 0 where an id is unknown. Ids of another type raise `DataError`."""
+        """Map raw ids to int32 rows `[n]`; 0 for unknown ids.
+
+        Raises:
+          DataError: ids are invalid, or integers for a vocabulary of strings (or the reverse).
+        """
         values = as_ids(values, self.name)
         if not len(values) or (self.buckets is None and not len(self.ids)):
             return np.full(len(values), UNKNOWN, np.int32)
@@ -77,25 +84,30 @@ class Vocabulary:
         return np.where(self.ids[position] == values, position + 1, UNKNOWN).astype(np.int32)
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
-        """Raw ids of `rows`, none of which may be 0 (the unknown row stands for no id); hashed ids are gone."""
+        """Map rows to raw ids.
+
+        Raises:
+          DataError: a row is 0 (unknown), or the vocabulary is hashed.
+        """
         rows = np.asarray(rows)
         if self.buckets is not None:
             raise DataError(f"{self.name}: hashed ids cannot be told from their rows; use Vocabulary.of")
         if np.any(rows == UNKNOWN):
-            raise DataError(f"{self.name}: row 0 stands for unknown and has no id")
+            raise DataError(f"{self.name}: row 0 stands for unknown ids and cannot be decoded; mask it first")
         return self.ids[rows - 1]
 
 
 def as_ids(values: Any, name: str) -> np.ndarray:
-    """`values` as an int64 or unicode array `[n]`.
+    """Validate ids; return them as an int64 or unicode array `[n]`.
 
-    Floats, nulls, mixed types and integers of 2^63 or more raise `DataError`, which names the first such row.
+    Raises:
+      DataError: floats, nulls, mixed types or integers beyond 64 bits; the message names the first such row.
     """
-    # of the list ["a", 1] numpy would make strings, of [1, 2.5] floats: as objects they are seen one by one
+    # numpy would silently convert ["a", 1] to strings and [1, 2.5] to floats: keep objects, to validate each
     array = np.asarray(values, object if isinstance(values, list | tuple) else None)
     if array.ndim != 1:
         raise DataError(f"{name}: expected one id a row, got an array of shape {array.shape}")
-    if array.size == 0 and array.dtype.kind in "fO":  # no element tells the type
+    if array.size == 0 and array.dtype.kind in "fO":  # no element determines the type
         return np.zeros(0, np.int64)
     if array.dtype.kind in "fO":
         array = _from_objects(array, name)
@@ -112,7 +124,7 @@ def as_ids(values: Any, name: str) -> np.ndarray:
 
 
 def _decoded(array: np.ndarray, name: str) -> np.ndarray:
-    """Bytes as the UTF-8 they must be."""
+    """Decode bytes as UTF-8."""
     try:
         return np.char.decode(array, "utf-8")
     except UnicodeDecodeError as error:
@@ -129,12 +141,12 @@ def _is_utf8(value: bytes) -> bool:
 
 
 def _from_objects(array: np.ndarray, name: str) -> np.ndarray:
-    """An object array as int64 or str; the first row that does not fit is named."""
+    """Convert an object array to int64 or strings; an error names the first invalid row."""
     items: Sequence[Any] = array.tolist()
     strings = isinstance(items[0], str)
     for row, value in enumerate(items):
         if isinstance(value, bool) or not isinstance(value, str if strings else int | np.integer):
-            if array.dtype.kind == "f":  # what made the column float is a gap, else a fraction
+            if array.dtype.kind == "f":  # a column is float because of a gap or a fraction: name that row
                 gap = np.isnan(array)
                 row = int(np.argmax(gap if gap.any() else array % 1 != 0))
             what = "missing" if is_missing(items[row]) else repr(items[row])
@@ -145,7 +157,7 @@ def _from_objects(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def is_missing(value: Any) -> bool:
-    """None, NaN, and pandas' NA and NaT."""
+    """Return whether a value is None, NaN, or pandas' NA or NaT."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, float | np.floating) and bool(np.isnan(value))

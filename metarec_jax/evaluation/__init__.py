@@ -1,4 +1,4 @@
-"""Evaluation: the plain baselines, comparisons of many learners and their reports."""
+"""Evaluation: baselines, comparisons of learners, and reports."""
 
 from metarec_jax._moved import moved
 from metarec_jax.data.fingerprint import fingerprint

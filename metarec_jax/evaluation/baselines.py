@@ -1,8 +1,6 @@
-"""The plain baselines that a meta-learner must beat, in numpy: two means, ALS fold-in, item-kNN.
+"""Rating and click baselines in numpy: two means, ALS fold-in, item-kNN.
 
-Each is made from the training users' interactions and scores a new user's query items from that user's
-support set. `user`, `item` are `[interactions]` rows; a task is `(support items, support targets, query
-items)` of one user.
+Each is fitted on the training users' interactions and scores a new user's query items from that user's support set.
 """
 
 from collections.abc import Callable
@@ -21,7 +19,13 @@ BASELINES: dict[str, Callable[["Interactions"], Predict]] = {}
 
 
 class Interactions(NamedTuple):
-    """The training users' interactions: `user`, `item` rows `[n]`, `target` `[n]`; how many item rows."""
+    """The training users' interactions.
+
+    Attributes:
+      user, item: `[n]` rows.
+      target: `[n]` targets.
+      items: number of item rows.
+    """
 
     user: np.ndarray
     item: np.ndarray
@@ -35,7 +39,7 @@ class _Means(NamedTuple):
     shrink: float
 
     def user(self, items: np.ndarray, target: np.ndarray) -> float:
-        """Shrunk mean of a user's residuals after the item means."""
+        """Return the shrunk mean of a user's residuals after the item means."""
         return float((target - self.mean - self.item[items]).sum() / (len(items) + self.shrink))
 
 
@@ -44,7 +48,7 @@ def _means(train: Interactions, item_shrink: float = 5.0, user_shrink: float = 5
 
 
 def two_means(train: Interactions) -> Predict:
-    """Global mean + shrunk item mean + shrunk user mean (the baseline of Koren, KDD 2008, eq. 1)."""
+    """Fit global mean + shrunk item mean + shrunk user mean (the baseline of Koren, KDD 2008, eq. 1)."""
     means = _means(train)
 
     def predict(items: np.ndarray, target: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -54,8 +58,10 @@ def two_means(train: Interactions) -> Predict:
 
 
 def als_fold_in(train: Interactions, rank: int = 8, ridge: float = 5.0, sweeps: int = 15, seed: int = 0) -> Predict:
-    """Matrix factorisation of the residuals after the two means by alternating least squares (Zhou et al.,
-    2008); a new user's factor is the ridge solution on the support set."""
+    """Fit matrix factorisation of the residuals after the two means by alternating least squares.
+
+    A new user's factor is the ridge solution on the support set (Zhou et al., 2008).
+    """
     shrink = 5.0
     mean, item_bias, vectors = factorise.explicit_als(
         train.user, train.item, train.target, train.items, rank, penalty=ridge, shrink=shrink, sweeps=sweeps, seed=seed
@@ -72,8 +78,10 @@ def als_fold_in(train: Interactions, rank: int = 8, ridge: float = 5.0, sweeps: 
 
 
 def item_knn(train: Interactions, neighbours: int = 40, shrink: float = 20.0, ridge: float = 5.0) -> Predict:
-    """Weighted mean of the user's residuals on the most similar items; similarity is the shrunk cosine of the
-    training users' residuals (Sarwar et al., WWW 2001; Koren, KDD 2008, eq. 3)."""
+    """Fit a weighted mean of the user's residuals on the most similar items.
+
+    Similarity is the shrunk cosine of the training users' residuals (Sarwar et al., WWW 2001; Koren, KDD 2008, eq. 3).
+    """
     means = _means(train)
     owner = np.unique(train.user, return_inverse=True)[1]
     residual = train.target - means.mean - means.item[train.item]
@@ -98,7 +106,7 @@ def item_knn(train: Interactions, neighbours: int = 40, shrink: float = 20.0, ri
 
 
 BASELINES |= {"two means": two_means, "ALS fold-in": als_fold_in, "item-kNN": item_knn}
-OF_RATINGS = " of ratings"  # ends the names of those that regress how much an item was liked, where clicks are judged
+OF_RATINGS = " of ratings"  # suffix of baselines that are fitted on ratings to predict clicks
 BASELINES |= {name + OF_RATINGS: make for name, make in BASELINES.items()}
 
 
@@ -111,29 +119,39 @@ def score_baselines(
     support: int | None = None,
     among: Among = "query",
 ) -> dict[str, Scores]:
-    """The plain baselines on the same tasks: same training users, same support sets, same candidates."""
+    """Score the baselines on the same tasks as a model: training users, support sets and candidates.
+
+    Args:
+      train, test: training and test users.
+      target: mapping of ratings to targets.
+      query: largest query size.
+      support: largest support size (None: all).
+      among: the items among which queries are ranked, see `metarec_jax.tasks.candidates`.
+    """
     data = train.data
 
-    known, graded = data.rating[train.index], target.levels is not None
-    judged = candidates(test, target, among, query=query)
-    queries, real = (judged.interaction >= 0).sum(1), judged.mask > 0
+    train_rating, graded = data.rating[train.index], target.levels is not None
+    chosen = candidates(test, target, among, query=query)
+    queries, in_query = (chosen.interaction >= 0).sum(1), chosen.mask > 0
     results = {}
     for name, make in BASELINES.items():
         of_ratings = name.endswith(OF_RATINGS)
         if of_ratings and not graded:
             continue
         encode = (lambda rating: rating) if of_ratings else target.encode
-        values = encode(known).astype(float)
+        values = encode(train_rating).astype(float)
         predict = make(Interactions(data.user[train.index], data.item[train.index], values, len(data.items)))
-        # the clicks that a liking stands for, by least squares
-        line = np.polyfit(values, target.encode(known), 1) if of_ratings else (1.0, 0.0)
-        scores = np.zeros_like(judged.target)
+        # least-squares map from ratings to clicks
+        line = np.polyfit(values, target.encode(train_rating), 1) if of_ratings else (1.0, 0.0)
+        scores = np.zeros_like(chosen.target)
         for u in range(len(test)):
             seen = test.index[test.starts[u] : test.starts[u + 1]][queries[u] :][:support]
-            found = predict(data.item[seen], encode(test.data.rating[seen]).astype(float), judged.item[u, real[u]])
-            scores[u, real[u]] = np.polyval(line, found)
-        if target.kind == "click":  # least squares on 0 / 1 estimates the probability, but may leave [0, 1]
-            results[name] = Scores(np.clip(scores, 0, 1), judged.target, judged.mask)
+            predicted = predict(
+                data.item[seen], encode(test.data.rating[seen]).astype(float), chosen.item[u, in_query[u]]
+            )
+            scores[u, in_query[u]] = np.polyval(line, predicted)
+        if target.kind == "click":  # least squares on 0/1 estimates a probability, but may leave [0, 1]
+            results[name] = Scores(np.clip(scores, 0, 1), chosen.target, chosen.mask)
         else:
-            results[name] = Scores(target.decode(scores), target.decode(judged.target), judged.mask)
+            results[name] = Scores(target.decode(scores), target.decode(chosen.target), chosen.mask)
     return results

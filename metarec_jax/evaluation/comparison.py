@@ -1,4 +1,4 @@
-"""Compare: strategies and plain baselines on the same tasks of several splits. Every score is kept, on disk too."""
+"""Comparison of strategies and baselines on the same tasks over several splits, with all scores saved."""
 
 import io
 import json
@@ -32,14 +32,14 @@ class Run(NamedTuple):
     """One learner on one split.
 
     Attributes:
-      scores: `[sizes, users, query]` click probabilities or ratings, one layer for each support size.
+      scores: `[sizes, users, query]` click probabilities or ratings for each support size.
       target, mask: `[users, query]`.
       users: `[users]` user rows of the dataset.
-      items: `[users, query]` item rows, the candidates.
-      lengths: `[users]` support examples that each user has.
-      cost: of a strategy `train_s`, `epochs`, `adapt_ms` (a user) and `bytes` (a user's adapted values); of a baseline
-        nothing.
-      history: the training log, one dict an epoch.
+      items: `[users, query]` item rows of the candidates.
+      lengths: `[users]` available support examples of each user.
+      cost: for a strategy `train_s`, `epochs`, `adapt_ms` (a user) and `bytes` (of a user's adapted values); empty for
+        a baseline.
+      history: training log, one dict an epoch.
     """
 
     scores: np.ndarray
@@ -54,14 +54,14 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What `compare` found; `metarec_jax.evaluation.intervals` and `.report` read it.
+    """Results of `compare`, the input of `metarec_jax.evaluation.intervals` and `.reports`.
 
     Attributes:
       setting: what was measured, with its hash (`metarec_jax.evaluation.protocol.describe`).
       kind: "click" or "rating".
-      runs: by learner and seed, baselines among them.
-      failed: by learner and seed, why a training came to nothing.
-      segments: named `[user rows]` or `[item rows]` labels, `user/NAME` or `item/NAME`.
+      runs: runs by learner and seed, including baselines.
+      failed: reasons of failed trainings, by learner and seed.
+      segments: labels of user rows (`user/NAME`) and item rows (`item/NAME`).
     """
 
     setting: dict[str, Any]
@@ -72,17 +72,18 @@ class Comparison:
 
     @property
     def seeds(self) -> list[int]:
+        """Seeds of the splits."""
         return self.setting["seeds"]
 
     @property
     def learners(self) -> list[str]:
-        """Those with a run of every split: strategies in the order given, then the baselines."""
+        """Learners with a run on every split: strategies in the given order, then baselines."""
         names = dict.fromkeys(name for name, _ in self.runs)
         complete = [n for n in names if all((n, seed) in self.runs for seed in self.seeds)]
         return [n for n in complete if n not in BASELINES] + [n for n in BASELINES if n in complete]
 
     def scores(self, learner: str, seed: int, support: int | None = None) -> Scores:
-        """`[users, query]` of one run with at most `support` examples of each user."""
+        """Return the scores of one run, `[users, query]`, with at most `support` examples of each user."""
         run = self.runs[learner, seed]
         return Scores(run.scores[self.setting["support"].index(support)], run.target, run.mask)
 
@@ -103,66 +104,71 @@ def compare(
     report: Callable[[str], Any] = print,
     **train_options: Any,
 ) -> Comparison:
-    """Train each strategy once a split, and score the same test users with each size of support set.
+    """Train each strategy on every split; score the same test users with each support size.
 
     Args:
       data: the dataset.
       strategies: names in `metarec_jax.STRATEGIES`, or your own names with arguments of `metarec_jax.train`, such as
         `{"wide ridge": {"strategy": "ridge", "model_options": {"width": 32}}}`.
-      splits: how many (seeds 0 and up), or the seeds.
-      protocol: which users train, validate and test (default `ColdUsers()`).
-      support: largest support sizes; None is all that a user has.
-      candidates: among what the queries are ranked, see `metarec_jax.Recommender.evaluate`.
-      folder: each run is written there when it is done, and what is there is not run again, also after a crash.
-      progress: say when a run is done.
-      report: what says so.
+      splits: number of splits (seeds 0 and up), or the seeds.
+      protocol: the split into training, validation and test users (default `ColdUsers()`).
+      support: largest support sizes; None for all.
+      candidates: the items among which queries are ranked, see `metarec_jax.Recommender.evaluate`.
+      folder: save each run there when it finishes; saved runs are not repeated, so an interrupted comparison resumes.
+      progress: report each finished run.
+      report: called with the progress messages.
       **train_options: arguments of `metarec_jax.train` for all strategies.
 
     Raises:
       DataError: the folder holds a comparison on another protocol or other data.
-      ValueError: no strategy, no split, one twice, or a strategy with the name of a baseline.
+      ValueError: there is no strategy or no split, a duplicate, or a strategy named like a baseline.
     """
     seeds = list(range(splits)) if isinstance(splits, int) else [int(s) for s in splits]
-    named = {n: {"strategy": n} for n in strategies} if not isinstance(strategies, Mapping) else dict(strategies)
-    if not named or len(named) < len(strategies) or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError("give at least one strategy and one split, and none twice")
-    if taken := [n for n in named if n in BASELINES]:
-        raise ValueError(f"{taken[0]!r} is the name of a baseline; call the strategy otherwise")
+    options_of = {n: {"strategy": n} for n in strategies} if not isinstance(strategies, Mapping) else dict(strategies)
+    if not options_of or len(options_of) < len(strategies) or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            "give at least one strategy and one split, and none twice; "
+            f"got strategies {list(strategies)}, seeds {seeds}"
+        )
+    if taken := [n for n in options_of if n in BASELINES]:
+        raise ValueError(f"{taken[0]!r} is the name of a baseline; give the strategy another name")
     protocol = ColdUsers() if protocol is None else protocol
     setting = describe(data, protocol, seeds=seeds, support=support, candidates=candidates)
-    where = None if folder is None else _open(Path(folder), setting, protocol.target, _segments(data))
+    saved_in = None if folder is None else _open(Path(folder), setting, protocol.target, _segments(data))
     runs: dict[tuple[str, int], Run] = {}
     failed: dict[tuple[str, int], str] = {}
-    for name, options in named.items():
+    for name, options in options_of.items():
         for seed in seeds:
-            if where and (found := _read(where, name, seed)):
-                runs[name, seed] = found
+            if saved_in and (saved := _read(saved_in, name, seed)):
+                runs[name, seed] = saved
             else:
                 try:
-                    fresh = _run(data, name, {**train_options, **options}, protocol, seed, support, candidates)
+                    new_runs = _run(data, name, {**train_options, **options}, protocol, seed, support, candidates)
                 except FloatingPointError as error:
                     failed[name, seed] = str(error)
-                    if where:
-                        write_whole(where / FAILED, json.dumps([[*key, why] for key, why in failed.items()]).encode())
+                    if saved_in:
+                        write_whole(
+                            saved_in / FAILED, json.dumps([[*key, why] for key, why in failed.items()]).encode()
+                        )
                     continue
-                for learner, run in fresh.items():
+                for learner, run in new_runs.items():
                     runs.setdefault((learner, seed), run)
-                    if where:
-                        _write(where, learner, seed, run)
+                    if saved_in:
+                        _write(saved_in, learner, seed, run)
                 if progress:
-                    report(f"{name}, split {seed}: {fresh[name].cost['train_s']:.0f} s")
+                    report(f"{name}, split {seed}: {new_runs[name].cost['train_s']:.0f} s")
             for baseline in BASELINES:
-                if where and (baseline, seed) not in runs and (found := _read(where, baseline, seed)):
-                    runs[baseline, seed] = found
-        jax.clear_caches()  # the next strategy shares no program
+                if saved_in and (baseline, seed) not in runs and (saved := _read(saved_in, baseline, seed)):
+                    runs[baseline, seed] = saved
+        jax.clear_caches()  # the next strategy shares no compiled program
     return Comparison(setting, protocol.target, runs, failed, _segments(data))
 
 
 def load(folder: str | Path) -> Comparison:
-    """The comparison that `compare(..., folder=...)` wrote.
+    """Load the comparison saved by `compare(..., folder=...)`.
 
     Raises:
-      DataError: no comparison there, or a damaged one.
+      DataError: there is no comparison, or it is damaged.
     """
     folder = Path(folder)
     try:
@@ -190,51 +196,51 @@ def _run(
     support: Sequence[int | None],
     candidates: Among,
 ) -> dict[str, Run]:
-    """The runs of a strategy and of the baselines."""
+    """Train a strategy on one split; return its run and those of the baselines."""
     start = time.perf_counter()
     trained = train(data, seed=seed, protocol=protocol, **{"progress": False, **options})
     seconds = time.perf_counter() - start
     test = protocol.split(data, seed).test
-    found = [evaluate_scores(trained, support=size, candidates=candidates) for size in support]
-    own = next(learner for learner in found[0] if learner not in BASELINES)
-    judged = draw(test, trained.target, candidates, query=protocol.query)
+    by_size = [evaluate_scores(trained, support=size, candidates=candidates) for size in support]
+    strategy_name = next(learner for learner in by_size[0] if learner not in BASELINES)
+    chosen = draw(test, trained.target, candidates, query=protocol.query)
     milliseconds, size = adaptation_cost(trained)
     cost = {"train_s": seconds, "epochs": len(trained.history), "adapt_ms": milliseconds, "bytes": size}
-    lengths = test.lengths - (judged.interaction >= 0).sum(1)
+    lengths = test.lengths - (chosen.interaction >= 0).sum(1)
     return {
-        (name if learner == own else learner): Run(
-            np.stack([scores[learner].scores for scores in found]),
-            found[0][learner].target,
-            found[0][learner].mask,
+        (name if learner == strategy_name else learner): Run(
+            np.stack([scores[learner].scores for scores in by_size]),
+            by_size[0][learner].target,
+            by_size[0][learner].mask,
             test.users,
-            judged.item,
+            chosen.item,
             lengths,
-            cost if learner == own else {},
-            trained.history if learner == own else [],
+            cost if learner == strategy_name else {},
+            trained.history if learner == strategy_name else [],
         )
-        for learner in found[0]
+        for learner in by_size[0]
     }
 
 
 def _segments(data: Dataset) -> dict[str, np.ndarray]:
-    """Labels of user and item rows to tell results apart by: how active, how popular, how old, and categories."""
+    """Label user and item rows by activity, popularity, age and categorical user fields."""
     first = np.full(len(data.items), np.iinfo(np.int64).max)
     np.minimum.at(first, data.item, data.timestamp)
-    found = {
+    segments = {
         "user/activity": _thirds(np.bincount(data.user, minlength=len(data.users)), "few", "some", "many"),
         "item/popularity": _thirds(np.bincount(data.item, minlength=len(data.items)), "tail", "middle", "head"),
     }
     if data.timestamp.any():
-        found["item/age"] = _thirds(first, "old", "middle", "new")
+        segments["item/age"] = _thirds(first, "old", "middle", "new")
     for field in data.user_fields:
         if field.kind == "categorical" and field.vocabulary is not None:
             names = np.concatenate([["unknown"], field.vocabulary.ids.astype(str)])
-            found[f"user/{field.name}"] = names[data.user_features[field.name]]
-    return found
+            segments[f"user/{field.name}"] = names[data.user_features[field.name]]
+    return segments
 
 
 def _thirds(values: np.ndarray, low: str, middle: str, high: str) -> np.ndarray:
-    """Labels by thirds of the values of rows 1 and up; row 0, the unknown, is in none."""
+    """Label the values of rows 1 and up by thirds; row 0, the unknown, gets no label."""
     cuts = np.quantile(values[1:], [1 / 3, 2 / 3])
     labels = np.array([low, middle, high])[np.searchsorted(cuts, values)]
     labels[0] = ""
@@ -242,12 +248,12 @@ def _thirds(values: np.ndarray, low: str, middle: str, high: str) -> np.ndarray:
 
 
 def _open(folder: Path, setting: dict[str, Any], kind: str, segments: dict[str, np.ndarray]) -> Path:
-    """The folder, with its head; one of another setting is refused."""
+    """Create the folder and write its setting; raise `DataError` if it holds a comparison on another setting."""
     folder.mkdir(parents=True, exist_ok=True)
-    same = {k: v for k, v in setting.items() if k not in ("seeds", "hash")}  # more splits may be added
+    comparable = {k: v for k, v in setting.items() if k not in ("seeds", "hash")}  # splits may be added
     if (folder / SETTING).exists():
         before = json.loads((folder / SETTING).read_text())["setting"]
-        if {k: v for k, v in before.items() if k not in ("seeds", "hash")} != same:
+        if {k: v for k, v in before.items() if k not in ("seeds", "hash")} != comparable:
             raise DataError(f"{folder} holds a comparison of another kind, {in_words(before)}; give another folder")
     write_whole(folder / "segments.npz", _packed(**segments))
     write_whole(folder / SETTING, json.dumps({"setting": setting, "kind": kind}, indent=1).encode())
@@ -281,6 +287,6 @@ def _read_file(path: Path) -> tuple[str, int, Run]:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: damaged ({error}); delete it, and compare again") from error
+        raise DataError(f"{path}: damaged ({error}); delete it and compare again") from error
     head = json.loads(str(arrays.pop("head")))
     return head["learner"], head["seed"], Run(**arrays, cost=head["cost"], history=head["history"])

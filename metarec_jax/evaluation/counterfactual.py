@@ -1,8 +1,8 @@
-"""Off-policy estimates: the click or conversion rate that another policy would have had, from logged feedback.
+"""Off-policy evaluation: estimate another policy's click or conversion rate from logged feedback.
 
-All take arrays over logged rounds, computed in float64: `reward` `[n]`, `propensity` `[n]` (the logging policy's
-probability of what it showed) and `target` `[n]` (the judged policy's probability of the same). The interval is the
-normal one of a mean over independent rounds.
+Arrays are over logged rounds and computed in float64: `reward` `[n]`, `propensity` `[n]` (the logging policy's
+probability of the logged action) and `target` `[n]` (the evaluated policy's probability of the same action). Intervals
+are normal approximations for a mean of independent rounds.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from metarec_jax.errors import DataError
 
 
 class Estimate(NamedTuple):
-    """A rate.
+    """An estimated rate.
 
     Attributes:
       value: the estimate.
@@ -28,13 +28,23 @@ class Estimate(NamedTuple):
 
 
 def on_policy(reward: np.ndarray) -> Estimate:
-    """The mean reward of the logging policy itself."""
+    """Estimate the logging policy's own rate: the mean reward `[n]`."""
     return _estimate(_finite("reward", reward))
 
 
 def ips(reward: np.ndarray, propensity: np.ndarray, target: np.ndarray, *, clip: float | None = None) -> Estimate:
-    """Inverse propensity scoring: mean of w r with w = target / propensity. Unbiased; `clip` bounds w, for less
-    variance and some bias.
+    """Estimate a policy's rate by inverse propensity scoring (IPS).
+
+    The mean of w r with w = target / propensity. Unbiased; `clip` bounds w, which lowers the variance and adds some
+    bias.
+
+    Args:
+      reward, propensity, target: `[n]`, see the module.
+      clip: largest weight (default: no limit).
+
+    Raises:
+      DataError: an array is empty, of another length or not finite, or has an invalid probability.
+      ValueError: `clip` is not positive.
 
     References:
       Horvitz and Thompson, 1952. Strehl et al., Learning from Logged Implicit Exploration Data, NIPS 2010.
@@ -44,26 +54,42 @@ def ips(reward: np.ndarray, propensity: np.ndarray, target: np.ndarray, *, clip:
 
 
 def snips(reward: np.ndarray, propensity: np.ndarray, target: np.ndarray, *, clip: float | None = None) -> Estimate:
-    """Self-normalised: sum of w r over sum of w. Consistent, bounded by the rewards, less variance.
+    """Estimate a policy's rate by self-normalised IPS: sum of w r over sum of w.
 
-    The standard error is that of a ratio (delta method).
+    Consistent, within the range of the rewards, and with less variance than IPS. The standard error is that of a ratio
+    (delta method).
+
+    Args:
+      reward, propensity, target: `[n]`, see the module.
+      clip: largest weight (default: no limit).
+
+    Raises:
+      DataError: as in `ips`, or all weights are 0.
+      ValueError: `clip` is not positive.
 
     References:
       Swaminathan and Joachims, The Self-Normalized Estimator for Counterfactual Learning, NIPS 2015, eq. 8.
     """
     reward, weight = _weights(reward, propensity, target, clip)
     if not weight.sum():
-        raise DataError("snips: the judged policy shows nothing that was logged; there is nothing to estimate from")
+        raise DataError(
+            "snips: the evaluated policy shows nothing that was logged (all weights are 0); use direct_method instead"
+        )
     value = float((weight * reward).sum() / weight.sum())
     return _estimate(value + weight * (reward - value) / weight.mean())
 
 
 def direct_method(expected: np.ndarray, policy: np.ndarray) -> Estimate:
-    """The mean of what a reward model expects: sum over actions of policy x expected. As biased as the model is.
+    """Estimate a policy's rate by a reward model.
+
+    The mean over rounds of the sum over actions of policy x expected. It inherits the bias of the model.
 
     Args:
       expected: `[n, actions]` expected rewards.
-      policy: `[n, actions]` the judged policy's probabilities; each row sums to 1.
+      policy: `[n, actions]` the evaluated policy's probabilities; each row sums to 1.
+
+    Raises:
+      DataError: shapes differ, a value is not finite, or a row of `policy` is not a distribution.
     """
     expected, policy = _policy(expected, policy)
     return _estimate((policy * expected).sum(1))
@@ -78,16 +104,20 @@ def doubly_robust(
     *,
     clip: float | None = None,
 ) -> Estimate:
-    """The direct method plus the weighted error of its model: mean of E_policy[q] + w (r - q(action)).
+    """Estimate a policy's rate by the direct method with a weighted correction of its error.
 
-    Unbiased where the propensities are right or the model is.
+    The mean over rounds of E_policy[q] + w (r - q(action)). Unbiased if the propensities or the reward model are right.
 
     Args:
       reward, propensity: `[n]`.
-      action: `[n]` what was shown.
-      expected: `[n, actions]` expected rewards, q; of a model that was fitted on other rounds.
-      policy: `[n, actions]` the judged policy's probabilities; each row sums to 1.
-      clip: largest weight.
+      action: `[n]` logged actions.
+      expected: `[n, actions]` expected rewards, q, of a model fitted on other rounds.
+      policy: `[n, actions]` the evaluated policy's probabilities; each row sums to 1.
+      clip: largest weight (default: no limit).
+
+    Raises:
+      DataError: an array has a wrong shape, a value that is not finite or an invalid probability.
+      ValueError: `clip` is not positive.
 
     References:
       Dudík, Langford and Li, Doubly Robust Policy Evaluation and Learning, ICML 2011, eq. 3.
@@ -109,16 +139,16 @@ def _estimate(terms: np.ndarray) -> Estimate:
 def _weights(
     reward: np.ndarray, propensity: np.ndarray, target: np.ndarray, clip: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Checked rewards, and importance weights."""
+    """Return validated rewards and importance weights."""
     reward = _finite("reward", reward)
-    logged, judged = _finite("propensity", propensity, len(reward)), _finite("target", target, len(reward))
-    for name, values, low in (("propensity", logged, 1e-12), ("target", judged, 0.0)):
+    logged, evaluated = _finite("propensity", propensity, len(reward)), _finite("target", target, len(reward))
+    for name, values, low in (("propensity", logged, 1e-12), ("target", evaluated, 0.0)):
         if (bad := (values < low) | (values > 1)).any():
             row = int(np.argmax(bad))
-            raise DataError(f"{name}: row {row} is {values[row]}, no probability of something that was shown")
+            raise DataError(f"{name}: row {row} is {values[row]}, not a probability between {low:g} and 1")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
-    weight = judged / logged
+    weight = evaluated / logged
     return reward, weight if clip is None else np.minimum(weight, clip)
 
 
@@ -137,8 +167,8 @@ def _policy(expected: np.ndarray, policy: np.ndarray) -> tuple[np.ndarray, np.nd
 def _finite(name: str, values: np.ndarray, length: int | None = None) -> np.ndarray:
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not len(array) or (length is not None and len(array) != length):
-        wanted = "" if length is None else f" ({length})"
-        raise DataError(f"{name}: expected one number a logged round{wanted}, got {array.shape}")
+        expected = "" if length is None else f" ({length})"
+        raise DataError(f"{name}: expected one number a logged round{expected}, got an array of shape {array.shape}")
     if (bad := ~np.isfinite(array)).any():
-        raise DataError(f"{name}: row {int(np.argmax(bad))} is {array[np.argmax(bad)]}; drop or mend such rounds")
+        raise DataError(f"{name}: row {int(np.argmax(bad))} is {array[np.argmax(bad)]}; drop or correct such rounds")
     return array

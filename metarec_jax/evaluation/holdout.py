@@ -1,4 +1,4 @@
-"""Holdout: what a trained model reaches on the test users of its protocol, beside the plain methods."""
+"""Holdout: evaluate a trained model and the baselines on the test users of its protocol."""
 
 import time
 from collections.abc import Sequence
@@ -29,7 +29,11 @@ def evaluate(
     candidates: Among = "query",
     baselines: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """`{learner: {metric: value}}`; see `metarec_jax.Recommender.evaluate`."""
+    """Evaluate a model and the baselines; see `metarec_jax.Recommender.evaluate`.
+
+    Returns:
+      `{learner: {metric: value}}`.
+    """
     if trained.target.kind == "ranking":
         sizes = SIZES if support is None else (support,)
         rankings = evaluate_rankings(trained, data, sizes=sizes, baselines=baselines)
@@ -38,7 +42,7 @@ def evaluate(
             for learner, table in rankings.items()
         }
     scores = evaluate_scores(trained, data, support=support, candidates=candidates, baselines=baselines)
-    return {learner: summarise(own, trained.target.kind) for learner, own in scores.items()}
+    return {learner: summarise(scored, trained.target.kind) for learner, scored in scores.items()}
 
 
 def evaluate_rankings(
@@ -48,15 +52,22 @@ def evaluate_rankings(
     sizes: Sequence[int | None] = SIZES,
     baselines: bool = True,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """`[users]` of each metric, by learner; see `metarec_jax.Recommender.rankings`."""
+    """Compute per-user ranking metrics of a model and the baselines; see `metarec_jax.Recommender.rankings`.
+
+    Returns:
+      `{learner: {metric: [users]}}`.
+
+    Raises:
+      ValueError: the model does not rank.
+    """
     if trained.target.kind != "ranking":
-        raise ValueError('this recommender predicts clicks or ratings: train with objective="ranking"')
+        raise ValueError('this recommender predicts clicks or ratings; rankings need training with objective="ranking"')
     split, query = trained.split(data, "evaluate(data)"), trained.protocol.query
 
-    def ours(size: int | None) -> Lists:
+    def lists_of_model(size: int | None) -> Lists:
         return rank(trained.strategy, trained.params, split.test, trained.target, query=query, support=size)
 
-    tables = {trained.name or "strategy": by_support(ours, sizes)}
+    tables = {trained.name or "strategy": by_support(lists_of_model, sizes)}
     if baselines:
         tables |= ranking_baselines(split, trained.target, sizes=sizes, query=query)
     return tables
@@ -70,20 +81,27 @@ def evaluate_scores(
     candidates: Among = "query",
     baselines: bool = True,
 ) -> dict[str, Scores]:
-    """Every test user's scores of clicks or ratings, by learner; arguments as of `evaluate`."""
+    """Score clicks or ratings of all test users; arguments as in `evaluate`.
+
+    Returns:
+      `{learner: Scores}`.
+
+    Raises:
+      ValueError: the model ranks.
+    """
     if trained.target.kind == "ranking":
         raise ValueError("this recommender ranks the catalogue: see rankings(), or train for clicks or ratings")
     split, query = trained.split(data, "evaluate(data)"), trained.protocol.query
     test = split.test
-    judged = draw(test, trained.target, candidates, query=query)
-    size = min(len(test), max(1, CELLS // judged.item.shape[1]))
+    chosen = draw(test, trained.target, candidates, query=query)
+    size = min(len(test), max(1, CELLS // chosen.item.shape[1]))
     options: dict[str, Any] = {
         "query": query,
         "support": support,
         "batch_size": size,
         "buckets": (_width(test, query),),
     }
-    tasks = (judged_on(batch, test, judged) for batch in batches(test, trained.target, **options))
+    tasks = (judged_on(batch, test, chosen) for batch in batches(test, trained.target, **options))
     name = trained.name or "strategy"
     scores = {name: score_tasks(trained.strategy, trained.params, tasks, trained.target)}
     if baselines:
@@ -94,14 +112,16 @@ def evaluate_scores(
 def adaptation_cost(
     trained: Trained, data: Dataset | None = None, *, users: int = 256, repeats: int = 5
 ) -> tuple[float, int]:
-    """Milliseconds a user of adapting, and bytes of one adapted user.
+    """Measure adaptation: milliseconds a user, and bytes of a user's adapted values.
 
-    The time is the median of `repeats` runs of the compiled `adapt` on a batch of `users` support sets, which are
-    those of the test users.
+    The time is the median over `repeats` runs of the compiled `adapt` on a batch of `users` support sets of test users.
+
+    Raises:
+      ValueError: the model ranks.
     """
     test = trained.split(data, "adaptation_cost(data)").test
     if trained.target.kind == "ranking":
-        raise ValueError("the cost of adapting is measured on clicks and ratings; benchmarks/serving.py has rankings")
+        raise ValueError("adaptation cost is measured on clicks and ratings; for rankings see benchmarks/serving.py")
     query = trained.protocol.query
     options: dict[str, Any] = {"query": query, "batch_size": len(test), "buckets": (_width(test, query),)}
     (batch,) = batches(test, trained.target, **options)
@@ -117,5 +137,8 @@ def adaptation_cost(
 
 
 def _width(test: Any, query: int) -> int:
-    """Support width of the test users: splits and support sizes share their shapes, hence what is compiled."""
+    """Return the padded support width of the test users.
+
+    A multiple of 32: splits and support sizes share shapes, and so compiled programs.
+    """
     return -(-int(np.maximum(test.lengths - query, 1).max()) // 32) * 32

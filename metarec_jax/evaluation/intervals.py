@@ -1,7 +1,7 @@
-"""Intervals: paired differences between learners by a bootstrap over users, with a correction for many comparisons.
+"""Confidence intervals: paired bootstrap differences between learners, with Holm's correction.
 
-The users are what is drawn anew, not the splits: a user who is tested in several splits stays one person, and splits
-share most of their training users, so that an interval over splits alone would be too narrow.
+Users are resampled, not splits. A user who is tested in several splits is one resampling unit, and splits share most of
+their training users, so an interval over splits alone would be too narrow.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,23 +15,23 @@ from metarec_jax.evaluation.comparison import Comparison
 from metarec_jax.metrics import pointwise as metrics
 
 AT_5 = ("precision", "recall", "ndcg", "mrr", "map")
-PER_USER: dict[str, Callable] = {  # means over users who have a value
+PER_USER: dict[str, Callable] = {  # averaged over users whose value is defined
     "within_user_auc": metrics.within_user_auc,
     **{f"{name}@5": partial(getattr(metrics, f"{name}_at"), 5) for name in AT_5},
 }
-PER_INTERACTION: dict[str, Callable] = {  # means over all interactions
+PER_INTERACTION: dict[str, Callable] = {  # averaged over all interactions
     "log_loss": lambda p, t: -np.log(np.where(t > 0.5, p, 1 - p).clip(1e-7, 1)),
     "accuracy": lambda p, t: (p >= 0.5) == (t > 0.5),
     "mae": lambda p, t: np.abs(p - t),
-    "rmse": lambda p, t: np.square(p - t),  # the root of the mean is taken at the end
+    "rmse": lambda p, t: np.square(p - t),  # `_Sums.value` takes the root of the mean
 }
-ORDER = ("few", "some", "many", "tail", "old", "middle", "head", "new")  # of the labels that are thirds
+ORDER = ("few", "some", "many", "tail", "old", "middle", "head", "new")  # display order of labels by thirds
 LESS_IS_BETTER = ("log_loss", "mae", "rmse")
 METRICS = {"click": ("auc", *PER_USER, "log_loss", "accuracy"), "rating": ("rmse", "mae", "ndcg@5")}
 
 
 class Difference(NamedTuple):
-    """A learner minus another: mean, the ends of its interval, and the two-sided p value that there is none."""
+    """Paired difference of two learners: mean, interval [low, high], and two-sided p value of no difference."""
 
     mean: float
     low: float
@@ -48,14 +48,14 @@ def values(
     users: np.ndarray | None = None,
     items: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`[splits]` values of a metric, NaN where it is not defined.
+    """Compute a metric on each split, `[splits]`; NaN where undefined.
 
     Args:
       comparison: from `compare`.
       learner: one of `comparison.learners`.
       metric: one of `METRICS`.
       support: one of the comparison's support sizes.
-      users, items: `[user rows]` and `[item rows]` bool, whose interactions count (default: all).
+      users, items: `[user rows]` and `[item rows]` bool masks of the interactions that count (default: all).
     """
     seeds = comparison.seeds
     return np.array([float(_sums(comparison, learner, s, metric, support, users, items).value()) for s in seeds])
@@ -72,78 +72,91 @@ def difference(
     level: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """The mean over splits of `learner` minus `other` on the same tasks, with a percentile bootstrap over users.
+    """Compute the mean of `learner` minus `other` over splits, with a bootstrap interval.
 
-    In each draw every user gets the number of times that it comes up among as many users drawn with replacement, the
-    same in every split in which it is tested and for both learners (Efron and Tibshirani, 1993, chapter 13).
+    Both are evaluated on the same tasks. The percentile bootstrap resamples as many users as there are, with
+    replacement. A user has the same weight in all splits in which it is tested, and for both learners (Efron and
+    Tibshirani, 1993, chapter 13).
 
     Args:
       comparison: from `compare`.
       learner, other: two of `comparison.learners`.
       metric: one of `METRICS`.
       support: one of the comparison's support sizes.
-      draws: bootstrap samples.
-      level: of the interval.
-      seed: of the draws; the same draws serve every pair of learners.
+      draws: number of bootstrap samples.
+      level: confidence level of the interval.
+      seed: seed of the bootstrap; all pairs of learners share the samples.
     """
     everyone = np.unique(np.concatenate([comparison.runs[learner, s].users for s in comparison.seeds]))
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(len(everyone), np.full(len(everyone), 1 / len(everyone)), size=draws).astype(np.float32)
-    total, found = np.zeros(draws), 0.0
+    total, mean = np.zeros(draws), 0.0
     for s in comparison.seeds:
-        here = weights[:, np.searchsorted(everyone, comparison.runs[learner, s].users)]
+        sample_weights = weights[:, np.searchsorted(everyone, comparison.runs[learner, s].users)]
         for sign, name in ((1, learner), (-1, other)):
             sums = _sums(comparison, name, s, metric, support)
-            total += sign * sums.value(here)
-            found += sign * float(sums.value())
-    total, found = total / len(comparison.seeds), found / len(comparison.seeds)
+            total += sign * sums.value(sample_weights)
+            mean += sign * float(sums.value())
+    total, mean = total / len(comparison.seeds), mean / len(comparison.seeds)
     low, high = np.nanquantile(total, [(1 - level) / 2, (1 + level) / 2])
     side = min((total <= 0).mean(), (total >= 0).mean())
-    return Difference(found, float(low), float(high), float(min(1.0, 2 * max(side, 1 / draws))))
+    return Difference(mean, float(low), float(high), float(min(1.0, 2 * max(side, 1 / draws))))
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """p values corrected for how many there are (Holm, 1979): the chance that any of them is a false alarm stays below
-    the level."""
+    """Correct p values for multiple testing by Holm's method (1979).
+
+    It controls the family-wise error rate.
+
+    Args:
+      p: p values by name.
+    """
     ordered = sorted(p, key=lambda name: p[name])
-    found, highest = {}, 0.0
+    corrected, highest = {}, 0.0
     for i, name in enumerate(ordered):
         highest = max(highest, min(1.0, (len(ordered) - i) * p[name]))
-        found[name] = highest
-    return {name: found[name] for name in p}
+        corrected[name] = highest
+    return {name: corrected[name] for name in p}
 
 
 def best_baseline(comparison: Comparison, metric: str, support: int | None = None) -> str:
-    """The baseline that is best in a metric on average; what a strategy must beat."""
+    """Return the baseline with the best mean of a metric over splits."""
     sign = -1 if metric in LESS_IS_BETTER else 1
-    known = [b for b in BASELINES if b in comparison.learners]
-    return max(known, key=lambda b: sign * np.nanmean(values(comparison, b, metric, support)))
+    baselines = [b for b in BASELINES if b in comparison.learners]
+    return max(baselines, key=lambda b: sign * np.nanmean(values(comparison, b, metric, support)))
 
 
 def by_segment(
     comparison: Comparison, learner: str, metric: str, segment: str, support: int | None = None
 ) -> dict[str, float]:
-    """A metric within each label of a segment (`comparison.segments`), mean over the splits in which it is defined.
+    """Compute a metric for each label of a segment, averaged over the splits where it is defined.
 
-    A segment of items counts the interactions with its items, also inside metrics over users.
+    In a segment of items, only interactions with the label's items count, also within per-user metrics.
+
+    Args:
+      comparison: from `compare`.
+      learner: one of `comparison.learners`.
+      metric: one of `METRICS`.
+      segment: one of `comparison.segments`.
+      support: one of the comparison's support sizes.
     """
     labels = comparison.segments[segment]
-    found = {}
+    by_label = {}
     for label in sorted(set(labels.tolist()) - {""}, key=lambda k: (ORDER.index(k) if k in ORDER else len(ORDER), k)):
-        which: dict[str, np.ndarray] = {"users" if segment.startswith("user/") else "items": labels == label}
-        per_split = values(comparison, learner, metric, support, **which)
+        selection: dict[str, np.ndarray] = {"users" if segment.startswith("user/") else "items": labels == label}
+        per_split = values(comparison, learner, metric, support, **selection)
         if np.isfinite(per_split).any():
-            found[label] = float(np.nanmean(per_split))
-    return found
+            by_label[label] = float(np.nanmean(per_split))
+    return by_label
 
 
 class _Sums(NamedTuple):
-    """A metric of one run in a form that user weights can be put on.
+    """Sufficient statistics of a metric of one run, to weight users.
 
     Attributes:
-      top, bottom: `[users]`: the metric is sum(w top) / sum(w bottom); empty for the AUC.
-      root: take the root of it.
-      ordered: of the AUC: users, classes and tie groups of the interactions, by rising score.
+      top, bottom: `[users]` numerators and denominators: the metric is sum(w top) / sum(w bottom). Empty for AUC.
+      root: whether to take the square root.
+      ordered: for AUC: users, classes and tie groups of the interactions, by ascending score.
     """
 
     top: np.ndarray
@@ -152,7 +165,7 @@ class _Sums(NamedTuple):
     ordered: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def value(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """The metric with every user once (a scalar), or with `weights` `[draws, users]` (`[draws]`)."""
+        """Compute the metric with equal weights (a scalar), or with `weights` `[draws, users]` (`[draws]`)."""
         if self.ordered is not None:
             return _weighted_auc(*self.ordered, weights)
         top, bottom = (
@@ -172,7 +185,7 @@ def _sums(
     users: np.ndarray | None = None,
     items: np.ndarray | None = None,
 ) -> _Sums:
-    """One run's metric over the chosen user rows and item rows (None: all)."""
+    """Gather the statistics of one run over the selected user and item rows (None: all)."""
     run, (scores, target, mask) = comparison.runs[learner, seed], comparison.scores(learner, seed, support)
     mask = mask > 0
     if users is not None:
@@ -193,7 +206,7 @@ def _sums(
 
 
 def _weighted_auc(user: np.ndarray, positive: np.ndarray, ties: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Area under the ROC curve of interactions in rising order of score, with their users' weights."""
+    """Compute the user-weighted AUC of interactions in ascending order of score."""
     w = np.ones((1, len(user))) if weights is None else weights[:, user]
     value = np.full(len(w), np.nan)
     if len(user):

@@ -1,4 +1,7 @@
-"""What a result was measured on, in words and as a short hash: results with the same hash may be compared."""
+"""Protocol description: what a result was measured on, as a dict, a line of text and a hash.
+
+Results with the same hash are comparable.
+"""
 
 import hashlib
 import json
@@ -10,7 +13,7 @@ from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fingerprint import fingerprint
 from metarec_jax.tasks.candidates import Among
 
-VERSION = 1  # of the metrics' definitions and of the way tasks are drawn; a change of either is a new number
+VERSION = 1  # increases when the definition of a metric or the sampling of tasks changes
 
 
 def describe(
@@ -21,31 +24,31 @@ def describe(
     support: Sequence[int | None] = (None,),
     candidates: Among = "query",
 ) -> dict[str, Any]:
-    """Everything that a result depends on besides the learner, as plain values with a `hash` of them all.
+    """Describe everything that a result depends on except the learner, as JSON values with a `hash`.
 
     Args:
       data: the dataset.
       protocol: a frozen dataclass with `split`, such as `ColdUsers`.
-      seeds: of the splits.
-      support: largest support sizes; None is all that a user has.
-      candidates: among what the queries are ranked.
+      seeds: seeds of the splits.
+      support: largest support sizes; None for all.
+      candidates: the items among which queries are ranked.
     """
-    found = {
+    description = {
         "data": data.name,
         "content": fingerprint(data),
         "protocol": type(protocol).__name__,
-        "settings": json.loads(json.dumps(asdict(protocol))),  # tuples become lists, as they are once read back
+        "settings": json.loads(json.dumps(asdict(protocol))),  # tuples become lists, as after reading JSON
         "seeds": [int(seed) for seed in seeds],
         "support": [None if size is None else int(size) for size in support],
         "candidates": candidates,
         "version": VERSION,
     }
-    content = {key: value for key, value in found.items() if key != "data"}
-    return found | {"hash": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]}
+    content = {key: value for key, value in description.items() if key != "data"}
+    return description | {"hash": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]}
 
 
 def in_words(described: dict[str, Any]) -> str:
-    """One line for people, the hash in front."""
+    """Format a description as one line, the hash first."""
     settings = ", ".join(f"{name}={value}" for name, value in described["settings"].items())
     seeds = described["seeds"]
     consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
@@ -53,5 +56,5 @@ def in_words(described: dict[str, Any]) -> str:
     among = (
         described["candidates"] if isinstance(described["candidates"], str) else f"{described['candidates']} sampled"
     )
-    what = f"{described['protocol']}({settings}), candidates {among}"
-    return f"[{described['hash']}] {described['data']}, {what}, splits {shown}"
+    ranked = f"{described['protocol']}({settings}), candidates {among}"
+    return f"[{described['hash']}] {described['data']}, {ranked}, splits {shown}"

@@ -1,4 +1,4 @@
-"""Report: a comparison as one HTML file to look at, and as Markdown. Nothing in it is fetched from elsewhere."""
+"""Reports: a comparison as one self-contained HTML file, or as Markdown."""
 
 import io
 import re
@@ -25,7 +25,7 @@ from metarec_jax.evaluation.intervals import (
 from metarec_jax.evaluation.protocol import in_words
 from metarec_jax.metrics import pointwise as metrics
 
-MAIN = {"click": "within_user_auc", "rating": "rmse"}  # what plots and intervals are about
+MAIN = {"click": "within_user_auc", "rating": "rmse"}  # main metric of plots and intervals
 GREY = "#808080"  # readable on white and on black
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
@@ -42,13 +42,20 @@ svg { max-width: 100%; height: auto; }
 
 
 def leaderboard(comparison: Comparison, *, draws: int = 2000) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: every metric with all support, the main metric's difference to the best baseline with its 95 %
-    interval over users and Holm's p over all strategies, and the costs."""
+    """Build the header and rows of the leaderboard.
+
+    Columns: every metric with the full support; the main metric's difference to the best baseline with its 95 %
+    interval over users; Holm's p over all strategies; and the costs.
+
+    Args:
+      comparison: from `compare`.
+      draws: bootstrap samples of the intervals.
+    """
     main, learners = MAIN[comparison.kind], comparison.learners
     rival = best_baseline(comparison, main)
     strategies = [n for n in learners if n not in BASELINES]
-    found = {n: difference(comparison, n, rival, main, draws=draws) for n in strategies}
-    corrected = holm({n: d.p for n, d in found.items()})
+    differences = {n: difference(comparison, n, rival, main, draws=draws) for n in strategies}
+    corrected = holm({n: d.p for n, d in differences.items()})
     rows = []
     for name in learners:
         row = [name, *(f"{np.nanmean(values(comparison, name, m)):.4f}" for m in METRICS[comparison.kind])]
@@ -58,44 +65,58 @@ def leaderboard(comparison: Comparison, *, draws: int = 2000) -> tuple[list[str]
         costs = [comparison.runs[name, seed].cost for seed in comparison.seeds]
         cost = {key: float(np.median([c[key] for c in costs])) for key in costs[0]}
         shown = (f"{cost['train_s']:.1f}", f"{cost['adapt_ms']:.4f}", f"{cost['bytes']:.0f}")
-        rows.append([*row, _interval(found[name]), f"{corrected[name]:.3f}", *shown])
+        rows.append([*row, _interval(differences[name]), f"{corrected[name]:.3f}", *shown])
     header = ["learner", *METRICS[comparison.kind], f"{main} minus {rival}", "p (Holm)"]
     return [*header, "train s", "adapt ms/user", "bytes/user"], rows
 
 
 def markdown(comparison: Comparison, *, draws: int = 2000) -> str:
-    """The leaderboard as Markdown, under a line that says what was measured."""
+    """Format the leaderboard as Markdown, below a line that describes the setting.
+
+    Args:
+      comparison: from `compare`.
+      draws: bootstrap samples of the intervals.
+    """
     header, rows = leaderboard(comparison, draws=draws)
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     return "\n".join([in_words(comparison.setting), "", *lines])
 
 
 def report(comparison: Comparison, path: str | Path, *, draws: int = 2000) -> Path:
-    """Write the HTML report: leaderboard, quality against support size, segments, calibration, learning curves, cost.
+    """Write the HTML report of a comparison.
+
+    It holds the leaderboard, quality by support size, segments, calibration, learning curves and cost.
 
     Args:
       comparison: from `compare`.
-      path: the file.
+      path: the output file.
       draws: bootstrap samples of the intervals.
+
+    Returns:
+      The path.
 
     Raises:
       ImportError: matplotlib is not installed.
     """
     plots: list[tuple[str, str, Callable[[Comparison, Any], None]]] = [
-        ("Quality against support size", "Minus the best baseline of each size; 95 % over users.", _by_support(draws)),
+        (
+            "Quality against support size",
+            "Difference to the best baseline of each size; 95 % intervals.",
+            _by_support(draws),
+        ),
         ("Segments", "The main metric within groups of users, and AUC or RMSE within groups of items.", _segments),
-        ("Learning curves", "Validation users, mean over splits that got as far.", _learning),
+        ("Learning curves", "Validation users; mean over the splits that reached the epoch.", _learning),
         ("Quality against cost", "Seconds of training, and the main metric with all support.", _costs),
     ]
     if comparison.kind == "click":
-        plots.insert(2, ("Calibration", "Share of clicks among interactions of like probability.", _calibration))
+        plots.insert(2, ("Calibration", "Share of clicks against predicted probability.", _calibration))
     header, rows = leaderboard(comparison, draws=draws)
     failed = "".join(
         f"<li>{escape(name)}, split {seed}: {escape(why)}</li>" for (name, seed), why in comparison.failed.items()
     )
     body = [
         f"<h1>{escape(comparison.setting['data'])}: {len(comparison.learners)} learners</h1>",
-        f"<p>Hash <code>{comparison.setting['hash']}</code>; results of another hash are not comparable.</p>",
+        f"<p>Hash <code>{comparison.setting['hash']}</code>; results with another hash are not comparable.</p>",
         f"<p><code>{escape(in_words(comparison.setting))}</code></p>",
         "<h2>Leaderboard</h2>",
         _table(header, rows),
@@ -113,12 +134,12 @@ def report(comparison: Comparison, path: str | Path, *, draws: int = 2000) -> Pa
     return path
 
 
-def _interval(found: Difference) -> str:
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+def _interval(change: Difference) -> str:
+    return f"{change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    """Baselines in grey, the best of each metric in bold."""
+    """Format an HTML table: baselines in grey, the best of each metric in bold."""
     best = {}
     for column, metric in enumerate(header):
         if metric in {m for names in METRICS.values() for m in names}:
@@ -136,7 +157,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _svg(comparison: Comparison, draw: Callable[[Comparison, Any], None]) -> str:
-    """What `draw` draws on a matplotlib figure, as inline SVG without its XML head and metadata."""
+    """Render a matplotlib figure by `draw` as inline SVG, without XML header and metadata."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -160,9 +181,9 @@ def _by_support(draws: int) -> Callable[[Comparison, Any], None]:
         rivals = [best_baseline(comparison, metric, size) for size in sizes]
         for name in (n for n in comparison.learners if n not in BASELINES):
             pairs = zip(rivals, sizes, strict=True)
-            found = [difference(comparison, name, rival, metric, size, draws=draws) for rival, size in pairs]
-            (line,) = axes.plot(range(len(sizes)), [d.mean for d in found], marker="o", label=name)
-            low, high = [d.low for d in found], [d.high for d in found]
+            differences = [difference(comparison, name, rival, metric, size, draws=draws) for rival, size in pairs]
+            (line,) = axes.plot(range(len(sizes)), [d.mean for d in differences], marker="o", label=name)
+            low, high = [d.low for d in differences], [d.high for d in differences]
             axes.fill_between(range(len(sizes)), low, high, alpha=0.12, color=line.get_color())
         axes.set_xticks(range(len(sizes)), ["all" if size is None else str(size) for size in sizes])
         axes.set(xlabel="support examples", ylabel=f"{metric} minus best baseline")
@@ -176,13 +197,13 @@ def _segments(comparison: Comparison, figure: Any) -> None:
     shown = [s for s, labels in comparison.segments.items() if 1 < len(set(labels.tolist()) - {""}) <= 6][:4]
     for axes, segment in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         metric = MAIN[comparison.kind] if segment.startswith("user/") else pooled
-        found = {name: by_segment(comparison, name, metric, segment) for name in comparison.learners}
-        labels = list(next(iter(found.values())))
-        width = 0.8 / len(found)
-        for i, (name, row) in enumerate(found.items()):
+        by_learner = {name: by_segment(comparison, name, metric, segment) for name in comparison.learners}
+        labels = list(next(iter(by_learner.values())))
+        width = 0.8 / len(by_learner)
+        for i, (name, row) in enumerate(by_learner.items()):
             axes.bar(np.arange(len(labels)) + i * width, [row.get(k, np.nan) for k in labels], width, label=name)
-        every = [v for row in found.values() for v in row.values()]
-        axes.set_ylim(min(every) - 0.02, max(every) + 0.02)
+        heights = [v for row in by_learner.values() for v in row.values()]
+        axes.set_ylim(min(heights) - 0.02, max(heights) + 0.02)
         axes.set_xticks(np.arange(len(labels)) + 0.4 - width / 2, labels, rotation=30)
         axes.set(title=segment, ylabel=metric)
     if shown:

@@ -12,14 +12,14 @@ from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError
 from metarec_jax.inference.explain import Cause, Explanation, effects, rank_correlation
 from metarec_jax.inference.histories import History, encode_attributes, encode_history, is_one_user
-from metarec_jax.inference.ranker import USERS, Ranked, Ranker, diversify
+from metarec_jax.inference.ranker import BATCHES, HISTORIES, USERS, Ranked, Ranker, diversify
 from metarec_jax.inference.recommendations import Choice, Recommendation, UncertainRecommendation, checked_count
 from metarec_jax.inference.stock import Stock
 from metarec_jax.tasks.ranking import LONGEST, Known
 from metarec_jax.training.trained import Trained
 
 CELLS = 1 << 20  # users x items scored at once
-CANDIDATES = 100  # that are ranked again, at least
+CANDIDATES = 100, 1000  # that are ranked again, at least and at most
 Attributes = Mapping[str, Any] | None
 
 
@@ -99,7 +99,7 @@ class Predictor:
             return [[r._replace(score=min(max(r.score, low), high)) for r in own] for own in lists]
         checked_count(k)
         allowed = self._allowed(choice, len(people))
-        wanted = max(10 * k, CANDIDATES) if choice.reranks else k
+        wanted = max(k, min(max(10 * k, CANDIDATES[0]), CANDIDATES[1])) if choice.reranks else k
         lists = []
         for start in range(0, len(people), USERS):
             chunk = people[start : start + USERS]
@@ -133,15 +133,16 @@ class Predictor:
         """The best of the stock for some users, and the scores to rank by again."""
         blocked = self.stock.encode(list(choice.block)) if len(choice.block) else np.zeros(0, np.int32)
         known = self.batch(chunk, context)
-        longest = _bucket(max(len(p.rows) for p in chunk) + len(blocked), 32, 32)
+        longest = _bucket(max(len(p.rows) for p in chunk) + len(blocked), 1024)
         seen = np.full((len(known.items), longest), -1, np.int32)
         seen[:, : len(blocked)] = blocked
         if choice.exclude_seen:
             for i, person in enumerate(chunk):
                 seen[i, len(blocked) : len(blocked) + len(person.rows)] = person.rows
-        group = np.zeros(len(known.items), np.int32)
-        if allowed is not None and len(allowed) > 1:
-            group[: len(chunk)] = np.arange(start, start + len(chunk))
+        users, group = len(known.items), None
+        if allowed is not None and len(allowed) > 1:  # a mask for each user of the batch
+            allowed, group = allowed[start : start + len(chunk)], np.arange(users, dtype=np.int32)
+            allowed = np.pad(allowed, ((0, users - len(chunk)), (0, 0)))
         ranked = self.ranker.top(
             known, _bucket(wanted, 16, 8), seen=seen, allowed=allowed, group=group,
             deviation=choice.deviation, explore=choice.explore, strength=choice.strength,
@@ -252,8 +253,11 @@ class Predictor:
     def batch(self, people: Sequence[EncodedUser], context: Mapping[str, Any] | None) -> Known:
         """The users as arrays of a few fixed shapes."""
         data, around = self.catalogue, encode_attributes(context, self.catalogue.context_fields, "context")
-        width = _bucket(min(max(len(p.rows) for p in people), LONGEST), 8)
-        known = Known.blank(_bucket(len(people), 1), width, data.user_fields, data.context_fields)
+        longest = min(max(len(p.rows) for p in people), LONGEST)
+        width, users = (
+            next(b for b in buckets if b >= n) for buckets, n in ((HISTORIES, longest), (BATCHES, len(people)))
+        )
+        known = Known.blank(users, width, data.user_fields, data.context_fields)
         for i, person in enumerate(people):
             rows, ratings, weights = (x[-LONGEST:] for x in person[:3])
             known.items[i, : len(rows)], known.target[i, : len(rows)] = rows, self.target.grade(ratings)

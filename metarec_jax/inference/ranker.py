@@ -13,10 +13,12 @@ from metarec_jax.data.fields import Field
 from metarec_jax.inference.stock import Stock
 from metarec_jax.strategies import Strategy
 from metarec_jax.strategies.catalogue import adapt, last, score, score_one
-from metarec_jax.tasks.ranking import Known
+from metarec_jax.tasks.ranking import LONGEST, Known
 from metarec_jax.types import Params
 
 USERS = 256  # users ranked at once, at most
+BATCHES = (1, 8, 64, USERS)  # users in a compiled batch
+HISTORIES = (32, 128, LONGEST)  # interactions in a compiled history
 BYTES = 1 << 26  # of the largest array that scoring a tile of items for so many users makes
 STEP = 256  # tiles are multiples of this long
 GROUP = 64  # items whose largest score is found first
@@ -110,6 +112,7 @@ class Ranker:
             raise ValueError("this strategy does not know the deviation of its scores; `alpaca` does")
         users = len(known.items)
         adapted = self.adapt(known)
+        user = (adapted, known.user, known.context, last(known))
         side = self._side(adapted, known, deviation)
         seen = np.full((users, 1), -1, np.int32) if seen is None else seen
         if allowed is not None:
@@ -117,14 +120,14 @@ class Ranker:
         group = np.zeros(users, np.int32) if group is None else group
         key = jax.random.key(0) if key is None else key
         rows, scores, deviations = side.programs.top(
-            min(k, side.rows), approximate, side.fixed, side.tiles, len(self.stock), adapted, known, seen, allowed,
+            min(k, side.rows), approximate, side.fixed, side.tiles, len(self.stock), user, seen, allowed,
             group, EXPLORE[explore], strength, key,
         )  # fmt: skip
         return Ranked(np.asarray(rows), np.asarray(scores), None if deviations is None else np.asarray(deviations))
 
     def vectors(self) -> np.ndarray:
         """`[rows, width]` everything that the network computes of each item alone and reads when it scores it."""
-        known = Known.blank(1, 8, *self.fields)
+        known = Known.blank(1, HISTORIES[0], *self.fields)
         return self._side(self.adapt(known), known, False).by_row(len(self.stock))
 
     def extended(self, stock: Stock) -> "Ranker":
@@ -183,14 +186,14 @@ class _Programs(NamedTuple):
 
     Attributes:
       length: items in a tile.
-      count: number of tiles.
+      total: number of tiles.
       fixed: `fixed(params, tables)`, values that no item enters.
       tile: `tile(params, tables, number)`, the values of one tile of items.
       top: see `_top`.
     """
 
     length: int
-    count: int
+    total: int
     fixed: Callable[..., list[jax.Array]]
     tile: Callable[..., list[jax.Array]]
     top: Callable[..., Any]
@@ -242,17 +245,17 @@ class _ItemSide(NamedTuple):
 
     @classmethod
     def of(cls, programs: _Programs, params: Params, tables: dict[str, jax.Array]) -> "_ItemSide":
-        tiles = [programs.tile(params, tables, number) for number in range(programs.count)]
+        tiles = [programs.tile(params, tables, number) for number in range(programs.total)]
         return cls(programs, programs.fixed(params, tables), [jnp.stack(values) for values in zip(*tiles, strict=True)])
 
     @property
     def rows(self) -> int:
-        return self.programs.length * self.programs.count
+        return self.programs.length * self.programs.total
 
     def updated(self, params: Params, tables: dict[str, jax.Array], row: int) -> "_ItemSide":
         """The side of tables that have changed from a row on."""
         start = row // self.programs.length
-        tiles = [self.programs.tile(params, tables, number) for number in range(start, self.programs.count)]
+        tiles = [self.programs.tile(params, tables, number) for number in range(start, self.programs.total)]
         new = [jnp.stack(values) for values in zip(*tiles, strict=True)]
         if start:
             new = [jnp.concatenate([old[:start], values]) for old, values in zip(self.tiles, new, strict=True)]
@@ -334,8 +337,7 @@ def _top(
     fixed: list[jax.Array],
     tiles: list[jax.Array],
     rows: jax.Array,
-    adapted: Any,
-    known: Known,
+    user: Any,
     seen: jax.Array,
     allowed: jax.Array | None,
     group: jax.Array,
@@ -345,7 +347,6 @@ def _top(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The top `k` rows `[users, k]`, their scores and deviations; what must not be recommended has score -inf."""
     users, count = len(seen), tiles[0].shape[0]
-    user = (adapted, known.user, known.context, last(known))
     best = partial(jax.lax.approx_max_k, recall_target=0.95) if approximate else top_k
 
     def tile(number: Any) -> list[jax.Array]:

@@ -1,4 +1,4 @@
-"""Metrics: of scores of given items, of ranked lists, and what a strategy reaches on task batches."""
+"""Metrics of scores, of ranked lists, and of strategies on task batches."""
 
 from metarec_jax.metrics import lists
 from metarec_jax.metrics.pointwise import (

@@ -1,8 +1,9 @@
 """Metrics in JAX, batched over users: scores and targets `[users, candidates]` with a mask.
 
-Ranking metrics sort a user's candidates by score; of equal scores the earlier candidate ranks first. AUC
-counts a tie as one half; a NaN score ranks below every other. A metric that is not defined, for a user or for
-the whole, is NaN; `mean_defined` leaves such users out.
+Ranking metrics sort a user's candidates by score; ties keep the order of the candidates. AUC counts a tie as one half.
+A NaN score ranks last. An undefined metric, of a user or overall, is NaN; `mean_defined` skips such users.
+
+In all functions `scores` or `probability`, `target` and `mask` are `[users, candidates]`; the mask is 0 for padding.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -14,58 +15,61 @@ import numpy as np
 
 from metarec_jax.core.outer import pieces
 
-NARROW = 512  # candidates up to which comparing each with each is quicker than sorting
-BLOCK = 128  # users compared at a time, so that they stay in a CPU's cache
+NARROW = 512  # candidates up to which pairwise comparison is faster than sorting
+BLOCK = 128  # users compared at a time, to fit a CPU's cache
 
 
 def mean_defined(per_user: jax.Array) -> jax.Array:
-    """Mean over the users whose value is not NaN; NaN where there is none."""
+    """Compute the mean over users whose value is not NaN; NaN if there is none."""
     return jnp.nanmean(per_user)
 
 
 def rmse(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Root mean squared error over all interactions, in units of the target."""
+    """Compute the root mean squared error over all interactions, in units of the target."""
     return jnp.sqrt(_mean(jnp.subtract(scores, target) ** 2, mask))
 
 
 def mae(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean absolute error over all interactions, in units of the target."""
+    """Compute the mean absolute error over all interactions, in units of the target."""
     return _mean(jnp.abs(jnp.subtract(scores, target)), mask)
 
 
 def log_loss(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean negative log-likelihood (nats) of 0/1 targets; probabilities are clipped to [1e-7, 1 - 1e-7]."""
+    """Compute the mean negative log-likelihood (nats) of 0/1 targets.
+
+    Probabilities are clipped to [1e-7, 1 - 1e-7].
+    """
     p = jnp.clip(probability, 1e-7, 1 - 1e-7)
     return _mean(-target * jnp.log(p) - (1 - target) * jnp.log1p(-p), mask)
 
 
 def accuracy(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Share of interactions on the right side of 1/2."""
+    """Compute the share of interactions classified correctly at the cut-off 1/2."""
     return _mean((probability >= 0.5) == (target > 0.5), mask)
 
 
 def precision(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Share of the interactions with `probability >= 1/2` that are positive; NaN where there is none."""
+    """Compute the share of positives among interactions with `probability >= 1/2`; NaN if there is none."""
     guess, true = (probability >= 0.5) & (mask > 0), (target > 0.5) & (mask > 0)
     return (guess & true).sum() / _or_nan(guess.sum())
 
 
 def recall(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Share of the positive interactions that have `probability >= 1/2`; NaN where there is none."""
+    """Compute the share of positives that have `probability >= 1/2`; NaN if there are no positives."""
     guess, true = (probability >= 0.5) & (mask > 0), (target > 0.5) & (mask > 0)
     return (guess & true).sum() / _or_nan(true.sum())
 
 
 def f1(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Harmonic mean of precision and recall of `probability >= 1/2` over all interactions; 0 if both are."""
+    """Compute the harmonic mean of precision and recall at `probability >= 1/2`; 0 if both are."""
     guess, true = (probability >= 0.5) & (mask > 0), (target > 0.5) & (mask > 0)
     return 2 * (guess & true).sum() / jnp.maximum(guess.sum() + true.sum(), 1)
 
 
 def auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Area under the ROC curve over all interactions of all users together.
+    """Compute the area under the ROC curve over the pooled interactions of all users.
 
-    Outside `jit` on a CPU it is numpy that sorts, much faster than XLA there.
+    On a CPU outside `jit`, numpy sorts, which is much faster than XLA there.
     """
     if jax.default_backend() == "cpu" and not any(isinstance(x, jax.core.Tracer) for x in (scores, target, mask)):
         return jnp.float32(_host_auc(*(np.asarray(x).ravel() for x in (scores, target, mask))))
@@ -73,18 +77,21 @@ def auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def within_user_auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[users]` area under each user's own ROC curve; NaN for users with one class only."""
+    """Compute the area under each user's own ROC curve, `[users]`; NaN for users with one class only."""
     each = _row_auc if jnp.shape(scores)[1] <= NARROW else jax.vmap(_auc)
     return each(scores, target, mask)
 
 
 def precision_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[users]` share of positives among the top k (of k, also when there are fewer candidates)."""
+    """Compute P@k, `[users]`: the number of positives in the top k, divided by k.
+
+    The denominator is k also for users with fewer candidates.
+    """
     return _defined(_top(k, scores, target, mask).sum(1) / k, mask)
 
 
 def recall_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array, normalised: bool = False) -> jax.Array:
-    """`[users]` share of a user's positives that are in the top k; NaN for users without positives.
+    """Compute R@k, `[users]`: the share of positives in the top k; NaN for users without positives.
 
     With `normalised` the denominator is min(k, positives), so that the best possible list has 1: Recall@R of Liang et
     al. (WWW 2018, section 4).
@@ -94,19 +101,25 @@ def recall_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array, nor
 
 
 def f1_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[users]` harmonic mean of P@k and R@k; NaN for users without positives."""
+    """Compute the harmonic mean of P@k and R@k, `[users]`; NaN for users without positives."""
     return 2 * _top(k, scores, target, mask).sum(1) / (k + _or_nan(_kept(target, mask).sum(1)))
 
 
 def hit_rate_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[users]` 1 where a positive is among the top k, else 0; NaN for users without positives."""
+    """Compute the hit rate, `[users]`: 1 if a positive is in the top k, else 0.
+
+    NaN for users without positives.
+    """
     hit = (_top(k, scores, target, mask) > 0).any(1)
     return jnp.where((_kept(target, mask) > 0).any(1), hit, jnp.nan)
 
 
 def map_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[users]` average precision at k: the mean, over a user's positives, of the precision at the rank of each that is
-    in the top k (0 for the others), as trec_eval has it; NaN for users without positives."""
+    """Compute average precision at k, `[users]`; NaN for users without positives.
+
+    The mean over a user's positives of the precision at the rank of each in the top k, 0 for the others (as in
+    trec_eval).
+    """
     top = _top(k, scores, target, mask)
     at_rank = jnp.cumsum(top, 1) / (1.0 + jnp.arange(top.shape[1]))
     return (top * at_rank).sum(1) / _or_nan(_kept(target, mask).sum(1))
@@ -115,11 +128,11 @@ def map_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax
 def ndcg_at(
     k: int, scores: jax.Array, target: jax.Array, mask: jax.Array, gain: Literal["linear", "exponential"] = "linear"
 ) -> jax.Array:
-    """`[users]` discounted cumulative gain over the best possible one; NaN for users without gain.
+    """Compute nDCG@k, `[users]`: discounted cumulative gain over the ideal one.
 
-    The discount is 1 / log2(1 + rank); the gain is the target (Järvelin and Kekäläinen, 2002) or 2^target - 1
-    (Burges et al., 2005). For clicks the two are the same, and equal nDCG@R of Liang et al. (WWW 2018, section 4): the
-    best possible list has min(k, positives) positives at the top.
+    NaN for users without gain. The discount is 1 / log2(1 + rank). The gain is the target ("linear"; Järvelin and
+    Kekäläinen, 2002) or 2^target - 1 ("exponential"; Burges et al., 2005). For clicks both equal nDCG@R of Liang et al.
+    (WWW 2018, section 4): the ideal list has min(k, positives) positives at the top.
     """
     gains = target if gain == "linear" else jnp.exp2(jnp.asarray(target, jnp.float32)) - 1
     gained = _kept(gains, mask)
@@ -129,7 +142,10 @@ def ndcg_at(
 
 
 def mrr_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[users]` 1 / rank of the first positive, 0 when outside the top k; NaN for users without positives."""
+    """Compute the reciprocal rank of the first positive, `[users]`; 0 outside the top k.
+
+    NaN for users without positives.
+    """
     hit = _top(k, scores, target, mask) > 0
     value = jnp.where(hit.any(1), 1 / (1.0 + hit.argmax(1)), 0.0)
     return jnp.where((_kept(target, mask) > 0).any(1), value, jnp.nan)
@@ -138,13 +154,14 @@ def mrr_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax
 def reliability(
     probability: jax.Array, target: jax.Array, mask: jax.Array, bins: int = 10
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The reliability curve: mean probability, share of positives and count of each of `bins` equal parts of [0, 1].
+    """Compute the reliability curve over `bins` equal parts of [0, 1]; the last part includes 1.
 
-    The first two are NaN where a bin is empty; 1 belongs to the last bin.
+    Returns:
+      Mean probability, share of positives and count, each `[bins]`; the first two are NaN for empty bins.
     """
     kept = jnp.asarray(mask).ravel() > 0
     p = jnp.where(kept, jnp.asarray(probability).ravel(), 0.0)
-    bin_of = jnp.where(kept, jnp.clip((p * bins).astype(int), 0, bins - 1), bins)  # what is masked: a bin of its own
+    bin_of = jnp.where(kept, jnp.clip((p * bins).astype(int), 0, bins - 1), bins)  # an extra bin for padding
     positive = kept & (jnp.asarray(target).ravel() > 0.5)
     weights = (kept.astype(p.dtype), p, positive.astype(p.dtype))
     count, total, hits = (jnp.bincount(bin_of, w, length=bins + 1)[:bins] for w in weights)
@@ -152,14 +169,19 @@ def reliability(
 
 
 def calibration_error(probability: jax.Array, target: jax.Array, mask: jax.Array, bins: int = 10) -> jax.Array:
-    """Expected calibration error: |mean probability - share of positives|, averaged over bins by their counts (Naeini
-    et al., AAAI 2015)."""
+    """Compute the expected calibration error (Naeini et al., AAAI 2015).
+
+    |mean probability - share of positives|, averaged over bins by their counts.
+    """
     confidence, share, count = reliability(probability, target, mask, bins)
     return jnp.where(count > 0, jnp.abs(confidence - share) * count, 0.0).sum() / _or_nan(count.sum())
 
 
 def click_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """The click table: AUC, within-user AUC, P@5, R@5, nDCG@5, MRR@5, MAP@5; log-loss, calibration, accuracy and F1."""
+    """Compute the click metrics of probabilities.
+
+    AUC, within-user AUC, P@5, R@5, nDCG@5, MRR@5, MAP@5, log-loss, calibration error, accuracy and F1.
+    """
     return {"auc": auc(scores, target, mask)} | _click_metrics(scores, target, mask)
 
 
@@ -181,7 +203,7 @@ def _click_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dic
 
 @jax.jit
 def rating_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """The rating table: RMSE and MAE in stars, nDCG@5 with the rating as gain."""
+    """Compute RMSE and MAE in units of the rating, and nDCG@5 with the rating as gain."""
     return {
         "rmse": rmse(scores, target, mask),
         "mae": mae(scores, target, mask),
@@ -191,7 +213,7 @@ def rating_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dic
 
 @jax.jit
 def ranking_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """The ranking table of 0/1 targets: nDCG@10 and @100, normalised recall@20 and @50, hit rate@10, MRR@10."""
+    """Compute nDCG@10 and @100, normalised recall@20 and @50, hit rate@10 and MRR@10 of 0/1 targets."""
     return {
         "ndcg@10": mean_defined(ndcg_at(10, scores, target, mask)),
         "ndcg@100": mean_defined(ndcg_at(100, scores, target, mask)),
@@ -223,16 +245,16 @@ def _kept(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _top(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Targets `[users, min(k, candidates)]` of the best by score; masked candidates come last, as 0."""
+    """Return the targets `[users, min(k, candidates)]` of the best candidates by score; padding comes last, as 0."""
     low = jnp.finfo(jnp.float32).min
-    key = jnp.maximum(jnp.asarray(scores, jnp.float32), 0.9 * low)  # -inf stays above NaN, and NaN above the masked
+    key = jnp.maximum(jnp.asarray(scores, jnp.float32), 0.9 * low)  # orders -inf above NaN, and NaN above padding
     key = jnp.where(jnp.asarray(mask) > 0, jnp.where(jnp.isnan(scores), low, key), -jnp.inf)
-    best = jax.lax.top_k(key, min(k, key.shape[1]))[1]  # of equal keys the earlier comes first
+    best = jax.lax.top_k(key, min(k, key.shape[1]))[1]  # ties: the earlier first
     return jnp.take_along_axis(_kept(target, mask), best, axis=1)
 
 
 def _auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mann-Whitney: the share of pairs of a positive and a negative in the right order, a tie counting one half.
+    """Compute AUC as the Mann-Whitney statistic: the share of correctly ordered pairs, with ties as one half.
 
     After sorting, a positive wins against the negatives before its tie group and half of those within it.
     """
@@ -241,7 +263,7 @@ def _auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
     negative = kept & ~positive
     key, order = jax.lax.sort_key_val(jnp.where(kept, _no_nan(scores), jnp.inf), jnp.arange(len(kept)))
     up, down = (side[order].astype(jnp.int32) for side in (positive, negative))
-    before = jnp.cumsum(down)  # negatives up to here
+    before = jnp.cumsum(down)  # negatives so far
     first = jnp.concatenate([jnp.ones(1, bool), key[1:] != key[:-1]])  # of a tie group
     start = jax.lax.cummax(jnp.where(first, before - down, 0))
     end = jax.lax.cummin(jnp.where(jnp.append(first[1:], True), before, before[-1]), reverse=True)
@@ -251,7 +273,7 @@ def _auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _host_auc(scores: np.ndarray, target: np.ndarray, mask: np.ndarray) -> float:
-    """`_auc` in numpy, which lets other threads run while it sorts and searches."""
+    """Compute `_auc` in numpy, whose sorting and searching releases the GIL."""
     with ThreadPoolExecutor() as threads:
 
         def classes(part: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -261,26 +283,26 @@ def _host_auc(scores: np.ndarray, target: np.ndarray, mask: np.ndarray) -> float
             return key[kept & positive], key[kept & ~positive]
 
         def wins(part: slice) -> float:
-            """Of a stretch of sorted positives: negatives below it, and those between, twice; ties once."""
-            few = up[part]
-            low, high = np.searchsorted(down, few[0], "left"), np.searchsorted(down, few[-1], "right")
+            """Count twice the pairs that a chunk of sorted positives wins, and ties once."""
+            positives = up[part]
+            low, high = np.searchsorted(down, positives[0], "left"), np.searchsorted(down, positives[-1], "right")
             near = down[low:high]
-            below, upto = (np.searchsorted(near, few, side).sum(dtype=float) for side in ("left", "right"))
-            return 2.0 * low * len(few) + below + upto
+            below, at_most = (np.searchsorted(near, positives, side).sum(dtype=float) for side in ("left", "right"))
+            return 2.0 * low * len(positives) + below + at_most
 
-        def stretches(length: int, size: int) -> list[slice]:
+        def chunks(length: int, size: int) -> list[slice]:
             return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
-        sides = zip(*threads.map(classes, stretches(len(scores), 1 << 22)), strict=True)
+        sides = zip(*threads.map(classes, chunks(len(scores), 1 << 22)), strict=True)
         up, down = threads.map(lambda parts: np.sort(np.concatenate(parts)), sides)
         if not len(up) or not len(down):
             return float("nan")
-        return sum(threads.map(wins, stretches(len(up), 1 << 14))) / 2 / len(up) / len(down)
+        return sum(threads.map(wins, chunks(len(up), 1 << 14))) / 2 / len(up) / len(down)
 
 
 @jax.jit
 def _row_auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """`_auc` of each row of a narrow table, by comparing with one candidate after another: no sorting."""
+    """Compute `_auc` of each row of a narrow table by pairwise comparison, without sorting."""
 
     def block(rows: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         scores, target, mask = (x.T for x in rows)  # [candidates, users]

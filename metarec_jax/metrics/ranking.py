@@ -1,4 +1,4 @@
-"""Ranking: how well a learner finds what a user chose among all items, by how many positives it is shown."""
+"""Ranking metrics: how well a learner finds the items that users chose, by support size."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,14 +17,14 @@ from metarec_jax.tasks.splits import Histories
 from metarec_jax.tasks.target import Target
 from metarec_jax.types import Params
 
-SIZES = (1, 3, 5, 10, None)  # support sizes; None is all
-DEPTH = 100  # of the lists that are judged
+SIZES = (1, 3, 5, 10, None)  # support sizes; None for all
+DEPTH = 100  # length of the evaluated lists
 CELLS = 1 << 24  # users x items scored at once
-LONGEST = 512  # support examples
+LONGEST = 512  # most support examples
 
 
 class Lists(NamedTuple):
-    """What was recommended, and what of it was right.
+    """Recommended lists and their hits.
 
     Attributes:
       rows: `[users, depth]` item rows, best first; -1 where no item is left.
@@ -39,14 +39,32 @@ class Lists(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 3))
 def best(strategy: Strategy, params: Params, known: Known, depth: int) -> jax.Array:
-    """`[users, depth]` rows of the best items that are not in the support, -1 where none is left."""
+    """Return the best items that are not in the support.
+
+    Args:
+      strategy, params: the strategy and its parameters, with the catalogue.
+      known: the users.
+      depth: length of the lists.
+
+    Returns:
+      `[users, depth]` item rows; -1 where none is left.
+    """
     items = params[TABLES]["items"]
     scores = score_shared(strategy, params, adapt(strategy, params, items, known), known, items)
     return top_rows(scores, jnp.where(known.weight > 0, known.items, 0), depth)
 
 
 def top_rows(scores: jax.Array, seen: jax.Array, depth: int) -> jax.Array:
-    """`[users, depth]` the best columns of `scores` `[users, items]` but `seen` `[users, n]` and column 0."""
+    """Return the best columns of a score matrix, without row 0 of the catalogue and seen items.
+
+    Args:
+      scores: `[users, items]`; NaN counts as -inf.
+      seen: `[users, n]` item rows to exclude.
+      depth: length of the lists.
+
+    Returns:
+      `[users, depth]`, or `[users, items]` if there are fewer items; -1 where none is left.
+    """
     low = scores.at[:, 0].set(-jnp.inf).at[jnp.arange(len(scores))[:, None], seen].set(-jnp.inf)
     value, rows = jax.lax.top_k(jnp.where(jnp.isnan(low), -jnp.inf, low), min(depth, scores.shape[1]))
     return jnp.where(value > -jnp.inf, rows, -1)
@@ -62,7 +80,13 @@ def rank(
     support: int | None = None,
     depth: int = DEPTH,
 ) -> Lists:
-    """The lists of a strategy that ranks; arguments as in `ranking_tasks`."""
+    """Compute the lists of a ranking strategy.
+
+    Args:
+      strategy, params: the strategy and its parameters.
+      histories, target, query, support: as in `ranking_tasks`.
+      depth: length of the lists.
+    """
     return lists_of(
         lambda task: best(strategy, params, task.known, depth), histories, target, query=query, support=support
     )
@@ -76,53 +100,72 @@ def lists_of(
     query: int = 10,
     support: int | None = None,
 ) -> Lists:
-    """The lists of anything that gives rows `[users, depth]` for a batch of users.
+    """Compute the lists of any recommender and their hits.
+
+    Args:
+      recommend: maps a batch of ranking tasks to item rows `[users, depth]`.
+      histories: the users.
+      target: mapping of ratings to targets.
+      query, support: as in `ranking_tasks`.
 
     Raises:
-      DataError: no user has a positive to find.
+      DataError: no user has a positive in the query.
     """
     most = int(np.clip(CELLS // len(histories.data.items), 1, 256))
     batches = max(-(-len(histories) // most), 1)
-    size = min(most, 32 * max(-(-len(histories) // (32 * batches)), 1))  # test and validation users share a program
+    size = min(
+        most, 32 * max(-(-len(histories) // (32 * batches)), 1)
+    )  # test and validation users share a compiled program
     parts: list[Any] = []
     for task in ranking_tasks(histories, target, query=query, support=support, batch_size=size):
         rows = np.asarray(recommend(task))
         wanted = np.where(task.query.mask > 0, task.query.rows, -2)
         parts.append((rows, (rows[:, :, None] == wanted[:, None, :]).any(2), (wanted > 0).sum(1)))
-    found = Lists(*(np.concatenate(x)[: len(histories)] for x in zip(*parts, strict=True)))
-    if not found.positives.any():
+    lists = Lists(*(np.concatenate(x)[: len(histories)] for x in zip(*parts, strict=True)))
+    if not lists.positives.any():
         raise DataError(
             f"{histories.data.name}: none of {len(histories)} users has a positive in the query (threshold "
             f"{target.threshold:g}), so that there is nothing to find; give the protocol a lower threshold"
         )
-    return found
+    return lists
 
 
 def list_metrics(lists: Lists) -> dict[str, np.ndarray]:
-    """`[users]` of each metric; NaN for users without a query item.
+    """Compute the metrics of lists, each `[users]`; NaN for users without a query item.
 
     nDCG and recall are those of Liang et al. (WWW 2018): the ideal list and the denominator hold min(k, positives).
+
+    Args:
+      lists: recommended lists and hits.
     """
     hits, positives = lists.hits, lists.positives
     depth = hits.shape[1]
     discount = 1 / np.log2(np.arange(2, depth + 2))
     ideal = np.concatenate([[0.0], np.cumsum(discount)])
     defined = np.where(positives > 0, 1.0, np.nan)
-    found = {}
+    metrics = {}
     for k in (10, 100):
         gain = (hits[:, :k] * discount[:k]).sum(1)
-        found[f"ndcg@{k}"] = defined * gain / np.maximum(ideal[np.minimum(np.minimum(k, depth), positives)], 1e-9)
+        metrics[f"ndcg@{k}"] = defined * gain / np.maximum(ideal[np.minimum(np.minimum(k, depth), positives)], 1e-9)
     for k in (20, 50):
-        found[f"recall@{k}"] = defined * hits[:, :k].sum(1) / np.maximum(np.minimum(k, positives), 1)
-    found["hit_rate@10"] = defined * hits[:, :10].any(1)
-    found["mrr@10"] = defined * np.where(hits[:, :10].any(1), 1 / (1.0 + hits[:, :10].argmax(1)), 0)
-    return found
+        metrics[f"recall@{k}"] = defined * hits[:, :k].sum(1) / np.maximum(np.minimum(k, positives), 1)
+    metrics["hit_rate@10"] = defined * hits[:, :10].any(1)
+    metrics["mrr@10"] = defined * np.where(hits[:, :10].any(1), 1 / (1.0 + hits[:, :10].argmax(1)), 0)
+    return metrics
 
 
 def by_support(make: Callable[[int | None], Lists], sizes: Sequence[int | None] = SIZES) -> dict[str, np.ndarray]:
-    """`[users]` of nDCG@100 by support size, as "ndcg@100, 5 known" and, with all, "ndcg@100"; of the rest with all."""
-    found: dict[str, np.ndarray] = {}
+    """Compute nDCG@100 by support size, and the other metrics with the full support; each `[users]`.
+
+    Args:
+      make: computes the lists for a support size; None is the full support.
+      sizes: support sizes.
+
+    Returns:
+      Metrics by name; with n support examples the name is "ndcg@100, n known".
+    """
+    metrics: dict[str, np.ndarray] = {}
     for size in sizes:
         table = list_metrics(make(size))
-        found |= table if size is None else {f"ndcg@100, {size} known": table["ndcg@100"]}
-    return found
+        metrics |= table if size is None else {f"ndcg@100, {size} known": table["ndcg@100"]}
+    return metrics

@@ -1,4 +1,4 @@
-"""Evaluate: scores of a learner or a plain baseline on a split's tasks, and what the metrics say of them."""
+"""Scoring: scores of a strategy on task batches, and their metrics."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,12 +15,12 @@ from metarec_jax.types import Params, Task
 
 
 class Scores(NamedTuple):
-    """Scores of the query interactions of some users, in the users' order.
+    """Scores of the query interactions of some users, in the order of the histories.
 
     Attributes:
       scores: `[users, query]` click probabilities or ratings.
-      target: `[users, query]` 0 / 1 clicks or ratings.
-      mask: `[users, query]`.
+      target: `[users, query]` 0/1 clicks or ratings.
+      mask: `[users, query]` 0 for padding.
     """
 
     scores: np.ndarray
@@ -30,12 +30,27 @@ class Scores(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def score(strategy: Strategy, params: Params, task: Task, key: jax.Array) -> jax.Array:
-    """Raw scores `[users, query]`: adapt to the support set, score the query. Compiled once a shape."""
+    """Adapt to the support sets and score the queries; compiled once a shape.
+
+    Args:
+      strategy, params: the strategy and its parameters.
+      task: a task batch.
+      key: random key of the adaptation.
+
+    Returns:
+      Raw scores `[users, query]`.
+    """
     return strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
 
 
 def score_tasks(strategy: Strategy, params: Params, tasks: Iterator[Batch], target: Target) -> Scores:
-    """Scores of every task of an iterator over `batches`."""
+    """Score all task batches; scores and targets are decoded.
+
+    Args:
+      strategy, params: the strategy and its parameters.
+      tasks: task batches, as from `batches`.
+      target: mapping of ratings to targets.
+    """
     parts: list[Any] = []
     positions = []
     for batch in tasks:
@@ -50,6 +65,11 @@ def score_tasks(strategy: Strategy, params: Params, tasks: Iterator[Batch], targ
 
 
 def summarise(scores: Scores, kind: str) -> dict[str, float]:
-    """The click or the rating table of some scores, as plain floats."""
+    """Compute the metrics of some scores, as Python floats.
+
+    Args:
+      scores: scores of the queries.
+      kind: "click" or "rating".
+    """
     table: Callable[..., dict[str, Any]] = metrics.click_metrics if kind == "click" else metrics.rating_metrics
     return {name: float(value) for name, value in table(*scores).items()}

@@ -1,4 +1,4 @@
-"""Networks as pure functions, made from a dataset's fields with flax NNX."""
+"""Networks as pure functions, built from the fields of a dataset with flax NNX."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Models that attend to what the user did before: causal Transformer, HSTU."""
+"""Sequence models with attention over the user's past interactions: causal Transformer and HSTU."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,15 +10,15 @@ from metarec_jax.data.fields import Field
 from metarec_jax.models.model import Model
 from metarec_jax.models.sequence import Encode, sequence_model
 
-LENGTH = 200  # places with an embedding of their own; later interactions share the last one's
-DISTANCES = 40  # of distances between places, all of the first 7, then ever wider ones
+LENGTH = 200  # number of position embeddings; later positions share the last one
+DISTANCES = 40  # buckets of relative distances: one for each of 0 to 6, then logarithmically wider
 
 
 class Attention(nnx.Module):
-    """Blocks of causal attention over the tokens, behind a first one that stands for the user without a past.
+    """Blocks of causal attention over the tokens, after a start token for the user without a past.
 
-    Places are counted from the start of the history, or, if `relative`, not at all: the blocks know distances alone.
-    A state then depends on how far back each interaction lies, not on how many were there before what is known.
+    Positions are absolute, counted from the start of the history, unless `relative`: then blocks use distances only. A
+    state then does not depend on how many older interactions were cut off.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Attention(nnx.Module):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
 
     def __call__(self, x: jax.Array, order: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """States `[examples + 1, width]` of tokens `[examples, width]` and their `order` `[examples]`."""
+        """Compute states `[examples + 1, width]` of tokens `[examples, width]` with `order` `[examples]`."""
         x = jnp.concatenate([self.start[None], x])
         if not self.relative:
             x = x + self.place(jnp.minimum(jnp.arange(len(x)), LENGTH - 1))
@@ -43,7 +43,9 @@ class Attention(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)); if `relative`, the attention has a bias by distance.
+    """Transformer block: x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+    If `relative`, attention logits have a learned bias by distance.
 
     References:
       Raffel et al., Exploring the Limits of Transfer Learning (T5), JMLR 2020, section 2.1 (the bias).
@@ -66,7 +68,7 @@ class TransformerBlock(nnx.Module):
         return x + self.dropout(wide, deterministic=rngs is None, rngs=rngs)
 
     def read(self, x: jax.Array) -> jax.Array:
-        """The attention with the bias by distance."""
+        """Compute attention with the bias by distance."""
         query, key, value = (layer(x) for layer in (self.attention.query, self.attention.key, self.attention.value))
         back = jnp.arange(len(x))[:, None] - jnp.arange(len(x))
         step = (4 * jnp.log2(1.0 + jnp.maximum(back, 0))).astype(jnp.int32)
@@ -77,16 +79,16 @@ class TransformerBlock(nnx.Module):
 
 
 class HSTUBlock(nnx.Module):
-    """Pointwise aggregated attention, gated.
+    """HSTU block: gated pointwise aggregated attention.
 
     U, V, Q, K = silu(W_1 norm(x));   x + W_2 (norm(silu(Q K^T + p_{i-j} + t_{o_i-o_j}) V) * U)
     """
 
-    BUCKETS = 16  # of gaps in `order`, each twice as wide as the one before
+    BUCKETS = 16  # buckets of gaps in `order`, each twice as wide as the last
 
     def __init__(
         self, width: int, heads: int, rngs: nnx.Rngs, relative: bool = False, dropout: float = 0.0
-    ) -> None:  # relative: it is always
+    ) -> None:  # `relative` is ignored: positions are always relative
         self.heads = heads
         self.dropout = nnx.Dropout(dropout)
         self.norm, self.inner_norm = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
@@ -120,15 +122,20 @@ def transformer(
     tied: bool = False,
     dropout: float = 0.0,
 ) -> Model:
-    """Causal Transformer over the user's interactions, as SASRec but with targets in the tokens; reads `History`.
+    """Build a causal Transformer over the user's interactions: SASRec with targets in the tokens.
 
-    A feed-forward layer is four times as wide as the state. If `tied`, attention has a bias by distance in place of the
-    embeddings of places: the state is the same however many interactions before the known ones were cut off.
+    The model reads `History` features. Feed-forward layers are four times as wide as the state. If `tied`, a relative
+    position bias replaces the position embeddings, so the state does not depend on how many older interactions were cut
+    off.
 
     Args:
       fields, width, hidden, tied, dropout: as in `gru`.
-      layers: blocks of attention and feed-forward layer.
-      heads: attention heads; they divide `width`.
+      layers: number of Transformer blocks.
+      heads: number of attention heads; must divide `width`.
+
+    Raises:
+      ValueError: `layers` or `heads` is less than 1, or `width` is not a multiple of `heads`; see also
+        `sequence_model`.
 
     References:
       Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, section III.
@@ -146,16 +153,22 @@ def hstu(
     tied: bool = False,
     dropout: float = 0.0,
 ) -> Model:
-    """Hierarchical sequential transduction units over the user's interactions; reads `History` features.
+    """Build a model of hierarchical sequential transduction units (HSTU) over the user's interactions.
 
-    Attention without softmax, so that how much a user did is not averaged away, a bias by distance and by gap in time,
-    and a gate instead of a feed-forward layer. An interaction and its target are one token instead of two in a row;
-    time is `order`, the only one that batches have; the layer norm makes the division by the length unnecessary.
+    The model reads `History` features. Attention has no softmax, so it keeps the intensity of a user's activity. It has
+    a bias by distance and by gap in time. A gate replaces the feed-forward layer.
+
+    Differences to the paper: an interaction and its target are one token instead of two; time is `order`, the only time
+    that batches have; there is no division by the length, since a layer norm follows.
 
     Args:
       fields, width, hidden, tied, dropout: as in `gru`.
-      layers: blocks.
-      heads: attention heads; they divide `width`.
+      layers: number of blocks.
+      heads: number of attention heads; must divide `width`.
+
+    Raises:
+      ValueError: `layers` or `heads` is less than 1, or `width` is not a multiple of `heads`; see also
+        `sequence_model`.
 
     References:
       Zhai et al., Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative
@@ -174,7 +187,7 @@ def attending(
     tied: bool,
     dropout: float,
 ) -> Model:
-    """The sequence model whose encoder is `layers` of these blocks; arguments as in `transformer`."""
+    """Build the sequence model whose encoder is `layers` of `block`; other arguments as in `transformer`."""
     if layers < 1 or heads < 1 or width % heads:
         raise ValueError(
             f"need layers >= 1, heads >= 1 and width a multiple of heads; got {layers=}, {heads=}, {width=}"

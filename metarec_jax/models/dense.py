@@ -1,4 +1,4 @@
-"""Embedding + MLP over feature fields, with an explicit bias of every field (wide and deep, Cheng et al., 2016)."""
+"""Embedding + MLP over feature fields, with a bias for every field (wide and deep, Cheng et al., 2016)."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -13,11 +13,11 @@ from metarec_jax.models.profile import PREFIX, ByField, bias, profile, slots, su
 
 
 class EmbeddingMLP(nnx.Module):
-    """score = sum of field biases + head(MLP([field embeddings])).
+    """Embedding + MLP: score = sum of field biases + head(MLP([field embeddings])).
 
-    The item id has a bias and an embedding too, so that `score = item bias + user bias + ...` is in the model's reach
-    without any hidden layer; the user bias is the bias of the head, which strategies adapt. Without hidden layers user
-    fields have a bias only: an embedding of theirs would add the same number to all of a user's scores.
+    The item id has both a bias and an embedding, so the model contains `score = item bias + user bias + ...` even
+    without hidden layers. The user bias is the bias of the head, which strategies adapt. Without hidden layers user
+    fields have a bias only: their embedding would add the same number to all of a user's scores.
     """
 
     def __init__(self, fields: Mapping[str, Field], width: int, hidden: Sequence[int], rngs: nnx.Rngs) -> None:
@@ -35,26 +35,26 @@ class EmbeddingMLP(nnx.Module):
         self.head = nnx.Linear(sizes[-1], 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def embed(self, features: ByField) -> jax.Array:
-        """Input of the head `[..., width]`."""
+        """Compute the input of the head, `[..., width]`."""
         x = jnp.concatenate([*vectors(self.embedding, features, self.deep).values()], -1)
         for layer in self.layers:
             x = nnx.relu(layer(x))
         return x
 
     def __call__(self, features: ByField) -> jax.Array:
-        """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
+        """Compute scores `[...]` from features `[...]` or `[..., values]`."""
         return (self.head(self.embed(features)) + self.bias(features))[..., 0]
 
     def bias(self, features: ByField) -> jax.Array:
-        """Sum of the field biases `[..., 1]`."""
+        """Sum the field biases, `[..., 1]`."""
         return sum_of_biases(self.embedding_bias, features, self.fields)
 
 
 def mlp(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (32,)) -> Model:
-    """The embedding + MLP tower for these fields (`metarec_jax.models.fields_of(data)`).
+    """Build an embedding + MLP model.
 
     Args:
-      fields: what a batch's features hold, by name.
+      fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
       width: width of each field's embedding.
       hidden: widths of the hidden layers.
     """
@@ -62,11 +62,12 @@ def mlp(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] =
 
 
 def linear(fields: Mapping[str, Field], *, width: int = 16) -> Model:
-    """A factorisation model: the head reads the item fields' embeddings directly, so that a user's adapted head is the
-    user's factor (what matrix factorisation calls p_u) and every field keeps its bias.
+    """Build a matrix-factorisation model: a linear head on the item fields' embeddings, and a bias per field.
+
+    A user's adapted head is the user factor p_u of matrix factorisation.
 
     Args:
-      fields: what a batch's features hold, by name.
+      fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
       width: width of each item field's embedding.
     """
     return mlp(fields, width=width, hidden=())

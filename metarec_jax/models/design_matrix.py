@@ -1,4 +1,4 @@
-"""Design: fields as they are, without parameters: one-hot codes and standardised numbers, for closed-form learners."""
+"""Design matrix for closed-form learners: one-hot codes and standardised numbers, without parameters."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -12,18 +12,18 @@ from metarec_jax.models.profile import PREFIX, ByField, look_up
 from metarec_jax.tasks.statistics import NAME as STATISTICS
 from metarec_jax.types import Features, Params
 
-MOST = 512  # columns of one field; codes beyond share columns
+MOST = 512  # maximum columns per field; larger codes wrap around and share columns
 
 
 def design(fields: Mapping[str, Field]) -> Model:
-    """The fields of items (`embed`) and of users (`profile`) as rows of a design matrix; scores are 0.
+    """Build a parameter-free model of design-matrix rows: item fields in `embed`, user fields in `profile`.
 
-        [1, one-hot codes, mean one-hot of several codes, standardised numbers and their squares]
+        [1, one-hot codes, mean one-hot of multi-valued fields, standardised numbers and their squares]
 
-    It has no parameters: what reads it is fitted in closed form, as `ials` is. The item id is no column.
+    Scores are 0. For learners fitted in closed form, such as `ials`. The item id has no column.
 
     Args:
-      fields: what a batch's features hold, by name.
+      fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
     """
     items = {n: f for n, f in fields.items() if n.startswith("item/") and n != f"item/{STATISTICS}"}
     users = {n: f for n, f in fields.items() if n.startswith(PREFIX)}
@@ -44,20 +44,20 @@ def _width(fields: Mapping[str, Field]) -> int:
 
 def _columns(fields: Mapping[str, Field], features: ByField) -> jax.Array:
     shape = jax.tree.leaves(features["item_id"])[0].shape
-    found = [jnp.ones((*shape, 1))]
+    columns = [jnp.ones((*shape, 1))]
     for name, field in fields.items():
         if field.kind in NUMBERS:
-            found.append(look_up(lambda x: jnp.concatenate([x, x * x], -1), features[name], field.kind))
+            columns.append(look_up(lambda x: jnp.concatenate([x, x * x], -1), features[name], field.kind))
         else:
-            found.append(look_up(partial(_shares, min(field.size, MOST), field.kind), features[name], "categorical"))
-    return jnp.concatenate(found, -1)
+            columns.append(look_up(partial(_shares, min(field.size, MOST), field.kind), features[name], "categorical"))
+    return jnp.concatenate(columns, -1)
 
 
 def _shares(columns: int, kind: str, codes: jax.Array) -> jax.Array:
-    """`[..., columns]` the share of the codes `[...]` or `[..., values]` that is in each column; unknown is in none."""
+    """Compute the mean one-hot `[..., columns]` of codes `[...]` or `[..., values]`; code 0 (unknown) is left out."""
     codes = codes if kind == "multi" else codes[..., None]
     flat = codes.reshape(-1, codes.shape[-1])
     known = (flat > 0).astype(jnp.float32)
     share = known / jnp.maximum(known.sum(1, keepdims=True), 1)
-    found = jnp.zeros((len(flat), columns)).at[jnp.arange(len(flat))[:, None], flat % columns].add(share)
-    return found.reshape(*codes.shape[:-1], columns)
+    shares = jnp.zeros((len(flat), columns)).at[jnp.arange(len(flat))[:, None], flat % columns].add(share)
+    return shares.reshape(*codes.shape[:-1], columns)

@@ -1,4 +1,4 @@
-"""Pretrained vectors: a model that starts from arrays of the caller's, or keeps them."""
+"""Pretrained embeddings: start a model from given arrays, trainable or frozen."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,21 +11,21 @@ from metarec_jax.types import Params
 
 
 def pretrained(model: Model, arrays: Mapping[str, Any], *, freeze: bool = False) -> Model:
-    """`model` with some of its parameters given, for instance item vectors learned from texts or images.
+    """Initialise parameters of `model` from arrays, such as item vectors learned from texts or images.
 
         pretrained(mlp(fields, width=64), {"embedding/item_id/embedding": vectors})
 
-    Row r of a table belongs to code r of its field: of the items, `data.items.encode(raw ids)`; row 0 is the unknown
-    item's, and zeros are a good choice for it. Vectors that should enter beside an embedding of the item's own are a
-    dense item field instead.
+    Row r of a table belongs to code r of its field; the codes of items are `data.items.encode(raw ids)`. Row 0 is the
+    unknown item; zeros are a good choice. To use vectors next to a learned item embedding, make them a dense item field
+    instead.
 
     Args:
       model: any model.
-      arrays: by the parameter's path, its keys joined by "/".
-      freeze: the arrays are constants, not parameters: nothing trains, adapts or saves them.
+      arrays: initial values by parameter path, with keys joined by "/".
+      freeze: make the arrays constants instead of parameters: they are not trained, adapted or saved.
 
     Raises:
-      ValueError: the model has no such parameter, or one of another shape.
+      ValueError: the model has no such parameter, or its shape differs.
     """
     known = {_name(path): leaf for path, leaf in _leaves(jax.eval_shape(model.init, jax.random.key(0)))}
     values = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
@@ -35,19 +35,19 @@ def pretrained(model: Model, arrays: Mapping[str, Any], *, freeze: bool = False)
         if value.shape != known[name].shape:
             raise ValueError(f"{name} is {known[name].shape}, the given array {value.shape}; set `width` to fit")
 
-    def put(params: Params) -> Params:
+    def with_values(params: Params) -> Params:
         return _map(lambda name, leaf: values.get(name, leaf), params)
 
-    def taken_out(params: Params) -> Params:
+    def without_values(params: Params) -> Params:
         return _map(lambda name, leaf: None if name in values else leaf, params)
 
     if not freeze:
-        return model._replace(init=lambda key: put(model.init(key)))
+        return model._replace(init=lambda key: with_values(model.init(key)))
     embed = model.embed
     return model._replace(
-        init=lambda key: taken_out(model.init(key)),
-        apply=lambda params, features: model.apply(put(params), features),
-        embed=None if embed is None else lambda params, features: embed(put(params), features),
+        init=lambda key: without_values(model.init(key)),
+        apply=lambda params, features: model.apply(with_values(params), features),
+        embed=None if embed is None else lambda params, features: embed(with_values(params), features),
     )
 
 

@@ -1,4 +1,4 @@
-"""Factorisation machines: every pair of fields interacts through the product of their vectors (FM, DeepFM)."""
+"""Factorisation machines: FM and DeepFM, with pairwise products of field vectors."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -23,10 +23,10 @@ from metarec_jax.models.profile import (
 
 
 class FactorisationMachine(nnx.Module):
-    """score = sum_f w_f + sum_{f<g} <v_f, v_g> + head([sum of the item fields' v_f, MLP([v_f])]).
+    """DeepFM: score = sum_f w_f + sum_{f<g} <v_f, v_g> + head([sum of the item fields' v_f, MLP([v_f])]).
 
-    The user is one more field of the machine: its vector is the head's weight and its bias the head's bias, so that a
-    user's adapted head is the user's own factor. Without hidden layers this is the plain machine.
+    The user is one more field, with the head's weight as its vector and the head's bias as its bias. So a user's
+    adapted head is the user's factor. Without hidden layers this is the plain FM.
     """
 
     def __init__(self, fields: Mapping[str, Field], width: int, hidden: Sequence[int], rngs: nnx.Rngs) -> None:
@@ -39,11 +39,11 @@ class FactorisationMachine(nnx.Module):
         self.head = nnx.Linear(inputs, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def vectors(self, features: ByField) -> dict[str, jax.Array]:
-        """`[..., width]` of each field."""
+        """Return the vector `[..., width]` of each field."""
         return vectors(self.embedding, features, self.fields)
 
     def embed(self, features: ByField) -> jax.Array:
-        """Input of the head `[..., width]`: the item's vector, then the hidden layers' output."""
+        """Compute the input of the head, `[..., width]`: the item's vector, then the hidden layers' output."""
         return self._embed(self.vectors(features))
 
     def _embed(self, vectors: dict[str, jax.Array]) -> jax.Array:
@@ -56,7 +56,7 @@ class FactorisationMachine(nnx.Module):
         return jnp.concatenate([item, x], -1)
 
     def __call__(self, features: ByField) -> jax.Array:
-        """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
+        """Compute scores `[...]` from features `[...]` or `[..., values]`."""
         vectors = self.vectors(features)
         stacked = jnp.stack(list(vectors.values()))
         # sum_{f<g} <v_f, v_g> = (|sum_f v_f|^2 - sum_f |v_f|^2) / 2
@@ -66,16 +66,19 @@ class FactorisationMachine(nnx.Module):
 
 
 def fm(fields: Mapping[str, Field], *, width: int = 16) -> Model:
-    """A factorisation machine of second order.
+    """Build a second-order factorisation machine.
 
         score = w_0 + sum_f w_f + sum_{f<g} <v_f, v_g> + <v_u, sum_{item fields} v_f>
 
-    v_f is the vector of a field's value, of several values their mean, of numbers their combination; values of one
-    field do not interact with each other. v_u and w_0 are the head, shared until a strategy adapts them.
+    v_f is the vector of a field: that of its value, the mean over several values, or a linear layer of numbers. Values
+    of one field do not interact with each other. v_u and w_0 are the head, shared until a strategy adapts them.
 
     Args:
-      fields: what a batch's features hold, by name.
-      width: of the vectors.
+      fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
+      width: width of the vectors.
+
+    Raises:
+      ValueError: there is no item field.
 
     References:
       Rendle, Factorization Machines, ICDM 2010, eq. 1 and lemma 3.1.
@@ -84,15 +87,15 @@ def fm(fields: Mapping[str, Field], *, width: int = 16) -> Model:
 
 
 def deepfm(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (32,)) -> Model:
-    """A factorisation machine and an MLP side by side on the same vectors; their scores are added.
+    """Build a DeepFM: the sum of a factorisation machine and an MLP on the same vectors.
 
     Args:
-      fields: what a batch's features hold, by name.
-      width: of the vectors.
+      fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
+      width: width of the vectors.
       hidden: widths of the hidden layers.
 
     Raises:
-      ValueError: there is no field of the items.
+      ValueError: there is no item field.
 
     References:
       Guo et al., DeepFM: A Factorization-Machine based Neural Network for CTR Prediction, IJCAI 2017, section 2.

@@ -1,4 +1,4 @@
-"""Model: the pure functions that a strategy needs to know about a network, and how to get them from flax NNX."""
+"""`Model`: a network as the pure functions that strategies need, and its construction from flax NNX."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from metarec_jax.types import Examples, Features, Params
 
 
 class Model(NamedTuple):
-    """A network as pure functions. `Model(init, apply)` with your own two functions is enough for most strategies.
+    """A network as pure functions. `Model(init, apply)` is enough for most strategies.
 
     Attributes:
       init: `init(key) -> params`.
       apply: `apply(params, features) -> scores`; features `[..., ...]` and scores share their leading axes.
-      embed: `embed(params, features) -> [..., width]`, the input of the last linear layer (`ridge` needs it).
-      groups: `groups(params) -> pytree like params` of "embedding", "decision" or "head": what `anil` and `melu`
-        choose by.
-      width: of what `embed` returns; strategies with networks of their own on top of `embed` need it.
-      profile: reads the task's own fields (a user's attributes); strategies that start from them need it.
+      embed: `embed(params, features) -> [..., width]`, the input of the last linear layer. `ridge` needs it.
+      groups: `groups(params)`, a pytree like params of "embedding", "decision" or "head". `anil` and `melu` use it to
+        choose which parameters adapt.
+      width: last axis of `embed`; needed by strategies that stack their own network on `embed`.
+      profile: encoder of the task's own fields (a user's attributes), for strategies that start from these.
       history: whether `apply` and `embed` read `History` features; `with_history` makes a strategy pass them.
-      items: rows of the catalogue; strategies with a parameter for each item need it.
+      items: number of catalogue rows; needed by strategies with per-item parameters.
       states: `states(params, past, key) -> [users, examples + 1, width]`: entry t has read the first t examples of
-        `past`, in time order. With a key dropout acts, as in training; with None it does not. Given together with
-        `vectors` by networks whose score is the product `states . vectors`.
-      vectors: `vectors(params, features) -> [..., width]` of items, from features of items alone.
+        `past`, in time order. Dropout is active with a key (training) and off with None. Set together with `vectors`
+        by networks whose score is the product `states . vectors`.
+      vectors: `vectors(params, features) -> [..., width]`, item vectors from item features alone.
     """
 
     init: Callable[[jax.Array], Params]
@@ -48,7 +48,7 @@ class Encoder(NamedTuple):
     Attributes:
       init: `init(key) -> params`.
       apply: `apply(params, features) -> [..., width]`.
-      width: of the vectors.
+      width: width of the vectors.
     """
 
     init: Callable[[jax.Array], Params]
@@ -57,15 +57,17 @@ class Encoder(NamedTuple):
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], profile: Encoder | None = None, history: bool = False) -> Model:
-    """The `Model` of a flax NNX module with `__call__(features)` and, optionally, `embed(features)`, the input of its
-    `nnx.Linear` named `head`.
+    """Build a `Model` from a flax NNX module.
 
-    Parameters become a plain dict of arrays. A parameter belongs to the group "head" when its path starts with `head`,
-    to "embedding" when it starts with `embedding`, else to "decision".
+    The module has `__call__(features)` and, optionally, `embed(features)`, the input of its `nnx.Linear` named `head`.
+    Methods `states(past, key)` and `vectors(features)` are used if `vectors` exists.
+
+    Parameters become a plain dict of arrays. The group of a parameter is "head" if the first name of its path is
+    `head`, "embedding" if that starts with `embedding`, else "decision".
 
     Args:
-      build: makes the module from `nnx.Rngs`; traced abstractly once, run on a device only by `init`.
-      profile, history: see `Model`. A module with methods `states(past, key)` and `vectors(features)` gives these too.
+      build: builds the module from `nnx.Rngs`; traced abstractly once, run on a device only by `init`.
+      profile, history: see `Model`.
     """
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graph, _ = nnx.split(abstract)

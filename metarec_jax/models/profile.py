@@ -1,4 +1,4 @@
-"""Profile: a task's own attributes as one vector, and the look-up of a field that all networks share."""
+"""User profiles (a task's attributes as one vector), and the field look-up shared by all networks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,16 +11,16 @@ from metarec_jax.data.fields import NUMBERS, Field
 from metarec_jax.models.model import Encoder
 from metarec_jax.types import Examples, History, Params
 
-ByField = Mapping[str, Any]  # features as `metarec_jax.tasks.features` makes them
-PREFIX = "user/"  # of the fields that belong to the task, not to one of its examples
+ByField = Mapping[str, Any]  # features by field name, as built by `metarec_jax.tasks.features`
+PREFIX = "user/"  # prefix of fields that belong to the task, not to an example
 
 
 class Blend(NamedTuple):
-    """A field's values of which models see a share only, between nothing (unknown, 0) and all (1); see `explain`.
+    """A partially visible field: its look-up is interpolated between unknown (0) and `value`; see `explain`.
 
     Attributes:
-      value: as without a blend.
-      share: `[...]`, one number an example.
+      value: the field's values.
+      share: `[...]` interpolation weight of each example, 0 (unknown) to 1 (`value`).
     """
 
     value: jax.Array
@@ -28,7 +28,7 @@ class Blend(NamedTuple):
 
 
 class Profile(nnx.Module):
-    """The user fields' embeddings, one after the other."""
+    """Concatenated embeddings of the user fields."""
 
     def __init__(self, fields: Mapping[str, Field], width: int, rngs: nnx.Rngs) -> None:
         self.fields = nnx.static({name: field.kind for name, field in fields.items()})
@@ -39,33 +39,33 @@ class Profile(nnx.Module):
 
 
 def profile(fields: Mapping[str, Field], width: int) -> Encoder | None:
-    """Reads the fields of `fields` that are the user's; None where there are none.
+    """Build an encoder of the user fields; None if there are none.
 
     Args:
-      fields: what a batch's features hold, by name.
-      width: of each field's embedding.
+      fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
+      width: width of each field's embedding.
     """
-    own = {name: field for name, field in fields.items() if name.startswith(PREFIX)}
-    if not own:
+    user_fields = {name: field for name, field in fields.items() if name.startswith(PREFIX)}
+    if not user_fields:
         return None
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Profile(own, width, nnx.Rngs(0))))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Profile(user_fields, width, nnx.Rngs(0))))
     return Encoder(
-        init=lambda key: nnx.to_pure_dict(nnx.state(Profile(own, width, nnx.Rngs(key)))),
+        init=lambda key: nnx.to_pure_dict(nnx.state(Profile(user_fields, width, nnx.Rngs(key)))),
         apply=lambda params, features: nnx.merge(graph, nnx.State(params))(features),
-        width=width * slots(own),
+        width=width * slots(user_fields),
     )
 
 
 def constant() -> Encoder:
-    """The profile of tasks about which nothing is known: the number 1."""
+    """Build the encoder of tasks without attributes: the constant 1."""
     return Encoder(lambda key: {}, lambda params, features: jnp.ones((*jax.tree.leaves(features)[0].shape[:2], 1)), 1)
 
 
 def profile_of(encoder: Encoder, params: Params, support: Examples) -> jax.Array:
-    """`[users, width]` profile of each user, read from the support's features, where it is the same in every example.
+    """Compute each user's profile `[users, width]` from the support features.
 
-    The mean over real examples; of a user without any, what the first place holds (batches fill in a user's own
-    attributes there too).
+    User fields are the same in all of a user's examples, so the profile is the mean over unmasked examples. For a user
+    without support it is read from the first, padded example: batches fill in the user's attributes there too.
     """
     features = support.features.now if isinstance(support.features, History) else support.features
     values = encoder.apply(params, features)
@@ -75,8 +75,8 @@ def profile_of(encoder: Encoder, params: Params, support: Examples) -> jax.Array
 
 
 def table(field: Field, width: int, rngs: nnx.Rngs, scale: float = 0.1) -> nnx.Module:
-    """The layer that embeds one field in `width` numbers; of a multimodal field, one more is the gate's."""
-    if field.kind == "multimodal":  # without a bias: a missing vector is all zeros, one that is there ends in a 1
+    """Build the layer that embeds one field in `width` numbers, plus a gate logit for a multimodal field."""
+    if field.kind == "multimodal":  # no bias: a missing vector is all zeros, a present one ends in a 1
         kernel = nnx.initializers.normal(scale)
         return nnx.Linear(field.width, width + 1, use_bias=False, kernel_init=kernel, rngs=rngs)
     if field.kind == "dense":
@@ -85,7 +85,7 @@ def table(field: Field, width: int, rngs: nnx.Rngs, scale: float = 0.1) -> nnx.M
 
 
 def bias(field: Field, rngs: nnx.Rngs) -> nnx.Module:
-    """The layer that gives one field's bias, 0 at first; of a multimodal field, its gate too."""
+    """Build the layer of one field's bias, initialised to 0, plus a gate logit for a multimodal field."""
     if field.kind in NUMBERS:
         size = 1 + (field.kind == "multimodal")
         return nnx.Linear(field.width, size, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs)
@@ -93,10 +93,10 @@ def bias(field: Field, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def look_up(layer: Callable[[jax.Array], jax.Array], x: jax.Array | Blend, kind: str) -> jax.Array:
-    """`[..., width]` of one field; several values give the mean of their rows, none gives zeros."""
+    """Look up one field, `[..., width]`: a multi-valued field is the mean of its rows, or zeros without values."""
     if isinstance(x, Blend):
-        nothing, everything = (look_up(layer, value, kind) for value in (jnp.zeros_like(x.value), x.value))
-        return nothing + x.share[..., None] * (everything - nothing)
+        unknown, known = (look_up(layer, value, kind) for value in (jnp.zeros_like(x.value), x.value))
+        return unknown + x.share[..., None] * (known - unknown)
     if kind != "multi":
         return layer(x)
     present = (x > 0)[..., None]
@@ -104,12 +104,12 @@ def look_up(layer: Callable[[jax.Array], jax.Array], x: jax.Array | Blend, kind:
 
 
 def vectors(layers: Mapping[str, Any], features: ByField, kinds: Mapping[str, str]) -> dict[str, jax.Array]:
-    """`[..., width]` of each field, which `layers` look up; the multimodal fields of one side are one vector.
+    """Look up each field with its layer, `[..., width]`; all multimodal fields of a side are fused to one vector.
 
-        v = sum_m g_m P_m x_m,  g = softmax over the modalities m that are there of a_m . x_m
+        v = sum_m g_m P_m x_m,  g = softmax over the present modalities m of a_m . x_m
 
-    x_m ends in a 1 (see `Field`), so that a_m . x_m holds a bias: how far a modality is to be trusted whatever it says.
-    With all of them missing v is 0.
+    x_m ends in a 1 (see `Field`), so a_m . x_m includes a bias: the prior trust in a modality. If all modalities are
+    missing, v is 0.
 
     References:
       Arevalo et al., Gated Multimodal Units for Information Fusion, ICLR 2017 workshop, section 3; the softmax over
@@ -118,16 +118,16 @@ def vectors(layers: Mapping[str, Any], features: ByField, kinds: Mapping[str, st
     members: dict[str, list[str]] = {}
     for name, kind in kinds.items():
         members.setdefault(_slot(name, kind), []).append(name)
-    found = {}
+    by_slot = {}
     for slot, names in members.items():
         values = [look_up(layers[name], features[name], kinds[name]) for name in names]
         mix = kinds[names[0]] == "multimodal"
-        found[slot] = _mixed(values, [_present(features[name]) for name in names]) if mix else values[0]
-    return found
+        by_slot[slot] = _mixed(values, [_present(features[name]) for name in names]) if mix else values[0]
+    return by_slot
 
 
 def slots(fields: Mapping[str, Field]) -> int:
-    """How many vectors `vectors` makes of these fields."""
+    """Return how many vectors `vectors` returns for these fields."""
     return len({_slot(name, field.kind) for name, field in fields.items()})
 
 
@@ -140,20 +140,21 @@ def _present(x: jax.Array | Blend) -> jax.Array:
 
 
 def _mixed(projected: list[jax.Array], present: list[jax.Array]) -> jax.Array:
-    values, there = jnp.stack(projected, -2), jnp.stack(present, -1)
-    gate = jax.nn.softmax(jnp.where(there, values[..., -1], -1e9), -1)
-    return (jnp.where(there, gate, 0.0)[..., None] * values[..., :-1]).sum(-2)
+    """Fuse modalities by a softmax over their gate logits, the last column of `projected`."""
+    values, mask = jnp.stack(projected, -2), jnp.stack(present, -1)
+    gate = jax.nn.softmax(jnp.where(mask, values[..., -1], -1e9), -1)
+    return (jnp.where(mask, gate, 0.0)[..., None] * values[..., :-1]).sum(-2)
 
 
 def sum_of_biases(layers: Mapping[str, Any], features: ByField, kinds: Mapping[str, str]) -> jax.Array:
-    """`[..., 1]` sum of the fields' biases, which `layers` look up."""
+    """Look up the fields' biases with `layers` and sum them, `[..., 1]`."""
     return sum(vectors(layers, features, kinds).values(), start=jnp.zeros(()))
 
 
 def need_item_fields(fields: Mapping[str, Field]) -> None:
-    """Raises a ValueError where nothing is known of the items."""
+    """Raise a ValueError if no field describes the items."""
     if all(name.startswith(PREFIX) for name in fields):
         raise ValueError(
-            f"need a field of the items, one that is not the user's (as item_id; names of the user's start with "
-            f"{PREFIX!r}); got {[*fields]}"
+            f"need a field of the items that is not the user's, such as item_id (user fields start with {PREFIX!r}); "
+            f"got {[*fields]}"
         )

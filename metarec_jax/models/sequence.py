@@ -1,4 +1,4 @@
-"""Models that read what the user did before, in time order; the recurrent one. The others: `attention`."""
+"""Sequence models that read the user's past interactions in time order, and GRU. See also `attention`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,19 +21,19 @@ from metarec_jax.models.profile import (
 )
 from metarec_jax.types import Examples, Features, History
 
-Encode = Callable[..., jax.Array]  # tokens `[examples, width]`, order and `nnx.Rngs` to states `[examples + 1, width]`
+Encode = Callable[..., jax.Array]  # (tokens `[examples, width]`, order, `nnx.Rngs`) -> states `[examples + 1, width]`
 
 
 class SequenceModel(EmbeddingMLP):
-    """score = sum of field biases + head([MLP([field embeddings]), state, state * item]).
+    """Sequence model: score = sum of field biases + head([MLP([field embeddings]), state, state * item]).
 
-    An encoder turns the user's interactions, sorted by `features["order"]` (by their place where it is absent), into
-    states: `states[t]` has read the first t of them. An interaction of the past is scored with the state before it,
-    every other example with the last one. A token is the item's embedding bent by its target y:
+    An encoder maps the user's interactions, sorted by `features["order"]` (default: their position), to states:
+    `states[t]` has read the first t. A past interaction is scored with the state before it, any other example with the
+    last state. A token is the item embedding e, scaled and shifted by its target y:
 
         token = (W e) * (1 + a y + a_0) + b y + b_0
 
-    Features that are no `History` are those of a user without a past.
+    Features that are not a `History` belong to a user without a past.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SequenceModel(EmbeddingMLP):
         self.head = nnx.Linear(deep + 2 * width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def embed(self, features: Features) -> jax.Array:
-        """Input of the head `[..., width]`."""
+        """Compute the input of the head, `[..., width]`."""
         if not isinstance(features, History):
             deep = super().embed(features)
             start = self.encoder(jnp.zeros((0, self.token.out_features)), jnp.zeros(0, jnp.int32))[0]
@@ -65,20 +65,20 @@ class SequenceModel(EmbeddingMLP):
         return self.joined(super().embed(features.now), self.states(features), features.now)
 
     def __call__(self, features: Features) -> jax.Array:
-        """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
+        """Compute scores `[...]` from features `[...]` or `[..., values]`."""
         now = features.now if isinstance(features, History) else features
         return (self.head(self.embed(features)) + self.bias(now))[..., 0]
 
     def joined(self, deep: jax.Array, state: jax.Array, now: Features) -> jax.Array:
-        """What the head reads, `[..., deep + 2 width]`."""
+        """Join the MLP's output and the state to the head's input, `[..., deep + 2 width]`."""
         return jnp.concatenate([deep, state, state * self.item(self.items(now))], -1)
 
     def items(self, features: Features) -> jax.Array:
-        """The embeddings of the item fields, one after the other."""
+        """Concatenate the embeddings of the item fields."""
         return jnp.concatenate([*vectors(self.embedding, features, self.of_items).values()], -1)
 
     def states(self, features: History) -> jax.Array:
-        """`[examples, width]` of one user: what the encoder knew before each example."""
+        """Compute one user's state before each example, `[examples, width]`."""
         past, places = in_time(features.past)
         scale, shift = jnp.split(self.token_target(past.target[:, None]), 2, -1)
         tokens = self.token(self.items(past.features)) * (1 + scale) + shift
@@ -86,10 +86,10 @@ class SequenceModel(EmbeddingMLP):
 
 
 class TiedSequenceModel(nnx.Module):
-    """score = sum_k h_k state_k e_k(x) + b(x), with the vectors e of the items that are read (tied weights).
+    """Sequence model with tied weights: score = sum_k h_k state_k e_k(x) + b(x), with e also the input embedding.
 
-    e and b are sums over the fields of the items. Fields of the user or the context would give all items the same
-    number and are left out. A token is bent by its target y, at first not at all; h is 1 at first:
+    e and b are sums over the item fields. User and context fields are left out: they would add the same number to all
+    items. A token is scaled and shifted by its target y. Initially a, a_0, b and b_0 are 0 and h is 1:
 
         token = sqrt(width) e * (1 + a y + a_0) + b y + b_0
     """
@@ -112,7 +112,7 @@ class TiedSequenceModel(nnx.Module):
         self.head = nnx.Linear(width, 1, use_bias=False, kernel_init=nnx.initializers.ones, rngs=rngs)
 
     def embed(self, features: Features) -> jax.Array:
-        """Input of the head `[..., width]`."""
+        """Compute the input of the head, `[..., width]`."""
         if not isinstance(features, History):
             return self.encoder(jnp.zeros((0, self.head.in_features)), jnp.zeros(0, jnp.int32))[0] * self.item(features)
         if features.past.mask.ndim > 1:  # [users, examples]
@@ -121,12 +121,15 @@ class TiedSequenceModel(nnx.Module):
         return self.read(past, None)[places[features.own]] * self.item(features.now)
 
     def __call__(self, features: Features) -> jax.Array:
-        """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
+        """Compute scores `[...]` from features `[...]` or `[..., values]`."""
         now = features.now if isinstance(features, History) else features
         return (self.head(self.embed(features)) + sum_of_biases(self.embedding_bias, now, self.fields))[..., 0]
 
     def states(self, past: Examples, key: jax.Array | None) -> jax.Array:
-        """`[users, examples + 1, width + 1]`: entry t has read the first t; the last number is 1, of the bias."""
+        """Compute states `[users, examples + 1, width + 1]`: entry t has read the first t examples.
+
+        The last column is 1, to multiply the item bias.
+        """
 
         def one(past: Examples, key: jax.Array | None) -> jax.Array:
             states = self.read(in_time(past)[0], None if key is None else nnx.Rngs(dropout=key))
@@ -137,16 +140,16 @@ class TiedSequenceModel(nnx.Module):
         return jax.vmap(one)(past, jax.random.split(key, len(past.mask)))
 
     def vectors(self, features: Features) -> jax.Array:
-        """`[..., width + 1]` of items: their vectors, then their biases."""
-        own = self.item(features) * self.head.kernel[:, 0]
-        return jnp.concatenate([own, sum_of_biases(self.embedding_bias, features, self.fields)], -1)
+        """Compute item vectors `[..., width + 1]`; the last column is the item bias."""
+        scaled = self.item(features) * self.head.kernel[:, 0]
+        return jnp.concatenate([scaled, sum_of_biases(self.embedding_bias, features, self.fields)], -1)
 
     def item(self, features: Features) -> jax.Array:
-        """`[..., width]` sum of the embeddings of the item fields."""
+        """Sum the embeddings of the item fields, `[..., width]`."""
         return sum(vectors(self.embedding, features, self.fields).values(), start=jnp.zeros(()))
 
     def read(self, past: Examples, rngs: nnx.Rngs | None) -> jax.Array:
-        """`[examples + 1, width]` states of one user whose interactions are in time order."""
+        """Encode one user's interactions, sorted by time, to states `[examples + 1, width]`."""
         scale, shift = jnp.split(self.token_target(past.target[:, None]), 2, -1)
         item = self.item(past.features)
         tokens = item.shape[-1] ** 0.5 * item * (1 + scale) + shift
@@ -154,9 +157,13 @@ class TiedSequenceModel(nnx.Module):
 
 
 def in_time(past: Examples) -> tuple[Examples, jax.Array]:
-    """One user's interactions from the earliest to the latest, padding last and 0 (what causality hides from the
-    others needs no mask); and `[examples + 1]` the place that each has now, the number of them in the end, so that -1,
-    an example that is not among them, has read all."""
+    """Sort one user's interactions by time.
+
+    Returns:
+      The interactions, earliest first. Padding is last and set to 0; it needs no mask because encoders are causal.
+      The new position of each interaction, `[examples + 1]`. The last entry is the number of interactions, so that
+      index -1 (an example not in the past) selects the state that has read them all.
+    """
     keep = past.mask > 0
     order = past.features.get("order", jnp.arange(len(keep), dtype=jnp.int32))
     by_time = jnp.lexsort((order, ~keep))
@@ -169,13 +176,13 @@ def in_time(past: Examples) -> tuple[Examples, jax.Array]:
 
 
 class GRU(nnx.Module):
-    """Gated recurrent units over the tokens, from a state of zeros."""
+    """Gated recurrent units over the tokens, with initial state 0."""
 
     def __init__(self, width: int, layers: int, rngs: nnx.Rngs) -> None:
         self.cells = nnx.List([nnx.GRUCell(width, width, rngs=rngs) for _ in range(layers)])
 
     def __call__(self, x: jax.Array, order: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """States `[examples + 1, width]` of tokens `[examples, width]`."""
+        """Compute states `[examples + 1, width]` of tokens `[examples, width]`."""
         for cell in self.cells:
             _, x = jax.lax.scan(cell, jnp.zeros(x.shape[-1], x.dtype), x)
         return jnp.concatenate([jnp.zeros_like(x, shape=(1, x.shape[-1])), x])
@@ -190,22 +197,25 @@ def gru(
     tied: bool = False,
     dropout: float = 0.0,
 ) -> Model:
-    """Recurrent recommender (GRU4Rec) whose state before an interaction scores it; reads `History` features.
+    """Build a recurrent recommender (GRU4Rec): the state before an interaction scores it.
 
         h_t = GRU(h_{t-1}, token_t)
 
-    Its weights act inside a loop over time, where no engine can keep them factored: `maml` and `melu` hold them for
-    each user, at the price of memory, and say so in a `PlainFormWarning`.
+    The model reads `History` features. Its weights act inside a loop over time and cannot stay factored: `maml` and
+    `melu` hold them per user, which costs memory, and emit a `PlainFormWarning`.
 
     Args:
-      fields: what a batch's features hold, by name.
-      width: of each field's embedding and of the state.
+      fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
+      width: width of each field's embedding and of the state.
       hidden: widths of the hidden layers over the fields' embeddings.
-      layers: recurrent layers.
-      tied: score items by the product of the state and the same item vectors that are read, as SASRec does: the form
-        that ranks a catalogue and learns from all places of a history at once (`Model.states`). Without hidden layers.
-      dropout: of a tied network, while it learns from all places: share of the numbers in tokens (and in the output of
-        each block of attention) that are set to 0.
+      layers: number of recurrent layers.
+      tied: score items by the product of the state and the input item embeddings, as SASRec does. This form ranks a
+        catalogue and learns from all positions of a history at once (`Model.states`). It takes no hidden layers.
+      dropout: dropout rate of a tied network while it learns from all positions; applied to tokens and to the output
+        of each attention block.
+
+    Raises:
+      ValueError: `layers` is less than 1; see also `sequence_model`.
 
     References:
       Hidasi et al., Session-based Recommendations with Recurrent Neural Networks, ICLR 2016.
@@ -223,16 +233,21 @@ def sequence_model(
     tied: bool = False,
     dropout: float = 0.0,
 ) -> Model:
-    """The `Model` of a `SequenceModel` or a `TiedSequenceModel`, with this encoder of tokens.
+    """Build the `Model` of a `SequenceModel` or a `TiedSequenceModel` with the given encoder.
+
+    Args:
+      fields, width, hidden, tied, dropout: as in `gru`.
+      encoder: builds the encoder of tokens from `nnx.Rngs`.
 
     Raises:
-      ValueError: there is no field of the items, of which a history is made; `tied` with hidden layers, or dropout
-        without `tied`.
+      ValueError: there is no item field, `tied` is combined with hidden layers, or `dropout` is used without `tied`
+        or is not in [0, 1).
     """
     need_item_fields(fields)
     if (tied and hidden) or (dropout and not tied) or not 0 <= dropout < 1:
         raise ValueError(
-            f"tied networks have no hidden layers, dropout is theirs and below 1; got {tied=}, {hidden=}, {dropout=}"
+            f"tied networks take no hidden layers, and only they take dropout, 0 or more and below 1; "
+            f"got {tied=}, {hidden=}, {dropout=}"
         )
 
     def build(rngs: nnx.Rngs) -> nnx.Module:

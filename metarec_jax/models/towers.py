@@ -1,4 +1,4 @@
-"""Two towers: a user's and an item's network whose vectors meet in a product (Covington et al., RecSys 2016)."""
+"""Two-tower model: the dot product of a user network and an item network (Covington et al., RecSys 2016)."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -23,9 +23,9 @@ from metarec_jax.models.profile import (
 
 
 class TwoTower(nnx.Module):
-    """score = <item tower, head + user tower> + head's bias + sum of field biases.
+    """Two towers: score = <item tower, head + user tower> + head's bias + sum of field biases.
 
-    What a user's adapted head adds to the shared one is the part of the user's vector that attributes cannot tell.
+    The change of a user's adapted head is the part of the user vector that attributes do not explain.
     """
 
     def __init__(self, fields: Mapping[str, Field], width: int, hidden: Sequence[int], rngs: nnx.Rngs) -> None:
@@ -45,11 +45,11 @@ class TwoTower(nnx.Module):
         self.head = nnx.Linear(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def embed(self, features: ByField) -> jax.Array:
-        """The item's vector `[..., width]`, input of the head."""
+        """Compute the item vector `[..., width]`, the input of the head."""
         return self._run(self.item, self.item_fields, features)
 
     def __call__(self, features: ByField) -> jax.Array:
-        """Scores `[...]` of features whose arrays are `[...]` or `[..., values]`."""
+        """Compute scores `[...]` from features `[...]` or `[..., values]`."""
         item = self.embed(features)
         score = self.head(item)[..., 0]
         if self.user_fields:
@@ -64,19 +64,19 @@ class TwoTower(nnx.Module):
 
 
 def two_tower(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] = (32,)) -> Model:
-    """The two-tower model: item vectors can be computed ahead and searched by their product with the user's vector.
+    """Build a two-tower model: item vectors can be precomputed and searched by inner product.
 
         score = <v(item fields), h + u(user fields)> + b + sum_f b_f
 
     h and b are the head: the vector and bias of a user without attributes, until a strategy adapts them. `embed` is v.
 
     Args:
-      fields: what a batch's features hold, by name.
-      width: of each field's embedding and of the towers' vectors.
+      fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
+      width: width of each field's embedding and of the towers' vectors.
       hidden: widths of each tower's hidden layers.
 
     Raises:
-      ValueError: there is no field of the items.
+      ValueError: there is no item field.
 
     References:
       Covington et al., Deep Neural Networks for YouTube Recommendations, RecSys 2016, section 3.

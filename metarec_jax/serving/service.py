@@ -8,12 +8,14 @@ from typing import Any
 
 from metarec_jax.api import load
 from metarec_jax.errors import DataError, ModelFileError
+from metarec_jax.inference.ranker import BATCHES, HISTORIES
 from metarec_jax.inference.stock import Stock
 from metarec_jax.recommender import Recommender
 from metarec_jax.state.events import Store
 from metarec_jax.state.stores import open_store
 
-SIZES, LENGTHS = (1, 4, 16, 64), (8, 32)  # of batches and histories, compiled before the first request
+SIZES, LENGTHS = BATCHES[:-1], HISTORIES  # of batches and histories, compiled before the first request
+COUNTS = (10, 100, 1000)  # recommendations, one for each compiled size
 MOST = 1000  # recommendations a request
 TRIES = 5  # to read a model that is being replaced
 
@@ -87,7 +89,7 @@ class Service:
         options = {name: _typed(name, requests[0][name]) for name in OPTIONS if name in requests[0]}
         sizes = [_count(request.get("k", 10)) for request in requests]
         wheres: Any = [_where(request.get("where")) for request in requests]
-        options["where"] = wheres if any(wheres) else None
+        options["where"] = wheres if any(wheres) or "only" in options else None  # one mask a user, or none
         if known:
             lists = current.recommend_to([request["user"] for request in requests], max(sizes), **options)
         else:
@@ -179,12 +181,30 @@ class Service:
         return load(self.path, users=self.users, half_life=self.half_life)
 
     def _warm(self, recommender: Recommender) -> None:
+        """Run requests of every size and option, so that all programs are compiled."""
+        if not SIZES:
+            return
+        start = time.perf_counter()
         item, low = recommender.stock.decode([1]).tolist()[0], recommender.limits[0]
         unknown = "\0" if isinstance(item, str) else -1
+        ways: list[dict[str, Any]] = [{}, {"only": [item]}]
+        if recommender.strategy.deviation is not None:
+            ways += [{"deviation": True, **way} for way in ways]
+        rated = recommender.target.kind == "rating" or recommender.rater is not None
+        for size in SIZES:
+            for length in LENGTHS:
+                people = [[(unknown, low)] * length] * size
+                for way in ways:
+                    given = way | ({"where": [None] * size} if "only" in way else {})
+                    for count in COUNTS:
+                        recommender.recommend(people, count, **given)
+                        if rated and "deviation" not in way:
+                            recommender.recommend(people, count, by=0.5, **given)
+                            recommender.recommend(people, count, by="rating", **given)
         for length in LENGTHS:
-            for size in SIZES:
-                recommender.recommend([[(unknown, low)] * length] * size, 10)
-        recommender.explain([(item, low)], item)
+            recommender.explain([(unknown, low)] * (length - 1) + [(item, low)], item)
+        recommender.recommend([], 10, diversity=0.5)
+        self.report(f"ready after {time.perf_counter() - start:.0f} s of compilation")
 
 
 OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {  # of `Recommender.recommend`, shared by a batch

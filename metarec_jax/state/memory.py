@@ -11,7 +11,8 @@ from metarec_jax.errors import DataError
 from metarec_jax.inference.predictor import EncodedUser, Predictor
 from metarec_jax.state.events import Store, Stored, UserId
 from metarec_jax.state.feedback import taste
-from metarec_jax.tasks.ranking import LONGEST
+
+EVENTS = 1 << 20  # latest events of a user that are read, so that what was seen long ago is left out too
 
 
 class Memory(NamedTuple):
@@ -29,7 +30,7 @@ class Memory(NamedTuple):
     def users(self, predictor: Predictor, ids: Sequence[UserId]) -> list[EncodedUser]:
         """The users, encoded: interactions in the dataset come before those in the store."""
         trained, catalogue, encoded = predictor.trained, predictor.catalogue, []
-        for user, stored in zip(ids, self.store.read(ids, LONGEST), strict=True):
+        for user, stored in zip(ids, self.store.read(ids, EVENTS), strict=True):
             row = _row(catalogue, user)
             events = _interactions(catalogue, row) + stored.events
             items, ratings, weights = taste(events, trained.limits, trained.target.threshold, self.half_life)
@@ -57,7 +58,7 @@ def _interactions(data: Dataset, row: int) -> list[Stored]:
     if row == UNKNOWN:
         return []
     span = np.searchsorted(data.user, np.array([row, row + 1], data.user.dtype), sorter=data.by_user)
-    index = data.by_user[slice(*span)][-LONGEST:]
+    index = data.by_user[slice(*span)]
     items = data.items.decode(data.item[index]).tolist()
     each = zip(items, data.rating[index].tolist(), data.timestamp[index].tolist(), strict=True)
     return [Stored(item, "rating", rating, float(time)) for item, rating, time in each]

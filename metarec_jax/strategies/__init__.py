@@ -1,7 +1,7 @@
-"""Meta-learning strategies: each a function with the field's name that returns a `Strategy`.
+"""Meta-learning strategies: functions with the names used in the literature, each of which returns a `Strategy`.
 
-The functions are those of the package, `metarec_jax.maml`; a module here has the name of its family. To add one, write
-its file and list it in `registry.py`: training, evaluation, the command line and the generic tests then cover it.
+The functions are public as `metarec_jax.maml` and so on; a module here is named after its family. To add a strategy,
+write its file and list it in `registry.py`: training, evaluation, the command line and the generic tests then cover it.
 """
 
 from metarec_jax._moved import moved

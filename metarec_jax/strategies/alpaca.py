@@ -15,9 +15,9 @@ from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 
 class Posterior(NamedTuple):
-    """What is known of each user's correction of the shared head, the last entry that of its bias: N(mean, V).
+    """Posterior N(mean, V) of each user's correction of the shared head; the last entry is the bias.
 
-    V = C C' after more examples than features, else what the examples have left of the prior's, L L' - R' R.
+    V = C C' if there are more examples than features, else the prior minus a low-rank term: L L' - R' R.
 
     Attributes:
       mean: `[users, width + 1]`.
@@ -39,37 +39,42 @@ def alpaca(
     noise: float = 1.0,
     steps: int = 5,
 ) -> Strategy:
-    """Each user's head as a Gaussian posterior, from a prior that is meta-learned with the features.
+    """Bayesian last layer: each user's head has a Gaussian posterior, from a prior meta-learned with the features.
 
         d_u ~ N(0, L L'),   score(x) = f(x) + [phi(x), 1] . d_u,   y = score + N(0, s^2)
         V = (sum_{i in support} x_i x_i' / s^2 + (L L')^-1)^-1,   m = V sum_i x_i (y_i - f(x_i)) / s^2
         meta-loss = -mean_u mean_{query} log N(y; f(x) + x . m, x' V x + s^2)
 
-    f is the shared model, whose head is the prior mean, phi the input of that head and x in a product [phi(x), 1];
-    f, phi, L and s are all learned.
+    f is the shared model, whose head is the prior mean; phi is the input of that head. In products, x stands for
+    [phi(x), 1]. f, phi, L and s are learned.
 
-    With the logistic loss the target is Bernoulli(sigmoid(score)) and the posterior is Laplace's: m is the mode, found
-    by Newton steps, and V the inverse Hessian there. The gradient is that of the last step, which at the mode is the
-    exact one. `predict` then gives the logit of the predictive probability (MacKay's approximation)
+    With the logistic loss, the target is Bernoulli(sigmoid(score)) and the posterior is a Laplace approximation: m is
+    the mode, found by Newton steps, and V the inverse Hessian there. Gradients pass through the last step only, which
+    is exact at the mode. `predict` then returns the logit of the predictive probability (MacKay's approximation)
 
         m(x) / sqrt(1 + pi v(x) / 8),   m(x) = f(x) + x . m,   v(x) = x' V x
 
-    `deviation` gives the predictive standard deviation: of the target, sqrt(v + s^2), or of the click's logit, sqrt(v).
+    `deviation` returns the predictive standard deviation: sqrt(v + s^2) of the target, or sqrt(v) of the click's logit.
 
     Args:
       model: needs `embed` and `width`.
-      loss: squared error or logistic loss; the likelihood of which it is the negative logarithm.
+      loss: squared error or logistic loss, read as a negative log-likelihood.
       full: learn a full lower triangular L; else a diagonal one.
       scale: initial standard deviation of the prior, L = scale I. An outer penalty draws it, and the noise, to 1.
       noise: initial s; only for the squared error.
-      steps: Newton steps; only for the logistic loss, as one is exact for the squared error.
+      steps: Newton steps; only for the logistic loss, because one step is exact for the squared error.
 
     Raises:
-      ValueError: the model lacks `embed` or `width`, or another loss, or a number is not positive.
+      ValueError: the model lacks `embed` or `width`, another loss, or a number that is not positive.
+
+    Differs from the paper:
+      - For clicks (logistic loss) the posterior is a Laplace approximation, and predictions use MacKay's approximation
+        of the logistic-normal integral. The paper treats regression, which is the squared error here.
+      - The prior is parameterised by L, in whose coordinates the Hessian is never below the identity; the paper uses
+        its precision.
 
     References:
-      Harrison et al., Meta-Learning Priors for Efficient Online Bayesian Regression, WAFR 2018, section 3 (there the
-      prior is held by its precision; here by L, in whose coordinates the Hessian is never below the identity).
+      Harrison et al., Meta-Learning Priors for Efficient Online Bayesian Regression, WAFR 2018, section 3.
       MacKay, The Evidence Framework Applied to Classification Networks, Neural Computation 1992, section 2.
     """
     embed, width = need_embed(model)
@@ -88,7 +93,7 @@ def alpaca(
         return params
 
     def cholesky(params: Params) -> jax.Array:
-        """L = diag(scale) (I + what is below the diagonal)."""
+        """Return L = diag(scale) (I + strictly lower triangle)."""
         unit = jnp.eye(width + 1) + (jnp.tril(params["below"], -1) if full else 0.0)
         return jnp.exp(params["log_scale"])[:, None] * unit
 
@@ -104,7 +109,7 @@ def alpaca(
         precision = jnp.exp(-2 * params["log_noise"]) if kind == "gaussian" else None
         inner = _Inner(z, shared, target, weight, loss, precision)
         at = jnp.zeros((z.shape[0], width + 1), z.dtype)
-        if kind == "bernoulli":  # no gradient passes through these, which may hence be a loop
+        if kind == "bernoulli":  # no gradient passes through these steps, so a fori_loop will do
             at = jax.lax.fori_loop(0, steps - 1, lambda _, at: jax.lax.stop_gradient(inner.newton(at)), at)
         at = inner.newton(jax.lax.stop_gradient(at))
         _, curvature = inner.derivatives(at)
@@ -113,7 +118,7 @@ def alpaca(
         return Posterior(at @ prior.T, jnp.einsum("fg,uhg->ufh", prior, inner.root(curvature)), None)
 
     def moments(params: Params, posterior: Posterior, features: Features) -> tuple[jax.Array, jax.Array]:
-        """Mean and variance of the score, without noise, `[users, examples]`."""
+        """Return mean and variance of the score, without noise, `[users, examples]`."""
         x = inputs(params, features)
         mean = model.apply(params["model"], features) + jnp.einsum("unf,uf->un", x, posterior.mean)
         if posterior.factor is not None:
@@ -146,11 +151,11 @@ class _Inner(NamedTuple):
     """Each user's posterior density of `at` `[users, width + 1]`, in coordinates in which its prior is N(0, I).
 
     Attributes:
-      z: `[users, examples, width + 1]` inputs; 0 where there is no example, as in all the others.
+      z: `[users, examples, width + 1]` inputs; 0 for padding, as in all other arrays.
       shared: `[users, examples]` scores of the shared model.
       target, weight: `[users, examples]`.
-      loss: elementwise negative log-likelihood, of which `precision` is the factor.
-      precision: 1 / s^2 of a Gaussian, None where the target is Bernoulli.
+      loss: elementwise negative log-likelihood, up to the factor `precision`.
+      precision: 1 / s^2 of a Gaussian, None if the target is Bernoulli.
     """
 
     z: jax.Array
@@ -162,15 +167,20 @@ class _Inner(NamedTuple):
 
     @property
     def few(self) -> bool:
-        """No more examples than features: the smaller systems are those of the examples."""
+        """Whether there are no more examples than features: systems are then smaller in the space of examples."""
         return self.z.shape[1] < self.z.shape[2]
 
     def scores(self, at: jax.Array) -> jax.Array:
         return self.shared + jnp.einsum("unf,uf->un", self.z, at)
 
     def derivatives(self, at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Gradient `[users, width + 1]` and example curvatures `[users, examples]` of the negative log posterior, whose
-        Hessian is H = z' diag(curvatures) z + I."""
+        """Return the gradient and the examples' curvatures of the negative log posterior.
+
+        The Hessian is H = z' diag(curvatures) z + I.
+
+        Returns:
+          `[users, width + 1]` and `[users, examples]`.
+        """
         scores = self.scores(at)
         if self.precision is not None:
             curvature = jnp.full_like(scores, self.precision)
@@ -181,30 +191,32 @@ class _Inner(NamedTuple):
         return jnp.einsum("unf,un->uf", self.z, self.weight * slope) + at, self.weight * curvature
 
     def whitened(self, curvature: jax.Array) -> jax.Array:
-        """B with H^-1 = I - B' B, by Woodbury's identity in the space of the examples."""
-        there = curvature > 0
-        half = jnp.where(there, jnp.sqrt(jnp.where(there, curvature, 1.0)), 0.0)[..., None] * self.z
+        """Return B with H^-1 = I - B' B, by Woodbury's identity in the space of the examples."""
+        positive = curvature > 0
+        half = jnp.where(positive, jnp.sqrt(jnp.where(positive, curvature, 1.0)), 0.0)[..., None] * self.z
         return inverse_cholesky(half @ jnp.swapaxes(half, 1, 2) + jnp.eye(self.z.shape[1])) @ half
 
     def root(self, curvature: jax.Array) -> jax.Array:
-        """C with H^-1 = C' C."""
+        """Return C with H^-1 = C' C."""
         return inverse_cholesky(jnp.einsum("unf,un,ung->ufg", self.z, curvature, self.z) + jnp.eye(self.z.shape[2]))
 
     def solve(self, curvature: jax.Array, right: jax.Array) -> jax.Array:
-        """H^-1 times `right`."""
+        """Return H^-1 times `right`."""
         half = self.whitened(curvature) if self.few else self.root(curvature)
         product = jnp.einsum("ugf,ugh,uh->uf", half, half, right)
         return right - product if self.few else product
 
     def newton(self, at: jax.Array) -> jax.Array:
-        """A step from `at`: to the mode at once for a Gaussian, else towards it."""
+        """Take a Newton step from `at`: exact for a Gaussian, with a line search otherwise."""
         gradient, curvature = self.derivatives(at)
         step = -self.solve(curvature, gradient)
         return at + (step if self.precision is not None else self.length(at, step, gradient)[:, None] * step)
 
     def length(self, at: jax.Array, step: jax.Array, gradient: jax.Array) -> jax.Array:
-        """`[users]` the first of 1, 1/2, 1/4 ... at which the negative log posterior falls enough (Armijo): a full step
-        from where all of a user's scores are wrong overshoots."""
+        """Return the step length, `[users]`: the first of 1, 1/2, 1/4 ... that decreases the loss enough (Armijo).
+
+        A full step overshoots where all of a user's scores are wrong.
+        """
 
         def value(length: jax.Array) -> jax.Array:
             new = at + length * step
@@ -212,28 +224,28 @@ class _Inner(NamedTuple):
 
         lengths, before = 0.5 ** jnp.arange(8), value(jnp.zeros(()))
         rounding = 1e-5 * (1 + jnp.abs(before))
-        fall = 0.1 * lengths[:, None] * (gradient * step).sum(-1) + rounding
-        enough = jax.vmap(value)(lengths) <= before + fall
+        decrease = 0.1 * lengths[:, None] * (gradient * step).sum(-1) + rounding
+        enough = jax.vmap(value)(lengths) <= before + decrease
         return jax.lax.stop_gradient(lengths[jnp.argmax(enough, axis=0)])
 
 
 @jax.custom_jvp
 def inverse_cholesky(matrix: jax.Array) -> jax.Array:
-    """C = L^-1 of symmetric positive definite matrices `[..., n, n]` = L L'; so that C' C is the inverse.
+    """Return C = L^-1 of symmetric positive definite matrices `[..., n, n]` = L L', so that C' C is the inverse.
 
-    By products only, C <- C (2 I - L C) from C = diag(L)^-1: what is wrong, I - L C, is strictly triangular and is
-    squared each time, so that log2(n) times leave nothing. Its derivative, dC = -Phi(C dA C') C with Phi the lower
-    triangle and half the diagonal, is products too. Batched triangular solves would be the usual way; on a CPU with two
-    threads or more they can stop for ever (seen with jaxlib 0.10.2).
+    It uses products only: C <- C (2 I - L C) from C = diag(L)^-1. The error I - L C is strictly triangular and is
+    squared in each iteration, so log2(n) iterations are exact. The derivative, dC = -Phi(C dA C') C with Phi the lower
+    triangle and half the diagonal, uses products too. Batched triangular solves would be the usual way, but they can
+    deadlock on a CPU with two or more threads (seen with jaxlib 0.10.2).
 
     References:
       Murray, Differentiation of the Cholesky decomposition, 2016, equation 8.
     """
     factor = jnp.linalg.cholesky(matrix)
     n = matrix.shape[-1]
-    one = jnp.eye(n, dtype=matrix.dtype)
-    root = one / jnp.diagonal(factor, axis1=-2, axis2=-1)[..., None, :]
-    return jax.lax.fori_loop(0, (n - 1).bit_length(), lambda _, root: root @ (2 * one - factor @ root), root)
+    identity = jnp.eye(n, dtype=matrix.dtype)
+    root = identity / jnp.diagonal(factor, axis1=-2, axis2=-1)[..., None, :]
+    return jax.lax.fori_loop(0, (n - 1).bit_length(), lambda _, root: root @ (2 * identity - factor @ root), root)
 
 
 @inverse_cholesky.defjvp

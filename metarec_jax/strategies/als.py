@@ -1,4 +1,4 @@
-"""ALS: matrix factorisation of ratings with fold-in, a user's bias and vector in closed form."""
+"""ALS: matrix factorisation of ratings, with a user's bias and vector folded in in closed form."""
 
 from typing import Literal, NamedTuple
 
@@ -17,15 +17,15 @@ from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks.observed import Observed
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
-HELD_OUT = 4  # one in so many training users tells how large the noise is
+HELD_OUT = 4  # one in this many training users estimates the noise and the covariance
 
 
 class Taste(NamedTuple):
-    """What is known of each user: ratings are `mean + b(x) + taste . [1, v(x)]`.
+    """Posterior of each user's taste: ratings are `mean + b(x) + taste . [1, v(x)]`.
 
     Attributes:
       value: `[users, 1 + rank]` the user's bias and vector.
-      precision: `[users, 1 + rank, 1 + rank]` of its posterior, in units of the noise; None with the prior "ridge".
+      precision: `[users, 1 + rank, 1 + rank]` posterior precision, in units of the noise; None with the prior "ridge".
     """
 
     value: jax.Array
@@ -43,34 +43,39 @@ def als(
     prior: Literal["population", "ridge"] = "population",
     learn: bool = False,
 ) -> Strategy:
-    """Matrix factorisation of ratings; the items are fitted once, a user is folded in.
+    """Matrix factorisation of ratings; items are fitted once, users are folded in.
 
         r(x) = mean + b(x) + taste . z(x),   z = [1, v(x)]
         taste = (sum_S w z z' + s^2 C^-1)^-1 sum_S w z (y - mean - b)
 
-    mean, b and V come from alternating least squares on the training users (`factorise.explicit_als`); y
-    and w are the target and the weight of an example. A taste, a user's bias and vector, is N(0, C) and ratings have
-    the noise s^2, both found by expectation maximisation (`population`) on a quarter of the training users, with V of
-    the others. `deviation` is that of the posterior and the noise.
+    mean, b and the item vectors V come from alternating least squares on the training users (`factorise.explicit_als`);
+    y and w are the target and the weight of an example. The taste, a user's bias and vector, has the prior N(0, C), and
+    ratings have noise of variance s^2. Expectation maximisation (`population`) estimates C and s^2 on a quarter of the
+    training users, with V fitted to the others. `deviation` combines the posterior and the noise.
 
-    With the prior "ridge" a taste is found without C, as the baseline "ALS fold-in" does, first b_u, then u:
+    With the prior "ridge", C is not used. As in the baseline "ALS fold-in", first b_u is estimated, then u:
 
         b_u = sum_S w (y - mean - b) / (sum_S w + shrink)
         u = (sum_S w v v' + penalty I)^-1 sum_S w v (y - mean - b - b_u)
 
-    An item that is new has the bias and the vector that a ridge regression on its fields gives.
+    A new item gets its bias and vector from a ridge regression on its fields.
 
     Args:
       model: one without parameters, `design`: its `embed` reads the items' fields.
       loss: squared error.
       rank: width of the vectors.
       penalty, shrink, sweeps: of the alternating least squares.
-      prior: of a user's taste.
-      learn: meta-train factors of s^2 C^-1, or of penalty and shrink, from 1, on users that the item vectors have not
-        seen; else nothing is trained by gradients, and training ends with the fit.
+      prior: prior of a user's taste, "population" or "ridge".
+      learn: meta-train factors of s^2 C^-1, or of penalty and shrink, which start at 1, on users that the item vectors
+        were not fitted to. Otherwise nothing is trained by gradients, and training ends with the fit.
 
     Raises:
       ValueError: another loss or prior; the model has parameters; a number is not positive.
+
+    Differs from the paper:
+      - The penalty is a constant; Zhou et al. multiply it by the number of ratings.
+      - Biases of users and items are added (Koren).
+      - The default prior of a user is estimated from other users (Laird and Ware).
 
     References:
       Zhou et al., Large-Scale Parallel Collaborative Filtering for the Netflix Prize, AAIM 2008.
@@ -96,25 +101,25 @@ def als(
     def fit(observed: Observed) -> Params:
         mean, bias, vectors = factors(observed)
         count, columns = np.bincount(observed.item, minlength=observed.items), np.asarray(embed({}, observed.features))
-        found = np.concatenate([bias[:, None], vectors], 1)
-        content = ridge_regression(columns, found, CONTENT, count)
-        found = np.where(count[:, None] > 0, found, columns @ content)
-        found[0] = 0  # the unknown item: see `sides`
-        table = {"mean": mean, "items": found, "content": content}
+        item_table = np.concatenate([bias[:, None], vectors], 1)
+        content = ridge_regression(columns, item_table, CONTENT, count)
+        item_table = np.where(count[:, None] > 0, item_table, columns @ content)
+        item_table[0] = 0  # the unknown item, which `sides` reads from its fields
+        table = {"mean": mean, "items": item_table, "content": content}
         if prior == "population":
             covariance, noise = spread(observed)
             table |= {"precision": noise * np.linalg.inv(covariance), "noise": noise}
         return {name: np.asarray(value, np.float32) for name, value in table.items()}
 
     def spread(observed: Observed) -> tuple[np.ndarray, float]:
-        """Covariance of the tastes and variance of the noise, of a quarter of the users and by the others' items."""
+        """Estimate the covariance of tastes and the noise variance on a quarter of the users, by the others' items."""
         held_out = np.arange(observed.users) % HELD_OUT == 0
-        own = observed.of(np.flatnonzero(held_out))
-        if held_out.all() or not len(own.user):
+        sample = observed.of(np.flatnonzero(held_out))
+        if held_out.all() or not len(sample.user):
             return np.eye(width), 1.0
         mean, bias, vectors = factors(observed.of(np.flatnonzero(~held_out)), min(sweeps, 5))
-        z = np.concatenate([np.ones((len(own.item), 1)), vectors[own.item]], 1)
-        return population(own.user, z, own.grade - mean - bias[own.item])
+        z = np.concatenate([np.ones((len(sample.item), 1)), vectors[sample.item]], 1)
+        return population(sample.user, z, sample.grade - mean - bias[sample.item])
 
     def init(key: jax.Array) -> Params:
         names = ("penalty",) if prior == "population" else ("penalty", "shrink")
@@ -124,13 +129,13 @@ def als(
         return jnp.exp(params[name]) if learn else jnp.ones(())
 
     def sides(params: Params, features: Features) -> jax.Array:
-        """`[..., 1 + rank]` biases and vectors of items."""
+        """Return biases and vectors of items, `[..., 1 + rank]`."""
         fitted, unknown = params["tables"]["fitted"], lambda x: (x == 0).astype(jnp.float32)[..., None]
-        known = look_up(fitted["items"].__getitem__, features["item_id"], "categorical")
-        return known + look_up(unknown, features["item_id"], "categorical") * (embed({}, features) @ fitted["content"])
+        stored = look_up(fitted["items"].__getitem__, features["item_id"], "categorical")
+        return stored + look_up(unknown, features["item_id"], "categorical") * (embed({}, features) @ fitted["content"])
 
     def inputs(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
-        """What is predicted of a user of whom nothing is known, `[...]`, and what a taste is multiplied by."""
+        """Return the prediction for an unknown user, `[...]`, and z, which the taste is multiplied by."""
         side = sides(params, features)
         shared = params["tables"]["fitted"]["mean"] + side[..., 0]
         return shared, jnp.concatenate([jnp.ones_like(side[..., :1]), side[..., 1:]], -1)
@@ -168,19 +173,31 @@ def als(
         scores = predict(params, adapt(params, task.support, key), task.query.features)
         return query_loss(scores, task.query, loss), {}
 
-    known = deviation if prior == "population" else None
-    return Strategy(init, adapt, predict, meta_loss, known, items=items, score=score, fit=fit)
+    return Strategy(
+        init,
+        adapt,
+        predict,
+        meta_loss,
+        deviation if prior == "population" else None,
+        items=items,
+        score=score,
+        fit=fit,
+    )
 
 
 def population(user: np.ndarray, z: np.ndarray, y: np.ndarray, steps: int = 20) -> tuple[np.ndarray, float]:
-    """Expectation maximisation of linear random effects: covariance `[width, width]` of tastes, variance of the noise.
+    """Fit linear random effects by expectation maximisation.
 
         y = z . taste_u + e,   taste_u ~ N(0, C),   e ~ N(0, s^2)
 
     Args:
-      user: `[n]` rows from 0.
-      z, y: `[n, width]` and `[n]`.
-      steps: of the maximisation, from C = 1 / 10 of the variance of y.
+      user: `[n]` user rows, from 0.
+      z: `[n, width]` inputs.
+      y: `[n]` residuals.
+      steps: iterations, from C = I / 10 of the variance of y.
+
+    Returns:
+      C `[width, width]` and s^2.
     """
     users, width = int(user.max()) + 1, z.shape[1]
     gram = factorise.gram_of(user, z, users)

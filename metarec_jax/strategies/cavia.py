@@ -1,4 +1,4 @@
-"""CAVIA: a user is a short context vector, found by a few gradient steps from zero; all weights are shared."""
+"""CAVIA: each user is a short context vector, found by a few gradient steps from zero; all weights are shared."""
 
 import jax
 import jax.numpy as jnp
@@ -22,29 +22,35 @@ def cavia(
     learn_step_size: bool = True,
     count: float = 0.0,
 ) -> Strategy:
-    """Fast context adaptation: inner steps move context parameters only, which start at zero for every user.
+    """Fast context adaptation: inner steps move only a context vector, which starts at zero for every user.
 
         c_0 = 0;   c_{k+1} = c_k - alpha * grad_c L_support(c_k, theta);   score(x) = decoder(theta, c_u, x)
 
-    theta, the model and the decoder that reads c, is trained through the inner steps. A user costs `size` numbers.
+    theta, the model and the decoder that reads c, is trained through the inner steps. A user is stored as `size`
+    numbers.
 
     Args:
       model: needs `embed` and `width`.
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default SGD with 0.0625 over the loss's curvature).
       steps: inner steps.
-      count: see `maml`.
-      size: of the context vector.
+      size: width of the context vector.
       learn_step_size: meta-learn one factor that multiplies the inner optimiser's updates.
+      count: see `maml`.
 
-    The loss's aux has `failed`, how many users met a non-finite number in the inner loop and kept the zero context.
+    The aux of the loss has `failed`: how many users met a non-finite number in the inner loop and kept the zero
+    context.
 
     Raises:
       ValueError: the model lacks `embed` or `width`; `steps` or `size` is less than 1.
 
+    Differs from the paper:
+      - The context acts through `decoder`; in the paper it is an additional input of a layer, which is the `shift` term
+        of `decoder`.
+      - The step size is meta-learned by default.
+
     References:
-      Zintgraf et al., Fast Context Adaptation via Meta-Learning, ICML 2019, eq. 4 and 5. There the context is one more
-      input of a layer; here it acts through `decoder`, which takes in that case with its `shift`.
+      Zintgraf et al., Fast Context Adaptation via Meta-Learning, ICML 2019, eq. 4 and 5.
     """
     if steps < 1 or size < 1:
         raise ValueError(f"need steps >= 1 and size >= 1, got {steps=}, {size=}")

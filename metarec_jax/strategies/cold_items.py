@@ -1,6 +1,6 @@
-"""Meta-Embedding and GME: an ID embedding generated from a new task's attributes, warmed up by its first interactions.
+"""Meta-Embedding and GME: generate a new task's ID embedding from its attributes and adapt it to its interactions.
 
-The papers' tasks are new items (`metarec_jax.data.by_item` makes such tasks); users are tasks just as well.
+In the papers a task is a new item (`metarec_jax.data.by_item` makes such tasks); a task can equally be a user.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from metarec_jax.types import Examples, Features, History, Params, PointwiseLoss
 
 
 class Generator(NamedTuple):
-    """Makes a task's first ID embedding: `init(key) -> params`, `apply(params, support) -> [users, size]`."""
+    """Makes a task's initial ID embedding: `init(key) -> params`, `apply(params, support) -> [users, size]`."""
 
     init: Callable[[jax.Array], Params]
     apply: Callable[[Params, Examples], jax.Array]
@@ -37,24 +37,28 @@ def metaemb(
     size: int = 32,
     count: float = 0.0,
 ) -> Strategy:
-    """Meta-Embedding: the ID embedding that the attributes z of a task generate is good at once and learns fast.
+    """Meta-Embedding: an ID embedding generated from a task's attributes z, trained to be good and to adapt fast.
 
         e_0 = tanh(W z),   e_1 = e_0 - a dL_support(e_0) / de,   loss = alpha L_support(e_0) + (1 - alpha) L_query(e_1)
 
-    The embedding is read through `decoder`. Unlike the paper's, the model is trained along with the generator (the
-    paper freezes a trained one), the step size a is learned, and z has embeddings of its own.
+    The embedding is read through `decoder`.
 
     Args:
       model: needs `embed` and `width`; its `profile` gives z (without one, all tasks start from the same embedding).
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser (default `default_inner(loss)`); a learned factor multiplies its updates.
       steps: gradient steps on the support.
-      count: see `maml`.
       alpha: weight of the cold loss.
-      size: of the embedding.
+      size: width of the embedding.
+      count: see `maml`.
 
     Raises:
       ValueError: the model lacks `embed` or `width`, or a number is out of range.
+
+    Differs from the paper:
+      - The model is trained together with the generator; the paper freezes a trained model.
+      - The step size a is learned.
+      - z has its own embeddings of the attributes.
 
     References:
       Pan et al., Warm Up Cold-start Advertisements: Improving CTR Predictions via Learning to Learn ID Embeddings,
@@ -84,22 +88,24 @@ def gme(
     size: int = 32,
     count: float = 0.0,
 ) -> Strategy:
-    """Graph Meta Embedding from neighbour attributes (GME-A): `metaemb` whose attributes graph attention refines.
+    """Graph Meta Embedding from neighbour attributes (GME-A): `metaemb` on attributes refined by graph attention.
 
         c_i = leaky_relu(a . [V z, V z_i]),   e_0 = tanh(W elu(sum_i softmax(c)_i V z_i))
 
     i runs over the task itself and its neighbours: the `neighbours` existing tasks that share the most attributes
-    (values of categorical and multi-valued fields). WITHOUT `existing` there is no graph: the task then attends to
-    `neighbours` learned prototypes of attributes instead, a stand-in that is not in the paper. Further deviations: see
-    `metaemb`.
+    (values of categorical and multi-valued fields). Without `existing` there is no graph.
 
     Args:
       model, loss, inner, steps, alpha, size, count: see `metaemb`.
-      existing: attributes of the training tasks as a batch has them, `{"user/genres": [tasks, ...], ...}`.
-      neighbours: how many a task attends to.
+      existing: attributes of the training tasks in the format of a batch, `{"user/genres": [tasks, ...], ...}`.
+      neighbours: number of neighbours that a task attends to.
 
     Raises:
       ValueError: as `metaemb`; or `existing` without a profile in the model, or without an integer field.
+
+    Differs from the paper:
+      - Without `existing`, a task attends to `neighbours` learned prototypes of attributes instead of neighbours.
+      - All differences of `metaemb`.
 
     References:
       Ouyang et al., Learning Graph Meta Embeddings for Cold-Start Ads in Click-Through Rate Prediction, SIGIR 2021,
@@ -108,10 +114,10 @@ def gme(
     if neighbours < 1:
         raise ValueError(f"neighbours must be 1 or more, got {neighbours}")
     if existing is not None and model.profile is None:
-        raise ValueError("`existing` holds attributes, which this model does not read: give it a `profile`")
+        raise ValueError("`existing` holds attributes, but the model has no `profile` to read them; give it one")
     codes = {} if existing is None else {n: x for n, x in existing.items() if jnp.issubdtype(x.dtype, jnp.integer)}
     if existing is not None and not codes:
-        raise ValueError("`existing` needs an integer field: tasks are neighbours when they share one of its values")
+        raise ValueError("`existing` needs an integer field: tasks are neighbours if they share a value of one")
     encoder = model.profile or constant()
 
     def init(key: jax.Array) -> Params:
@@ -127,7 +133,7 @@ def gme(
         return params
 
     def near(params: Params, support: Examples) -> tuple[jax.Array, jax.Array]:
-        """Attributes `[users, neighbours, width]` of each task's neighbours, and which of them there are."""
+        """Return the attributes `[users, neighbours, width]` of neighbours, and a mask of those that exist."""
         if existing is None:
             shape = (support.mask.shape[0], *params["prototypes"].shape)
             return jnp.broadcast_to(params["prototypes"], shape), jnp.ones(shape[:2], bool)
@@ -136,12 +142,12 @@ def gme(
         return encoder.apply(params["profile"], existing)[index], count > 0
 
     def start(params: Params, support: Examples) -> jax.Array:
-        own = profile_of(encoder, params["profile"], support)[:, None]
+        attributes = profile_of(encoder, params["profile"], support)[:, None]
         others, linked = near(params, support)
-        value = jnp.concatenate([own, others], 1) @ params["value"]
-        to, of = value[:, :1] @ params["attention"][:, 0], value @ params["attention"][:, 1]
-        among = jnp.concatenate([jnp.ones_like(linked[:, :1]), linked], 1)  # the task itself is always there
-        weight = jax.nn.softmax(jax.nn.leaky_relu(to + of, 0.2), where=among)
+        value = jnp.concatenate([attributes, others], 1) @ params["value"]
+        target, source = value[:, :1] @ params["attention"][:, 0], value @ params["attention"][:, 1]
+        present = jnp.concatenate([jnp.ones_like(linked[:, :1]), linked], 1)  # the task itself is always there
+        weight = jax.nn.softmax(jax.nn.leaky_relu(target + source, 0.2), where=present)
         return jnp.tanh(jax.nn.elu(jnp.einsum("un,unf->uf", weight, value)) @ params["out"])
 
     return from_generator(model, Generator(init, start), loss, inner, steps, alpha, size, count)
@@ -157,17 +163,17 @@ def from_generator(
     size: int,
     count: float,
 ) -> Strategy:
-    """The strategy of `metaemb` with any generator of the first embedding; a task's adapted value is its embedding."""
+    """Build `metaemb` with any generator of the initial embedding; `adapt` returns the warm embedding."""
     check(steps, size, alpha)
     score = decoder(model, size)
-    inner, truth = default_inner(loss) if inner is None else inner, as_truth(loss)
+    inner, as_constants = default_inner(loss) if inner is None else inner, as_truth(loss)
 
     def init(key: jax.Array) -> Params:
         a, b = jax.random.split(key)
         return {"decoder": score.init(a), "generator": generator.init(b), "log_step_size": jnp.zeros(())}
 
     def solve(params: Params, support: Examples) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The embeddings before and after the steps, and who failed."""
+        """Return the embeddings before and after the steps, and which users failed."""
         start = generator.apply(params["generator"], support)
         options = {"loss": loss, "optimizer": inner, "steps": steps, "count": count}
         options |= {"step_size": jnp.exp(params["log_step_size"])}
@@ -182,7 +188,7 @@ def from_generator(
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         per_user = jax.vmap(partial(mean_loss, loss))
         start, embedding, failed = solve(params, task.support)
-        cold = per_user(predict(params, start, task.support.features), truth(task.support))
+        cold = per_user(predict(params, start, task.support.features), as_constants(task.support))
         warm = per_user(predict(params, embedding, task.query.features), task.query)
         value = masked_mean(alpha * cold + (1 - alpha) * warm, jnp.any(task.query.mask > 0, axis=1))
         return value, {"failed": failed.sum(), "cold": masked_mean(cold, jnp.any(task.support.mask > 0, axis=1))}
@@ -191,23 +197,27 @@ def from_generator(
 
 
 def shared_values(existing: Mapping[str, jax.Array], support: Examples) -> jax.Array:
-    """`[users, tasks]` how many values of these integer fields a user and an existing task have in common."""
+    """Count the values of these integer fields that a user and an existing task share, `[users, tasks]`."""
     features = support.features.now if isinstance(support.features, History) else support.features
-    place = jnp.argmax(support.mask > 0, axis=1)  # any real example holds them; without one, the first place does
+    first = jnp.argmax(support.mask > 0, axis=1)  # a user's fields are in every real example; without one, in the first
     total = jnp.zeros((), jnp.int32)
     for name, codes in existing.items():
-        own = features[name][jnp.arange(len(place)), place].reshape(len(place), 1, -1, 1)
-        others = jnp.asarray(codes).reshape(1, len(codes), 1, -1)
-        total += ((own == others) & (others > 0)).sum((2, 3))
+        user_codes = features[name][jnp.arange(len(first)), first].reshape(len(first), 1, -1, 1)
+        task_codes = jnp.asarray(codes).reshape(1, len(codes), 1, -1)
+        total += ((user_codes == task_codes) & (task_codes > 0)).sum((2, 3))
     return total
 
 
 def normal(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
-    """A layer's weights, scaled to keep the size of its inputs."""
+    """Draw a layer's weights `[inputs, outputs]`, scaled to preserve the variance of its inputs."""
     return jax.random.normal(key, (inputs, outputs)) / inputs**0.5
 
 
 def check(steps: int, size: int, alpha: float) -> None:
-    """Refuses numbers out of range."""
+    """Validate the inner loop's numbers.
+
+    Raises:
+      ValueError: `steps` below 0, `size` below 1, or `alpha` outside [0, 1].
+    """
     if steps < 0 or size < 1 or not 0 <= alpha <= 1:
         raise ValueError(f"need steps >= 0, size >= 1 and 0 <= alpha <= 1, got {steps=}, {size=}, {alpha=}")

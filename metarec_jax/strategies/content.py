@@ -1,4 +1,4 @@
-"""Content: what the fields of a user's items have in common, as scores of all items that share it."""
+"""Content: a profile of the fields of the user's items, which scores all items by their fields."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks.observed import Observed
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 
-RARE = 0.05  # smallest standard deviation that a column is divided by
+RARE = 0.05  # lower bound of the standard deviation that a column is divided by
 
 
 class Profile(NamedTuple):
@@ -26,18 +26,21 @@ class Profile(NamedTuple):
 
 
 def content(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, shrink: float = 2.0) -> Strategy:
-    """Items whose fields are like those of the user's items: the Rocchio profile with meta-learned weights.
+    """Content-based ranking: a Rocchio profile of item fields with meta-learned weights.
 
         s = sum_S w t z_i / (shrink(n) + sum_S w t),   score(x_j) = tau(n) sum_c g_c s_c z_jc + c(n) log p(x_j)
 
-    z are the columns of `design`, standardised over what the training users chose, so that a rare value in common says
-    more than a frequent one. g, shrink, tau and c are learned by the loss of `Ranking`; a new item is scored as any
-    other.
+    z are the columns of `design`, standardised over the training users' positives, so that sharing a rare value counts
+    for more than sharing a frequent one. n is the number of positives. g, shrink, tau and c are learned by the loss of
+    `Ranking`. A new item is scored like any other.
 
     Args:
       model: `design`.
       loss: not used: the strategy ranks.
       shrink: initial pseudo-count.
+
+    Raises:
+      ValueError: another model, or `shrink` is not positive.
 
     References:
       Rocchio, Relevance Feedback in Information Retrieval, 1971.
@@ -71,14 +74,14 @@ def content(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, s
         target = jnp.where(keep, support.target, 0.0)
         z = jnp.where(keep[..., None], standardised(params, support.features), 0.0)
         value = jnp.where(keep, support.mask * (target - 0.3 * (1 + params["dislike"]) * (1 - target)), 0.0)
-        least = shrink * jnp.exp(at(params["shrink"], count))[:, None]
-        mean = jnp.einsum("un,unf->uf", value, z) / (least + jnp.abs(value).sum(1, keepdims=True))
+        pseudo_count = shrink * jnp.exp(at(params["shrink"], count))[:, None]
+        mean = jnp.einsum("un,unf->uf", value, z) / (pseudo_count + jnp.abs(value).sum(1, keepdims=True))
         scale = 0.02 * jnp.exp(at(params["scale"], count))[:, None]
         return Profile(scale * jnp.exp(10 * params["columns"]) * mean, at(params["popularity"], count))
 
     def predict(params: Params, adapted: Profile, features: Features) -> jax.Array:
-        own = jnp.einsum("unf,uf->un", standardised(params, features), adapted.columns)
-        return own + adapted.popularity[:, None] * popularity(params, features)
+        from_content = jnp.einsum("unf,uf->un", standardised(params, features), adapted.columns)
+        return from_content + adapted.popularity[:, None] * popularity(params, features)
 
     def items(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
         return standardised(params, features), popularity(params, features)

@@ -1,4 +1,4 @@
-"""Decoder: a shared network whose scores a vector for each user bends; what many strategies adapt through."""
+"""Decoder: a shared network whose scores a per-user context vector corrects; many strategies adapt through it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ class Decoder(NamedTuple):
     """A model and a small network on top of it that reads a context vector.
 
     Attributes:
-      init: `init(key) -> params`, with the model's own under "model".
-      apply: `apply(params, context, features [users, examples, ...]) -> scores [users, examples]`, where the context is
-        a user's, `[users, size]`, or an example's, `[users, examples, size]`.
+      init: `init(key) -> params`, with the model's own parameters under "model".
+      apply: `apply(params, context, features [users, examples, ...]) -> scores [users, examples]`. The context is per
+        user, `[users, size]`, or per example, `[users, examples, size]`.
     """
 
     init: Callable[[jax.Array], Params]
@@ -25,17 +25,17 @@ class Decoder(NamedTuple):
 
 
 def decoder(model: Model, size: int, hidden: int = 32) -> Decoder:
-    """Scores of a shared model, corrected by what a context vector c says about a user.
+    """Build a decoder: the scores of a shared model, corrected by a context vector c for each user.
 
         score(x) = f(x) + [phi(x), 1] . (H c) + v . relu((1 + G c) * (W phi(x)) + B c) - v . relu(W phi(x))
 
-    f is the model and phi its `embed`. The first correction is a linear head of the user's own, generated from c (Ha et
-    al., HyperNetworks, ICLR 2017); the second bends a hidden layer (FiLM, Perez et al., AAAI 2018). With c = 0 the
-    shared model answers.
+    f is the model and phi its `embed`. The first correction is a linear head of the user, generated from c (Ha et al.,
+    HyperNetworks, ICLR 2017). The second modulates a hidden layer (FiLM, Perez et al., AAAI 2018). With c = 0 the score
+    is that of the shared model.
 
     Args:
       model: needs `embed` and `width`.
-      size: of the context vector.
+      size: width of the context vector.
       hidden: width of the hidden layer.
 
     Raises:
@@ -62,8 +62,8 @@ def decoder(model: Model, size: int, hidden: int = 32) -> Decoder:
         linear = (phi * head[..., :-1]).sum(-1) + head[..., -1]
         layer = phi @ params["layer"]
         scale, shift = (context @ params[name] for name in ("scale", "shift"))
-        bent = jax.nn.relu((1 + scale) * layer + shift) - jax.nn.relu(layer)
-        return model.apply(params["model"], features) + linear + bent @ params["out"]
+        modulated = jax.nn.relu((1 + scale) * layer + shift) - jax.nn.relu(layer)
+        return model.apply(params["model"], features) + linear + modulated @ params["out"]
 
     return Decoder(init, apply)
 
@@ -71,15 +71,15 @@ def decoder(model: Model, size: int, hidden: int = 32) -> Decoder:
 def adapt_context(
     score: Decoder, params: Params, start: jax.Array, support: Examples, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Context vectors after inner steps on the support, in which nothing else moves.
+    """Adapt context vectors by inner steps on the support; all other parameters stay fixed.
 
-    What adapts is the distance from the start, which is 0 for all users at first: the start is a feature.
+    The adapted parameter is the distance from the start, initially 0 for all users; the start itself is a feature.
 
     Args:
       score: `decoder(model, size)`.
-      params: its parameters.
-      start: `[users, size]`.
-      support: what each user adapts to.
+      params: parameters of the decoder.
+      start: `[users, size]` initial context vectors.
+      support: each user's support set.
       **options: keyword arguments of `core.adapt`: loss, optimiser, steps, step size.
 
     Returns:
@@ -87,26 +87,26 @@ def adapt_context(
     """
 
     def apply(p: Params, features: Features) -> jax.Array:
-        begin, now = features
-        return score_one(score, p["decoder"], begin + p["moved"], now)
+        initial, now = features
+        return score_one(score, p["decoder"], initial + p["moved"], now)
 
     shared = {"decoder": params, "moved": jnp.zeros(start.shape[1])}
-    given = support._replace(features=(start, support.features))
-    found = core.adapt(apply, shared, given, adapted={"decoder": False, "moved": True}, **options)
-    moved = core.weights(shared, found)["moved"]
-    return (start if moved is None else start + moved), found.failed
+    examples = support._replace(features=(start, support.features))
+    adapted = core.adapt(apply, shared, examples, adapted={"decoder": False, "moved": True}, **options)
+    moved = core.weights(shared, adapted)["moved"]
+    return (start if moved is None else start + moved), adapted.failed
 
 
 def score_one(score: Decoder, params: Params, context: jax.Array, features: Features) -> jax.Array:
-    """Scores `[examples]` of one user: context `[size]`, features `[examples, ...]`."""
+    """Score one user's examples, `[examples]`, from a context `[size]` and features `[examples, ...]`."""
     return score.apply(params, context[None], jax.tree.map(lambda x: x[None], features))[0]
 
 
 def need_embed(model: Model) -> tuple[Callable[[Params, Features], jax.Array], int]:
-    """The model's `embed` and `width`, which a strategy cannot do without.
+    """Return the model's `embed` and `width`, which the strategy requires.
 
     Raises:
-      ValueError: it has none.
+      ValueError: the model lacks one of them.
     """
     if model.embed is None or model.width is None:
         raise ValueError(

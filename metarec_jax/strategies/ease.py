@@ -1,4 +1,4 @@
-"""EASE: the closed-form item-item model, with weights of items, of dislikes and of popularity that are meta-learned."""
+"""EASE: the closed-form item-item model, with meta-learned weights of items, dislikes and popularity."""
 
 from typing import NamedTuple
 
@@ -36,26 +36,28 @@ def ease(
     half_life: float | None = None,
     memory: int = MEMORY,
 ) -> Strategy:
-    """Linear autoencoder without hidden units, from support to scores.
+    """EASE: a linear autoencoder without hidden units, from support to scores.
 
         score(x_j) = tau sum_{i in S} w_i t_i B_ij + c log p(x_j)
 
-    B is fitted to the training users (`factorise.ease`); t is an example's label, w = exp(weight of the
-    item + d (1 - t)), tau and c are smooth functions of the number n of positives, all learned by the loss of
-    `Ranking`. A new item, which no column of B knows, has its popularity.
+    B is fitted to the training users (`factorise.ease`). t is an example's label, w = exp(weight of the item
+    + d (1 - t)); tau and c are smooth functions of the number n of positives. w, tau and c are learned by the loss of
+    `Ranking`. A new item, for which B has no column, is scored by popularity alone.
 
     Args:
       model: `design`; only the size of its catalogue is read.
       loss: not used: the strategy ranks.
-      penalty: of B.
-      rank: keep B in this many components (`factorise.low_rank_ease`) instead of in `items^2` numbers.
-      half_life: places in time after which an example has half the weight, at first; it is learned. None: all weigh
-        the same.
-      memory: bytes that B may take; five copies of it are made while training (one a fold).
+      penalty: L2 penalty of B.
+      rank: store B as this many components (`factorise.low_rank_ease`) instead of `items^2` numbers.
+      half_life: see `metarec_jax.ials`.
+      memory: bytes that B may take; training makes five copies of it (one per fold).
 
     Raises:
       ValueError: the model is another; a number is not positive.
       DataError: from `fit`, before anything is allocated: B needs more than `memory`.
+
+    Differs from the paper:
+      Support weights w and the scale tau are meta-learned, and log popularity is added; the paper's score is B alone.
 
     References:
       Steck, Embarrassingly Shallow Autoencoders for Sparse Data, WWW 2019.
@@ -70,9 +72,9 @@ def ease(
     def fit(observed: Observed) -> Params:
         confidences = observed.confidences()
         if rank is None:
-            what = f"ease over {observed.items - 1:,} items"
-            instead = 'give it a rank, strategy_options={"rank": 256}, or take strategy="ials"'
-            factorise.check_memory(what, factorise.dense_bytes(observed.items, 3), memory, instead)
+            task = f"ease over {observed.items - 1:,} items"
+            advice = 'give it a rank, strategy_options={"rank": 256}, or take strategy="ials"'
+            factorise.check_memory(task, factorise.dense_bytes(observed.items, 3), memory, advice)
             return {"weights": factorise.ease(confidences, penalty)}
         left, right = factorise.low_rank_ease(confidences, rank, penalty)
         return {"left": left, "right": right}
@@ -86,34 +88,34 @@ def ease(
         weight = weigh(params, support, half_life) * target
         scale = 4 * jnp.exp(at(params["scale"], count))[:, None]
         if rank is None:
-            own = summed(fitted["weights"], ids, weight)
+            personal = summed(fitted["weights"], ids, weight)
         else:
-            own = jnp.einsum("un,unf->uf", weight, fitted["left"][ids])
-        return Weighed(scale * own, 0.1 + at(params["popularity"], count))
+            personal = jnp.einsum("un,unf->uf", weight, fitted["left"][ids])
+        return Weighed(scale * personal, 0.1 + at(params["popularity"], count))
 
     def predict(params: Params, adapted: Weighed, features: Features) -> jax.Array:
         if rank is None:
-            own = among(adapted.own, features)
+            personal = among(adapted.own, features)
         else:
             right = look_up(params["tables"]["fitted"]["right"].__getitem__, features["item_id"], "categorical")
-            own = jnp.einsum("unf,uf->un", right, adapted.own)
-        return own + adapted.popularity[:, None] * popularity(params, features)
+            personal = jnp.einsum("unf,uf->un", right, adapted.own)
+        return personal + adapted.popularity[:, None] * popularity(params, features)
 
     def items(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
         ids = features["item_id"]
         return ids if rank is None else params["tables"]["fitted"]["right"][ids], popularity(params, features)
 
     def score(params: Params, adapted: Weighed, side: tuple[jax.Array, jax.Array]) -> jax.Array:
-        own = adapted.own[:, side[0]] if rank is None else adapted.own @ side[0].T
-        return own + adapted.popularity[:, None] * side[1]
+        personal = adapted.own[:, side[0]] if rank is None else adapted.own @ side[0].T
+        return personal + adapted.popularity[:, None] * side[1]
 
     return Strategy(init, adapt, predict, only_ranks("ease"), items=items, score=score, fit=fit, ranks=True)
 
 
 def summed(table: jax.Array, rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """`[users, columns]` weighted sums of rows of `table`, with `rows` and `weight` `[users, n]`.
+    """Return weighted sums of rows of `table`, `[users, columns]`, for `rows` and `weight` `[users, n]`.
 
-    One example of all users after the other, so that n users columns numbers are never held, also not for the gradient.
+    It scans over examples, so that no array of users x n x columns is ever held, not even for the gradient.
     """
 
     @jax.checkpoint

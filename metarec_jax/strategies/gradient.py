@@ -1,4 +1,4 @@
-"""Gradient-based strategies: MAML, FOMAML, ANIL and MeLU are one inner loop over different groups of parameters."""
+"""Gradient-based strategies: MAML, FOMAML, ANIL and MeLU, one inner loop over different groups of parameters."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -16,24 +16,26 @@ ALL = ("embedding", "decision", "head")
 
 
 def default_inner(loss: PointwiseLoss, scale: float = 0.025) -> optax.GradientTransformation:
-    """SGD with `scale` over the curvature of the loss: 0.1 for the logistic loss, 0.0125 for the squared error.
+    """Return SGD whose step is `scale` over the curvature of the loss.
 
-    A model's biases all move its score together, so that the largest stable step falls with the loss's curvature times
-    their number; steps of one size for all losses diverge for the steeper one.
+    With the default scale this is 0.1 for the logistic loss and 0.0125 for the squared error. All biases of a model
+    move its score together, so the largest stable step falls with their number times the curvature of the loss. A
+    single step size for all losses diverges for the steeper one.
     """
     return optax.sgd(scale / (curvature(loss) or 0.25))
 
 
 def curvature(loss: PointwiseLoss) -> float:
-    """Second derivative of a loss in the score, where score and target are 0; 0 for a loss without curvature there."""
+    """Return the second derivative of a loss in the score at score = target = 0; 0 if the loss has none there."""
     return max(float(jax.grad(jax.grad(loss))(0.0, 0.0)), 0.0)
 
 
 def leaves_of(model: Model, groups: Collection[str]) -> Callable[[Params], Params]:
-    """The function from a model's parameters to bools, one for each array: whether it is in one of the groups.
+    """Return a function from a model's parameters to a pytree of bools: whether each array is in one of the groups.
 
     Raises:
-      ValueError: unknown groups, or a model without `groups`; from the function: no parameters are in the groups.
+      ValueError: unknown groups, or a model without `groups`. The returned function raises it too, if no parameter is
+        in the groups.
     """
     if unknown := set(groups) - set(ALL):
         raise ValueError(f"groups: {sorted(unknown)} unknown; choose from {', '.join(ALL)}")
@@ -42,7 +44,7 @@ def leaves_of(model: Model, groups: Collection[str]) -> Callable[[Params], Param
             f"adapting only {sorted(groups)} needs a model with `groups`; pass Model(init, apply, groups=...)"
         )
 
-    def chosen(params: Params) -> Params:
+    def in_groups(params: Params) -> Params:
         if set(groups) == set(ALL):
             return jax.tree.map(lambda _: True, params)
         assert model.groups is not None
@@ -51,7 +53,7 @@ def leaves_of(model: Model, groups: Collection[str]) -> Callable[[Params], Param
             raise ValueError(f"the model has no parameters in the groups {sorted(groups)}")
         return flags
 
-    return chosen
+    return in_groups
 
 
 def from_adapt(
@@ -60,7 +62,7 @@ def from_adapt(
     init: Callable[[jax.Array], Params],
     adapt: Callable[[Params, Examples, jax.Array], Adapted],
 ) -> Strategy:
-    """The strategy whose `adapt` is a `core.adapt` of `params["model"]` and whose meta-loss is the query loss."""
+    """Build a strategy whose `adapt` is a `core.adapt` of `params["model"]` and whose meta-loss is the query loss."""
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         return core.predict(model.apply, params["model"], adapted, features)
@@ -80,11 +82,11 @@ def from_inner_loop(
     learned: Callable[[Params], dict[str, Params]],
     options: Callable[[Params], dict[str, Any]],
 ) -> Strategy:
-    """MAML with parameters of the inner loop that are meta-learned beside the model's.
+    """Build MAML with inner-loop parameters that are meta-learned beside the model's.
 
     Args:
       model, loss, groups: see `maml`.
-      learned: `learned(fast)`, the initial values of those parameters, from the arrays that adapt.
+      learned: `learned(fast)`, initial values of the inner-loop parameters, from the arrays that adapt.
       options: `options(params)`, keyword arguments of `core.adapt`: optimiser, steps, step sizes and the like.
     """
     adapted_leaves = leaves_of(model, groups)
@@ -94,14 +96,14 @@ def from_inner_loop(
         return {"model": params} | learned(core.partition(params, adapted_leaves(params)))
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
-        own = params["model"]
-        return core.adapt(model.apply, own, support, loss=loss, adapted=adapted_leaves(own), **options(params))
+        theta = params["model"]
+        return core.adapt(model.apply, theta, support, loss=loss, adapted=adapted_leaves(theta), **options(params))
 
     return from_adapt(model, loss, init, adapt)
 
 
 def one_each(fast: Params) -> Params:
-    """A zero for each array: the logarithm of a factor that starts at 1."""
+    """Return a 0 for each array: the logarithm of a factor that starts at 1."""
     return jax.tree.map(lambda _: jnp.zeros(()), fast)
 
 
@@ -122,21 +124,25 @@ def maml(
         w_u = theta after `steps` inner steps on user u's mean support loss;   meta-loss = mean_u L_query(w_u)
 
     Args:
-      model: `init` and `apply`; `groups` too, unless every parameter adapts.
+      model: `init` and `apply`; also `groups`, unless every parameter adapts.
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`). Give Adam an `eps_root` (1e-8):
         its square root has no derivative where a gradient is zero, and the meta-gradient would be NaN.
       steps: inner steps.
-      learn_step_size: meta-learn one factor for each adapted parameter array, which multiplies the inner optimiser's
-        updates and starts at 1 (Antoniou et al., How to train your MAML, ICLR 2019, section 4).
+      learn_step_size: meta-learn one factor per adapted parameter array. It multiplies the inner optimiser's updates
+        and starts at 1.
       first_order: treat inner gradients as constants.
       groups: which groups of parameters adapt; the rest is shared by all users and never copied.
-      count: adds to the number of examples in the mean of the support loss, so that a user moves the less the fewer
-        examples there are: a step size that suits thirty is far too long for one. 0 is the mean, as published; a count
-        of 5 serves users of few examples much better (benchmarks/RESULTS.md). Adam's steps it leaves as they are.
-      form: how adapted weights are held, see `core.adapt`; the result is the same.
+      count: pseudo-count in the denominator of the mean support loss, so that users with few examples move less: a step
+        size that suits thirty examples is far too long for one. 0 is the published mean; a count of 5 serves users with
+        few examples much better (benchmarks/RESULTS.md). It does not change Adam's steps.
+      form: how adapted weights are stored, see `core.adapt`; the result is the same.
 
-    The loss's aux has `failed`, how many users met a non-finite number in the inner loop and were not adapted.
+    The aux of the loss has `failed`: how many users met a non-finite number in the inner loop and were not adapted.
+
+    Differs from the paper:
+      Step sizes are meta-learned by default, one per array, as in MAML++ (there per layer and step: Antoniou et al.,
+      How to train your MAML, ICLR 2019, section 4). `learn_step_size=False` gives the fixed step size of the paper.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
@@ -166,10 +172,14 @@ def fomaml(
     groups: Collection[str] = ALL,
     count: float = 0.0,
 ) -> Strategy:
-    """`maml` without the second-order terms: the query gradient at the adapted weights.
+    """First-order MAML: `maml` without second-order terms, with the query gradient at the adapted weights.
 
-    Finn et al., 2017, section 5.2. A learned step size gets its gradient with the inner gradients as
-    constants too: exact for one step.
+    Differs from the paper:
+      Step sizes are meta-learned by default, as in `maml`. Their gradient also treats inner gradients as constants,
+      which is exact for one step.
+
+    References:
+      Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017, section 5.2.
     """
     return maml(
         model,
@@ -192,7 +202,14 @@ def anil(
     learn_step_size: bool = True,
     count: float = 0.0,
 ) -> Strategy:
-    """`maml` that adapts the head only (Raghu et al., Rapid Learning or Feature Reuse?, ICLR 2020)."""
+    """ANIL: `maml` that adapts the head only.
+
+    Differs from the paper:
+      Step sizes are meta-learned by default, as in `maml`.
+
+    References:
+      Raghu et al., Rapid Learning or Feature Reuse?, ICLR 2020.
+    """
     return maml(
         model, loss=loss, inner=inner, steps=steps, learn_step_size=learn_step_size, groups=("head",), count=count
     )
@@ -207,7 +224,14 @@ def melu(
     learn_step_size: bool = True,
     count: float = 0.0,
 ) -> Strategy:
-    """`maml` that shares the embeddings and adapts the decision layers and the head (Lee et al., MeLU, KDD 2019)."""
+    """MeLU: `maml` that shares the embeddings and adapts the decision layers and the head.
+
+    Differs from the paper:
+      Step sizes are meta-learned by default, as in `maml` and MAML++; the paper fixes them.
+
+    References:
+      Lee et al., MeLU: Meta-Learned User Preference Estimator for Cold-Start Recommendation, KDD 2019.
+    """
     return maml(
         model,
         loss=loss,

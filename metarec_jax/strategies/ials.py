@@ -1,4 +1,4 @@
-"""iALS with an empirical Bayes prior: a user's vector in closed form, with what it weighs meta-learned."""
+"""iALS with an empirical Bayes prior: user vectors in closed form, with meta-learned weights."""
 
 from typing import Any, NamedTuple
 
@@ -19,16 +19,16 @@ from metarec_jax.tasks.observed import Observed
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 NUMBERS = ("unobserved", "penalty", "prior", "mean", "scale", "popularity")  # smooth functions of n
-CONTENT = 30.0  # interactions of an item that the ridge regression of its vector on its fields counts as
+CONTENT = 30.0  # ridge penalty of the regressions of vectors on fields, in interactions or users
 
 
 class Vector(NamedTuple):
-    """What is known of each user: scores are `mean . v + popularity log p`.
+    """Posterior of each user's vector: scores are `mean . v + popularity log p`.
 
     Attributes:
       mean: `[users, rank]`.
       popularity: `[users]`.
-      precision: `[users, rank, rank]` of the vector's posterior, in units of the scores.
+      precision: `[users, rank, rank]` posterior precision of the vector, in units of the scores.
     """
 
     mean: jax.Array
@@ -46,27 +46,35 @@ def ials(
     sweeps: int = 8,
     half_life: float | None = None,
 ) -> Strategy:
-    """Implicit matrix factorisation whose fold-in is meta-learned, from a prior that the training users give.
+    """Implicit matrix factorisation with a meta-learned fold-in and a prior estimated from the training users.
 
         u = H^-1 (sum_S w t v + m P mu),   H = sum_S w v v' + a V'V + P,   P = l I + s C^-1
         score(x) = tau u . v(x) + c log p(x)
 
-    V are the item vectors of alternating least squares on the training users. mu and C are mean and covariance of these
-    users' vectors (empirical Bayes); with attributes, mu is their ridge regression on them. t is the example's label (1
-    for a positive), w = exp(weight of the item + d (1 - t)), so that a dislike has a weight and a value of its own. a,
-    l, s, m, tau and c are smooth functions of the number n of positives. All of these are learned by the loss of
-    `Ranking`; V is not. An item that is new is known by the ridge regression of V on its fields.
+    - V: the item vectors of alternating least squares on the training users; not meta-learned.
+    - mu and C: mean and covariance of the training users' vectors (empirical Bayes). With user attributes, mu is their
+      ridge regression on them.
+    - t: the example's label (1 for a positive); w = exp(weight of the item + d (1 - t)), so that a dislike has its own
+      weight and value.
+    - a, l, s, m, tau and c: smooth functions of the number n of positives.
+
+    The loss of `Ranking` trains the item weights, d and the smooth functions. The vector of a new item is the ridge
+    regression of V on its fields.
 
     Args:
       model: one without parameters, `design`: its `embed` reads the items' fields, its `profile` the users'.
       loss: not used: the strategy ranks.
       rank: width of the vectors.
       unobserved, penalty, sweeps: of the alternating least squares; see `metarec_jax.collaborative.factorise.ials`.
-      half_life: places in time after which an example has half the weight, at first; it is learned. None: all weigh
-        the same.
+      half_life: number of later examples after which an example has half the weight: the initial value of a learned
+        parameter. None: no decay.
 
     Raises:
       ValueError: the model has parameters, or a number is not positive.
+
+    Differs from the paper:
+      - The fold-in has a prior mean and covariance and meta-learned weights; the papers use a ridge penalty alone.
+      - Log popularity is added to the score.
 
     References:
       Hu, Koren and Volinsky, Collaborative Filtering for Implicit Feedback Datasets, ICDM 2008, section 4.
@@ -84,28 +92,30 @@ def ials(
 
     def fit(observed: Observed) -> Params:
         confidences = observed.confidences()
-        usual = factorise.scales(confidences)
-        everything, ridge = (u if own is None else own for own, u in zip((unobserved, penalty), usual, strict=True))
-        found = factorise.ials(confidences, rank, unobserved=everything, penalty=ridge, sweeps=sweeps)
+        defaults = factorise.scales(confidences)
+        unobserved_weight, ridge = (
+            default if given is None else given for given, default in zip((unobserved, penalty), defaults, strict=True)
+        )
+        factors = factorise.ials(confidences, rank, unobserved=unobserved_weight, penalty=ridge, sweeps=sweeps)
         count = np.asarray(confidences.sum(0)).ravel()
         items = np.asarray(embed({}, observed.features))
-        content = ridge_regression(items, found.items, CONTENT, count)
-        vectors = np.where(count[:, None] > 0, found.items, items @ content).astype(np.float32)
+        content = ridge_regression(items, factors.items, CONTENT, count)
+        vectors = np.where(count[:, None] > 0, factors.items, items @ content).astype(np.float32)
         vectors[0] = 0
         user = {f"user/{name}": table for name, table in observed.profile.items()}
-        people = np.asarray(profile.apply({}, user | {"item_id": np.zeros(observed.users, np.int32)}))
-        mean = ridge_regression(people, found.users, CONTENT)
-        spread = found.users - people @ mean
-        covariance = np.cov(spread.T).reshape(rank, rank) if observed.users > 1 else np.zeros((rank, rank))
+        attributes = np.asarray(profile.apply({}, user | {"item_id": np.zeros(observed.users, np.int32)}))
+        mean = ridge_regression(attributes, factors.users, CONTENT)
+        residual = factors.users - attributes @ mean
+        covariance = np.cov(residual.T).reshape(rank, rank) if observed.users > 1 else np.zeros((rank, rank))
         covariance += (1e-6 + 1e-3 * np.trace(covariance) / rank) * np.eye(rank)
         return {
             "vectors": vectors,
-            "gram": (everything * vectors.T @ vectors).astype(np.float32),
+            "gram": (unobserved_weight * vectors.T @ vectors).astype(np.float32),
             "content": content,
             "mean": mean,
             "precision": np.linalg.inv(covariance).astype(np.float32),
-            # of the plain fold-in for a user with ten positives
-            "penalty": np.float32(ridge * (10 + everything * observed.items)),
+            # the penalty of the plain fold-in for a user with ten positives
+            "penalty": np.float32(ridge * (10 + unobserved_weight * observed.items)),
         }
 
     def init(key: jax.Array) -> Params:
@@ -113,8 +123,8 @@ def ials(
 
     def vectors(params: Params, features: Features) -> jax.Array:
         fitted, unknown = params["tables"]["fitted"], lambda x: (x == 0).astype(jnp.float32)[..., None]
-        known = look_up(fitted["vectors"].__getitem__, features["item_id"], "categorical")
-        return known + look_up(unknown, features["item_id"], "categorical") * (embed({}, features) @ fitted["content"])
+        stored = look_up(fitted["vectors"].__getitem__, features["item_id"], "categorical")
+        return stored + look_up(unknown, features["item_id"], "categorical") * (embed({}, features) @ fitted["content"])
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Vector:
         fitted, count, keep = params["tables"]["fitted"], positives(support), support.mask > 0
@@ -126,15 +136,15 @@ def ials(
         prior += (0.03 * jnp.exp(numbers["prior"]))[:, None, None] * fitted["precision"]
         precision = jnp.exp(numbers["unobserved"])[:, None, None] * fitted["gram"] + prior
         precision += jnp.einsum("unf,un,ung->ufg", v, weight, v)
-        start = profile_of(profile, {}, support) @ fitted["mean"]
-        pulled = (1 + numbers["mean"])[:, None] * jnp.einsum("ufg,ug->uf", prior, start)
-        mean = solve(precision, jnp.einsum("unf,un->uf", v, weight * target) + pulled)
+        prior_mean = profile_of(profile, {}, support) @ fitted["mean"]
+        prior_term = (1 + numbers["mean"])[:, None] * jnp.einsum("ufg,ug->uf", prior, prior_mean)
+        mean = solve(precision, jnp.einsum("unf,un->uf", v, weight * target) + prior_term)
         scale = 8 * jnp.exp(numbers["scale"])
         return Vector(scale[:, None] * mean, 0.3 + numbers["popularity"], precision / jnp.square(scale)[:, None, None])
 
     def predict(params: Params, adapted: Vector, features: Features) -> jax.Array:
-        own = jnp.einsum("unf,uf->un", vectors(params, features), adapted.mean)
-        return own + adapted.popularity[:, None] * popularity(params, features)
+        personal = jnp.einsum("unf,uf->un", vectors(params, features), adapted.mean)
+        return personal + adapted.popularity[:, None] * popularity(params, features)
 
     def items(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
         return vectors(params, features), popularity(params, features)
@@ -151,14 +161,18 @@ def ials(
 
 
 def need_design(model: Model, name: str) -> None:
-    """Raise a `ValueError` unless the model reads the fields of items and users without parameters."""
-    known = model.embed is not None and model.profile is not None and model.items is not None
-    if not known or jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))):
+    """Check that the model reads the fields of items and users without parameters.
+
+    Raises:
+      ValueError: it has parameters, or lacks `embed`, `profile` or `items`.
+    """
+    complete = model.embed is not None and model.profile is not None and model.items is not None
+    if not complete or jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))):
         raise ValueError(f'{name} is fitted in closed form on a network without parameters: model="design"')
 
 
 def only_ranks(name: str) -> Any:
-    """The loss of a strategy that has none for clicks and ratings."""
+    """Return a loss that raises: the strategy has none for clicks and ratings."""
 
     def loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         raise ValueError(f'{name} ranks the catalogue: train it with objective="ranking"')
@@ -167,8 +181,15 @@ def only_ranks(name: str) -> Any:
 
 
 def ridge_regression(x: np.ndarray, y: np.ndarray, penalty: float, weight: np.ndarray | None = None) -> np.ndarray:
-    """`[columns, targets]` float32 ridge regression of `y` on `x`, whose first column is 1 and not penalised."""
-    weighed = x if weight is None else x * weight[:, None]
+    """Return the ridge regression of `y` on `x`, `[columns, targets]` float32.
+
+    Args:
+      x: `[n, columns]`; the first column is 1 and hardly penalised.
+      y: `[n, targets]`.
+      penalty: of all other columns.
+      weight: `[n]` weight of each row; None: all 1.
+    """
+    weighted = x if weight is None else x * weight[:, None]
     ridge = np.full(x.shape[1], penalty)
     ridge[0] = 1e-3
-    return np.linalg.solve(weighed.T @ x + np.diag(ridge), weighed.T @ y).astype(np.float32)
+    return np.linalg.solve(weighted.T @ x + np.diag(ridge), weighted.T @ y).astype(np.float32)

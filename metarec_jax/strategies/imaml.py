@@ -1,4 +1,4 @@
-"""iMAML: each user's minimum near the shared parameters, differentiated without the way that led there."""
+"""iMAML: a proximal inner problem for each user, differentiated by the implicit function theorem."""
 
 from collections.abc import Collection
 
@@ -23,24 +23,24 @@ def imaml(
     groups: Collection[str] = ALL,
     count: float = 0.0,
 ) -> Strategy:
-    """Implicit MAML: a proximal inner problem, and the meta-gradient of its solution by the implicit function theorem.
+    """Implicit MAML: a proximal inner problem, with the meta-gradient of its solution by the implicit function theorem.
 
         w_u = argmin_w L_support(w) + lambda / 2 |w - theta|^2,   dw_u/dtheta = (I + H / lambda)^-1
 
-    Memory does not grow with the steps. The meta-gradient is right only where the inner loop has converged, which the
-    defaults see to: with c the curvature of the loss (1/4 for the logistic loss, 2 for the squared error), lambda = 4c
-    and heavy-ball steps of 0.04 / c with momentum 1/2 shrink the error by 0.71 a step, to less than a hundredth in 16,
-    along all directions in which the loss, averaged over examples, curves by less than 69 c.
+    Memory does not grow with the number of steps. The meta-gradient is correct only if the inner loop has converged,
+    which the defaults ensure. With c the curvature of the loss (1/4 for the logistic loss, 2 for the squared error),
+    lambda = 4c and heavy-ball steps of 0.04 / c with momentum 1/2 shrink the error by 0.71 per step, to less than a
+    hundredth in 16 steps. This holds in all directions in which the mean support loss has a curvature below 69 c.
 
     Args:
-      model: `init` and `apply`; `groups` too, unless every parameter adapts.
+      model: `init` and `apply`; also `groups`, unless every parameter adapts.
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation.
       damping: lambda.
       steps: inner steps.
-      count: see `maml`.
-      iterations: of conjugate gradients.
+      iterations: iterations of conjugate gradients.
       groups: which groups of parameters adapt.
+      count: see `maml`.
 
     Raises:
       ValueError: `damping`, `steps` or `iterations` out of range; unknown groups, or a model without `groups` where
@@ -54,7 +54,7 @@ def imaml(
     damping = 4 * curve if damping is None else damping
     if damping <= 0 or steps < 1 or iterations < 1:
         raise ValueError(
-            f"damping must be more than 0, steps and iterations 1 or more: {damping=}, {steps=}, {iterations=}"
+            f"damping must be more than 0, steps and iterations 1 or more; got {damping=}, {steps=}, {iterations=}"
         )
     adapted_leaves = leaves_of(model, groups)
 

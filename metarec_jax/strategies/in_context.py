@@ -1,4 +1,4 @@
-"""In-context adaptation: the support set is the model's input, and nothing is fitted to it."""
+"""In-context adaptation: the model reads the support set as its input, and nothing is fitted to it."""
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,19 @@ from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
 
 def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, dense: float = 0.0) -> Strategy:
-    """A model that has learned to learn: it reads the support set and answers, without any gradient step.
+    """In-context learner: a model that reads the support set and predicts without any gradient step.
 
         score(x) = f(x; support);   meta-loss = L_query + dense * L_support
 
-    A user's adapted values are the support set itself, or, of a model with `states` (`transformer(fields, tied=True)`),
-    the last state: scores are then its products with the items' vectors, and to rank, every place of an ordered history
-    is a lesson (`Strategy.prefixes`), as in SASRec. In L_support every support example is scored from the others
-    that the model lets it read (by a causal one, the earlier), which are as many lessons as the user has interactions.
+    The adapted value of a user is the support set itself. If the model has `states` (`transformer(fields, tied=True)`),
+    it is the last state instead: scores are products of the state with item vectors, and when ranking, every position
+    of an ordered history is a training example (`Strategy.prefixes`), as in SASRec.
+
+    L_support scores every support example from the others that the model may read (the earlier ones, for a causal
+    model). It gives as many training examples as the user has interactions.
 
     Args:
-      model: one with `history`, as `transformer`, `hstu` and `gru`.
+      model: one with `history`, such as `transformer`, `hstu` and `gru`.
       loss: elementwise loss of scores and targets.
       dense: weight of the support loss.
 
@@ -42,7 +44,7 @@ def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
         )
     if dense < 0:
         raise ValueError(f"dense must be 0 or more, got {dense}")
-    truth = as_truth(loss)
+    as_constants = as_truth(loss)
 
     def init(key: jax.Array) -> Params:
         return {"model": model.init(key)}
@@ -56,12 +58,12 @@ def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         value = query_loss(predict(params, (), task.query.features), task.query, loss)
         if dense:
-            value += dense * query_loss(predict(params, (), task.support.features), truth(task.support), loss)
+            value += dense * query_loss(predict(params, (), task.support.features), as_constants(task.support), loss)
         return value, {}
 
-    reading = with_history(Strategy(init, adapt, predict, meta_loss, contrast=False))
+    strategy = with_history(Strategy(init, adapt, predict, meta_loss, contrast=False))
     if model.states is None or model.vectors is None:
-        return reading
+        return strategy
     states, vectors = model.states, model.vectors
 
     def last_state(params: Params, support: Examples, key: jax.Array) -> Adapted:
@@ -71,10 +73,10 @@ def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
     def product(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         return jnp.einsum("uw,unw->un", adapted, vectors(params["model"], features))
 
-    return reading._replace(
+    return strategy._replace(
         adapt=last_state,
         predict=product,
-        labelled=True,  # tokens are bent by the grades themselves
+        labelled=True,  # the tokens already depend on the grades
         items=lambda params, features: vectors(params["model"], features),
         score=lambda params, adapted, side: adapted @ side.T,
         prefixes=lambda params, support, key: states(params["model"], support, key),

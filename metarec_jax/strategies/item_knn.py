@@ -1,5 +1,4 @@
-"""Item-kNN: items that the same users choose, with weights of items, of dislikes and of popularity that are
-meta-learned."""
+"""Item-kNN: items that the same users choose, with meta-learned weights of items, dislikes and popularity."""
 
 from typing import Any
 
@@ -28,27 +27,31 @@ def item_knn(
     shrink: float = 10.0,
     half_life: float | None = None,
 ) -> Strategy:
-    """Sum of the similarities to the support, on a log scale.
+    """Item-based nearest neighbours: sum of an item's similarities to the support, on a log scale.
 
         score(x_j) = tau log(1 + b sum_{i in S} w_i t_i s_ij) + c log p(x_j)
         s_ij = x_i . x_j / (|x_i| |x_j| + shrink)
 
-    s is fitted to the training users (`factorise.item_knn`) and sparse: of each item its nearest ones,
-    which suits catalogues that are too large or too sparse for `ease`. The logarithm leaves the order as it is, and
-    the softmax can trust the nearest items without being sure of them. t is an example's label, w = exp(weight of the
-    item + d (1 - t)), tau, b and c are smooth functions of the number n of positives, all learned by the loss of
-    `Ranking`. A new item has its popularity.
+    s is fitted to the training users (`factorise.item_knn`) and sparse: each item keeps its nearest neighbours. This
+    suits catalogues that are too large or too sparse for `ease`. The logarithm preserves the order and keeps the
+    softmax from being overconfident about the nearest items.
+
+    t is an example's label, w = exp(weight of the item + d (1 - t)); tau, b and c are smooth functions of the number n
+    of positives. w, tau, b and c are learned by the loss of `Ranking`. A new item is scored by popularity alone.
 
     Args:
       model: `design`; only the size of its catalogue is read.
       loss: not used: the strategy ranks.
-      neighbours: kept of each item.
-      shrink: of the cosines.
-      half_life: places in time after which an example has half the weight, at first; it is learned. None: all weigh
-        the same.
+      neighbours: neighbours kept per item.
+      shrink: added to the denominator of the cosines.
+      half_life: see `metarec_jax.ials`.
 
     Raises:
-      ValueError: the model is another; a number is not positive.
+      ValueError: the model is another; `neighbours` is below 1, `shrink` below 0 or `half_life` not above 0.
+
+    Differs from the paper:
+      - The score is the logarithm of a weighted sum of similarities; the paper predicts a weighted mean of ratings.
+      - Example weights, and the weight of log popularity, are meta-learned.
 
     References:
       Sarwar et al., Item-based Collaborative Filtering Recommendation Algorithms, WWW 2001.
@@ -78,10 +81,10 @@ def item_knn(
             row, w = example
             return total.at[users, fitted["columns"][row]].add(w[:, None] * fitted["values"][row]), None
 
-        own, _ = jax.lax.scan(add, jnp.zeros((len(ids), len(fitted["columns"]))), (ids.T, weight.T))
+        sums, _ = jax.lax.scan(add, jnp.zeros((len(ids), len(fitted["columns"]))), (ids.T, weight.T))
         scale, sharpness = 4 * jnp.exp(at(params["scale"], count)), 30 * jnp.exp(at(params["sharpness"], count))
-        own = scale[:, None] * jnp.log1p(sharpness[:, None] * jnp.maximum(own, 0.0))  # a label may be below 0
-        return Weighed(own, 0.1 + at(params["popularity"], count))
+        sums = scale[:, None] * jnp.log1p(sharpness[:, None] * jnp.maximum(sums, 0.0))  # a label may be below 0
+        return Weighed(sums, 0.1 + at(params["popularity"], count))
 
     def predict(params: Params, adapted: Weighed, features: Features) -> jax.Array:
         return among(adapted.own, features) + adapted.popularity[:, None] * popularity(params, features)

@@ -1,4 +1,4 @@
-"""Likelihood: which distribution of the target given its score a loss is the negative logarithm of."""
+"""Likelihood: the distribution of the target given the score of which a loss is the negative logarithm."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -11,9 +11,9 @@ from metarec_jax.types import Examples, PointwiseLoss
 
 
 def likelihood(loss: PointwiseLoss) -> Literal["bernoulli", "gaussian"] | None:
-    """That of the logistic loss is "bernoulli", of any multiple of the squared error "gaussian", of others None.
+    """Return "bernoulli" for the logistic loss, "gaussian" for a multiple of the squared error, else None.
 
-    They are told apart by the loss's curvature in the score, p (1 - p) or constant.
+    They are told apart by the curvature of the loss in the score: p (1 - p), or constant.
     """
     scores = jnp.array([-1.0, 0.0, 2.0])
     curvature = np.asarray(jax.vmap(jax.grad(jax.grad(loss)))(scores, jnp.zeros(3)))
@@ -23,15 +23,16 @@ def likelihood(loss: PointwiseLoss) -> Literal["bernoulli", "gaussian"] | None:
 
 
 def as_truth(loss: PointwiseLoss) -> Callable[[Examples], Examples]:
-    """A function that makes support examples the truth of this loss: constant, and targets of clicks in [0, 1].
+    """Return a function that makes support examples safe as ground truth: no gradient, click targets cut to [0, 1].
 
-    Where labels or weights are learned (`with_labels`, `reweighted`), a loss on the support set would be lowered by
-    moving the targets, or by weighing what is hard less; and the logistic loss has no lowest value outside [0, 1].
+    Where labels or weights are learned (`with_labels`, `reweighted`), a loss on the support set could be lowered by
+    moving the targets or by giving hard examples less weight. The logistic loss also has no minimum for targets outside
+    [0, 1].
     """
     clicks = likelihood(loss) == "bernoulli"
 
-    def truth(examples: Examples) -> Examples:
+    def as_constants(examples: Examples) -> Examples:
         target, mask = jax.lax.stop_gradient((examples.target, examples.mask))
         return examples._replace(target=jnp.clip(target, 0, 1) if clicks else target, mask=mask)
 
-    return truth
+    return as_constants

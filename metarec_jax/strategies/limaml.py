@@ -1,4 +1,4 @@
-"""LiMAML: a small block is adapted to each user, and only what it says about the user, a short vector, is kept."""
+"""LiMAML: a small block is adapted to each user, and only its output, a short vector, is stored."""
 
 import jax
 import jax.numpy as jnp
@@ -24,34 +24,37 @@ def limaml(
     learn_step_size: bool = True,
     count: float = 0.0,
 ) -> Strategy:
-    """A meta block that is adapted as in MAML, read through a fixed-size embedding by a global network all users share.
+    """A meta block adapted as in MAML, whose fixed-size output a global network shared by all users reads.
 
         phi_u = phi after `steps` inner steps;   e_u = block(phi_u, profile_u);   score(x) = f(theta, e_u, x)
 
     The block is a two-layer network on the user's attributes; f is `decoder`. theta and phi are trained together on the
-    query loss, through the inner steps. `adapt` returns e_u and nothing else, so that users' embeddings can be computed
-    ahead, stored, and refreshed when new clicks arrive.
+    query loss, through the inner steps. `adapt` returns e_u alone, so that users' embeddings can be computed ahead,
+    stored, and refreshed when new clicks arrive.
 
     Args:
-      model: needs `embed` and `width`; its `profile` is what the block reads (a constant where it has none).
+      model: needs `embed` and `width`; the block reads its `profile` (a constant if it has none).
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default SGD with 0.0625 over the loss's curvature).
       steps: inner steps.
-      count: see `maml`.
-      size: of the meta embedding.
+      size: width of the meta embedding.
       hidden: width of the block's hidden layer.
-      learn_step_size: meta-learn one factor for each array of the block, which multiplies the inner optimiser's
-        updates.
+      learn_step_size: meta-learn one factor per array of the block, which multiplies the inner optimiser's updates.
+      count: see `maml`.
 
-    The loss's aux has `failed`, how many users met a non-finite number in the inner loop and were not adapted.
+    The aux of the loss has `failed`: how many users met a non-finite number in the inner loop and were not adapted.
 
     Raises:
       ValueError: the model lacks `embed` or `width`; `steps`, `size` or `hidden` is less than 1.
 
+    Differs from the paper:
+      - The block reads the user's attributes only; in the paper its input features are chosen by the application.
+      - The embedding corrects the shared model's scores through `decoder`; in the paper it is an additional input of
+        the global network.
+      - Step sizes are meta-learned by default.
+
     References:
-      Wang et al., LiMAML: Personalization of Deep Recommender Models via Meta Learning, KDD 2024, section 3. There the
-      embedding is one more input of the global network, and which features the block reads is the application's; here
-      it bends the shared model's scores through `decoder`, and the block reads the user's attributes only.
+      Wang et al., LiMAML: Personalization of Deep Recommender Models via Meta Learning, KDD 2024, section 3.
     """
     if steps < 1 or size < 1 or hidden < 1:
         raise ValueError(f"steps, size and hidden must be 1 or more, got {steps=}, {size=}, {hidden=}")
@@ -70,17 +73,17 @@ def limaml(
         return params | {"log_step_size": jax.tree.map(lambda _: jnp.zeros(()), block)} if learn_step_size else params
 
     def solve(params: Params, support: Examples) -> tuple[jax.Array, jax.Array]:
-        own = profile_of(profile, params["profile"], support)
+        attributes = profile_of(profile, params["profile"], support)
 
         def one_user(params: Params, features: Features) -> jax.Array:
-            own, features = features
-            return score_one(network, params["network"], block(params["block"], own), features)
+            attributes, features = features
+            return score_one(network, params["network"], block(params["block"], attributes), features)
 
         shared = {"block": params["block"], "network": params["network"]}
         adapted = core.adapt(
             one_user,
             shared,
-            support._replace(features=(own, support.features)),
+            support._replace(features=(attributes, support.features)),
             loss=loss,
             optimizer=inner,
             steps=steps,
@@ -89,9 +92,10 @@ def limaml(
             if learn_step_size
             else 1.0,
             count=count,
-            form="plain",  # the block is small, and as low-rank terms its steps would be compiled one by one
+            form="plain",  # the block is small; with low-rank fast weights every step would be compiled separately
         )
-        return core.predict(lambda params, own: block(params["block"], own), shared, adapted, own), adapted.failed
+        embedding = core.predict(lambda params, x: block(params["block"], x), shared, adapted, attributes)
+        return embedding, adapted.failed
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:
         return solve(params, support)[0]
@@ -108,5 +112,5 @@ def limaml(
 
 
 def block(params: Params, profile: jax.Array) -> jax.Array:
-    """The meta embedding `[size]` of one user's profile `[width]`."""
+    """Return the meta embedding `[size]` of one user's profile `[width]`."""
     return jnp.tanh(profile @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]

@@ -1,4 +1,4 @@
-"""MAML++: step sizes of each layer and each inner step, and a meta-loss that looks at every step."""
+"""MAML++: a learned step size for each array and inner step, and a meta-loss over all inner steps."""
 
 from collections.abc import Collection
 from typing import Any
@@ -23,28 +23,32 @@ def mamlpp(
     groups: Collection[str] = ALL,
     count: float = 0.0,
 ) -> Strategy:
-    """MAML with what made it train stably: learned rates by layer and step, and the multi-step loss.
+    """MAML with two stabilisers: learned step sizes per array and step, and the multi-step loss.
 
         w_0 = theta;   w_{k+1} = w_k - alpha_k * grad L_support(w_k),   alpha_k = eta * exp(a_k) for each array
         meta-loss = (1 - s) L_query(w_K) + s / (K - 1) * sum_{0 < k < K} L_query(w_k)
 
-    s is `multi_step`. The paper lowers it to 0 over the epochs; a strategy does not know the epoch, so it is constant
-    here. The earlier steps are run anew for their losses, K (K + 1) / 2 steps in all where s > 0. The meta-gradient is
-    of second order throughout, and the outer learning rate is the outer optimiser's affair.
+    s is `multi_step`. If s > 0, the loss of each earlier step reruns the inner loop: K (K + 1) / 2 steps in all.
 
     Args:
-      model: `init` and `apply`; `groups` too, unless every parameter adapts.
+      model: `init` and `apply`; also `groups`, unless every parameter adapts.
       loss: elementwise loss of scores and targets, inner and outer.
-      inner: inner optimiser, any optax transformation, whose updates the rates multiply (default
+      inner: inner optimiser, any optax transformation, whose updates alpha_k / eta multiplies (default
         `default_inner(loss)`).
       steps: inner steps K.
-      count: see `maml`.
       multi_step: share s of the steps before the last in the meta-loss, 0 to less than 1.
       groups: which groups of parameters adapt.
+      count: see `maml`.
 
     Raises:
       ValueError: `steps` or `multi_step` out of range; unknown groups, or a model without `groups` where they are
         needed.
+
+    Differs from the paper:
+      - s is constant, because a strategy does not know the epoch; the paper anneals it to 0 over the epochs.
+      - The meta-gradient is of second order throughout; the paper starts with first-order epochs.
+      - Annealing the outer learning rate is left to the outer optimiser.
+      - There is no per-step batch normalisation.
 
     References:
       Antoniou et al., How to Train Your MAML, ICLR 2019, section 4: multi-step loss optimization, and learning
@@ -57,27 +61,27 @@ def mamlpp(
     def learned(fast: Params) -> dict[str, Params]:
         return {"log_step_size": jax.tree.map(lambda _: jnp.zeros(steps), fast)}
 
-    def after(k: int) -> Strategy:
+    def strategy_after(k: int) -> Strategy:
         def options(params: Params) -> dict[str, Any]:
             rates = scale_by_step(jax.tree.map(jnp.exp, params["log_step_size"]))
             return {"optimizer": optax.chain(inner, rates), "steps": k, "count": count}
 
         return from_inner_loop(model, loss, groups, learned, options)
 
-    *earlier, last = [after(k) for k in range(1, steps + 1)]
+    *earlier, last = [strategy_after(k) for k in range(1, steps + 1)]
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         value, aux = last.loss(params, task, key)
         if multi_step == 0 or not earlier:
             return value, aux
-        mean = sum(one.loss(params, task, key)[0] for one in earlier) / len(earlier)
+        mean = sum(strategy.loss(params, task, key)[0] for strategy in earlier) / len(earlier)
         return (1 - multi_step) * value + multi_step * mean, aux
 
     return last._replace(loss=meta_loss)
 
 
 def scale_by_step(rates: Params) -> optax.GradientTransformation:
-    """Multiplies each array's k-th update by `rates[k]`, which may be learned.
+    """Multiply each array's k-th update by `rates[k]`, which may be learned.
 
     Args:
       rates: a pytree like the updates, `[steps]` for each array.

@@ -1,4 +1,4 @@
-"""MAMO: memories that users with like profiles share say where the user's inner loop starts."""
+"""MAMO: each user's inner loop starts from memories that users with similar profiles share."""
 
 import jax
 import jax.numpy as jnp
@@ -27,29 +27,34 @@ def mamo(
     tau: float = 1.0,
     count: float = 0.0,
 ) -> Strategy:
-    """Memory-augmented meta-optimisation: the inner loop of each user starts from what memories say of the profile.
+    """Memory-augmented meta-optimisation: the profile reads each user's initial weights from shared memories.
 
         a_u = softmax_k cos(p_u, M_P[k]);   b_u = a_u . M_U;   theta_u = phi_u - tau b_u;   M_uI = a_u . M_UI
         e_u = relu(theta_u p_u);   score(x) = f(x) + r . relu(M_uI [e_u, phi(x)]) + r_0
 
-    p_u is the user's profile, f the shared model and phi its `embed`. Of a user's own are theta_u (weights and bias),
-    the preference matrix M_uI and the head r, which `steps` inner steps on the support adapt. The paper writes its
-    memories by hand-made attentive updates; here they are parameters that learn from the meta-gradient. Its item
-    embeddings adapt too; here f and phi stay shared.
+    p_u is the user's profile, f the shared model and phi its `embed`. `steps` inner steps on the support adapt theta_u
+    (weights and bias), the preference matrix M_uI and the head (r, r_0).
 
     Args:
       model: needs `embed` and `width`; without `profile` all users have the same one.
       loss: elementwise loss of scores and targets, inner and outer.
       inner, steps, learn_step_size, first_order, count: the inner loop, as in `maml`.
-      memories: how many kinds of users, the rows of each memory.
-      size: of e_u.
+      memories: number of rows of each memory, one for each kind of user.
+      size: width of e_u.
       hidden: rows of the preference matrix.
-      tau: how far the bias term moves the start.
+      tau: factor of the bias term b_u in the initial weights.
 
-    The loss's aux has `failed`, as in `maml`.
+    The aux of the loss has `failed`, as in `maml`.
 
     Raises:
       ValueError: the model lacks `embed` or `width`, or a size is not positive.
+
+    Differs from the paper:
+      - There is no attentive memory write: the memories are parameters trained by the meta-gradient.
+      - The score of a shared model f is added.
+      - f and phi are not adapted; the paper adapts item embeddings too.
+      - Step sizes are meta-learned by default.
+      - If the profile is a single number, attention uses the product instead of the cosine.
 
     References:
       Dong et al., MAMO: Memory-Augmented Meta-Optimization for Cold-start Recommendation, KDD 2020: the
@@ -86,7 +91,7 @@ def mamo(
         fast = core.adapt(
             score,
             {"shared": params, "own": own(params)},
-            support._replace(features=given(params, user, support.features)),
+            support._replace(features=inner_features(params, user, support.features)),
             loss=loss,
             optimizer=inner,
             steps=steps,
@@ -101,24 +106,27 @@ def mamo(
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         fast, user = adapted
-        return core.predict(score, {"shared": params, "own": own(params)}, fast, given(params, user, features))
+        return core.predict(score, {"shared": params, "own": own(params)}, fast, inner_features(params, user, features))
 
-    def given(params: Params, user: Params, features: Features) -> Features:
-        """What the inner loop reads of each example: the shared model's part is worked out once."""
+    def inner_features(params: Params, user: Params, features: Features) -> Features:
+        """Return the features that the inner loop reads; the shared model is evaluated once, outside the loop."""
         phi, shared = embed(params["model"], features), model.apply(params["model"], features)
-        spread = {name: jnp.broadcast_to(x[:, None], (*shared.shape, x.shape[-1])) for name, x in user.items()}
-        return spread | {"phi": phi, "shared": shared}
+        repeated = {name: jnp.broadcast_to(x[:, None], (*shared.shape, x.shape[-1])) for name, x in user.items()}
+        return repeated | {"phi": phi, "shared": shared}
 
     def score(params: Params, features: Features) -> jax.Array:
-        """One user's scores. The inner loop starts all users alike, so a user's own start comes with the features and
-        what adapts is the change from it."""
-        shared, change = params["shared"], params["own"]
+        """Score one user's examples.
+
+        The inner loop starts from the same values for all users. Each user's initial weights are therefore part of the
+        features, and the adapted parameters are the change from them.
+        """
+        shared, delta = params["shared"], params["own"]
         a, p = features["attention"][0], features["profile"]
         start = jax.tree.map(lambda phi, memory: phi - tau * read(a, memory), shared["user"], shared["bias_term"])
-        e = jax.nn.relu(p @ start["weight"] + start["bias"] + p @ change["user"]["weight"] + change["user"]["bias"])
+        e = jax.nn.relu(p @ start["weight"] + start["bias"] + p @ delta["user"]["weight"] + delta["user"]["bias"])
         x = jnp.concatenate([e, features["phi"]], -1)
-        z = jax.nn.relu(x @ read(a, shared["preference"]) + x @ change["preference"])
-        return features["shared"] + z @ change["head"]["weight"] + change["head"]["bias"]
+        z = jax.nn.relu(x @ read(a, shared["preference"]) + x @ delta["preference"])
+        return features["shared"] + z @ delta["head"]["weight"] + delta["head"]["bias"]
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         fast, user = adapt(params, task.support, key)
@@ -129,14 +137,16 @@ def mamo(
 
 
 def own(params: Params) -> Params:
-    """Where what adapts starts: changes at zero, and the head."""
+    """Return the initial adapted parameters: changes at zero, and the head."""
     zero = {"user": params["user"], "preference": params["preference"][0]}
     return jax.tree.map(jnp.zeros_like, zero) | {"head": params["head"]}
 
 
 def attention(profile: jax.Array, memory: jax.Array) -> jax.Array:
-    """a_u `[users, memories]`: softmax of the cosines between profiles `[users, width]` and rows of the memory; of the
-    products where the profile is one number, of whose cosine only the sign would be left."""
+    """Return a_u `[users, memories]`: softmax of the cosines between profiles `[users, width]` and memory rows.
+
+    If the profile is a single number, the softmax is over products: a cosine would keep only its sign.
+    """
     if profile.shape[-1] == 1:
         return jax.nn.softmax(profile @ memory.T)
 
@@ -147,5 +157,5 @@ def attention(profile: jax.Array, memory: jax.Array) -> jax.Array:
 
 
 def read(a: jax.Array, memory: jax.Array) -> jax.Array:
-    """a . M, of a memory `[memories, ...]`."""
+    """Return a . M for a memory `[memories, ...]`."""
     return jnp.tensordot(a, memory, 1)

@@ -1,4 +1,4 @@
-"""Meta-SGD: the inner step has a size of its own for every single parameter, and all sizes are meta-learned."""
+"""Meta-SGD: MAML with a meta-learned inner step size for every single parameter."""
 
 from collections.abc import Collection
 from typing import Any
@@ -23,30 +23,33 @@ def meta_sgd(
     groups: Collection[str] = ALL,
     count: float = 0.0,
 ) -> Strategy:
-    """MAML whose step is learned in size and direction, one factor for each adapted parameter.
+    """MAML whose step is learned in size and direction, with one factor per adapted parameter.
 
-        w_u = theta - alpha * grad L_support(theta),   alpha = eta * (1 + a)
+        w_u = theta - alpha * grad L_support(theta),   alpha = eta * (1 + a)   (elementwise)
 
-    elementwise; theta and a are meta-learned together, eta is the step of the inner optimiser. Training starts at
-    a = 0, which is MAML, and alpha may become negative. With a size for each weight there is no form of low rank for a
-    user's layers: every user gets weights of their own in memory, tables included. `groups=("decision", "head")`
-    shares the tables, as MeLU does.
+    theta and a are meta-learned together; eta is the step of the inner optimiser. Training starts at a = 0, which is
+    MAML, and alpha may become negative. Per-weight step sizes rule out low-rank fast weights: every user gets a full
+    copy of the adapted weights in memory, tables included. `groups=("decision", "head")` shares the tables, as MeLU
+    does.
 
     Args:
-      model: `init` and `apply`; `groups` too, unless every parameter adapts.
+      model: `init` and `apply`; also `groups`, unless every parameter adapts.
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps; the paper takes one.
-      count: see `maml`.
       first_order: treat inner gradients as constants.
       groups: which groups of parameters adapt.
+      count: see `maml`.
 
     Raises:
       ValueError: unknown groups, or a model without `groups` where they are needed.
 
+    Differs from the paper:
+      The parameter is a, which starts at 0, where the paper learns a randomly initialised alpha itself. A weight
+      penalty then shrinks towards MAML instead of towards no step.
+
     References:
-      Li et al., Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017, eq. 2 and algorithm 1. There alpha
-      itself is the parameter, drawn at random; here a is, so that a weight penalty draws to MAML and not to no step.
+      Li et al., Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017, eq. 2 and algorithm 1.
     """
     inner = default_inner(loss) if inner is None else inner
 

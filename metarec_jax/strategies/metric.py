@@ -1,4 +1,4 @@
-"""Prototypes, LWA and NLBA: a user is two points, the mean embeddings of what they liked and disliked."""
+"""Prototypes, LWA and NLBA: a user is represented by the mean embeddings of liked and of disliked examples."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,8 +19,8 @@ class Classes(NamedTuple):
     """A user's two classes, disliked and liked.
 
     Attributes:
-      mean: `[users, 2, width]` mean embedding of each.
-      log_odds: `[users]` log of liked over disliked, in numbers of examples.
+      mean: `[users, 2, width]` mean embedding of each class.
+      log_odds: `[users]` log of the number of liked over disliked examples.
     """
 
     mean: jax.Array
@@ -28,18 +28,14 @@ class Classes(NamedTuple):
 
 
 def prototypes(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, count: float = 1.0) -> Strategy:
-    """Prototypical network: an item is liked as much as it is nearer to what the user liked than to the rest.
+    """Prototypical network: an item scores higher the nearer it is to liked than to disliked examples.
 
         p_c = (k q_c + sum_i w_ic phi(x_i)) / (k + sum_i w_ic),   c = 0 (disliked), 1 (liked)
         score(x) = f(x) + a (|phi(x) - p_0|^2 - |phi(x) - p_1|^2) + b log((k + sum_i w_i1) / (k + sum_i w_i0))
 
-    f is the shared model and phi the input of its head. w_i1 = 1 - w_i0 is the target where it is a click (cut to
-    [0, 1] where labels are learned), and sigmoid(target) where it is a (standardised) rating, which is then in both
-    classes by degrees.
-
-    Three things are not in the paper: the score starts from f; a class begins with k examples at a learned point q_c,
-    so that a missing class has a prototype; and the frequencies of the classes stay in Bayes's rule, with weight b, as
-    a user's support set is not balanced. k, q, a and b are learned.
+    f is the shared model and phi the input of its head. For clicks, w_i1 = 1 - w_i0 is the target (cut to [0, 1],
+    because learned labels may leave it). For (standardised) ratings it is sigmoid(target), so that a rating belongs to
+    both classes in part. k, q, a and b are learned.
 
     Args:
       model: needs `embed` and `width`.
@@ -48,6 +44,12 @@ def prototypes(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
 
     Raises:
       ValueError: the model lacks `embed` or `width`, or `count` is not positive.
+
+    Differs from the paper:
+      - The score of the shared model f is added.
+      - A class starts with k pseudo-examples at a learned point q_c, so that an empty class has a prototype.
+      - Bayes's rule keeps the log odds of the class frequencies, with weight b, because support sets are unbalanced.
+      - The distances have a learned factor a.
 
     References:
       Snell et al., Prototypical Networks for Few-shot Learning, NIPS 2017, equations 1 and 2.
@@ -61,12 +63,11 @@ def prototypes(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
 
 
 def lwa(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, count: float = 1.0) -> Strategy:
-    """Linear weight adaptation: a linear classifier whose weights are a sum of the user's class means.
+    """Linear weight adaptation: a linear classifier whose weights are a linear combination of the user's class means.
 
         score(x) = f(x) + phi(x) . (v_0 p_0 + v_1 p_1) + b log((k + sum_i w_i1) / (k + sum_i w_i0))
 
-    v_0 and v_1 are learned numbers; p, w, k and b as in `prototypes`, and as there f and the last term are not in the
-    paper, whose bias is the same for every user. The paper adapts to items' histories of users; here users adapt.
+    v_0 and v_1 are learned numbers; f, p, w, k and b as in `prototypes`.
 
     Args:
       model: needs `embed` and `width`.
@@ -75,6 +76,11 @@ def lwa(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, count
 
     Raises:
       ValueError: the model lacks `embed` or `width`, or `count` is not positive.
+
+    Differs from the paper:
+      - It adapts to users; the paper adapts to items from the users they were shown to.
+      - The score of the shared model f is added, and a class starts with k pseudo-examples, as in `prototypes`.
+      - The last term varies by user; the paper's bias is the same for all.
 
     References:
       Vartak et al., A Meta-Learning Perspective on Cold-Start Recommendations for Items, NIPS 2017, section 4.2.
@@ -94,8 +100,7 @@ def nlba(
         h(x) = relu(W phi(x) + V_0 p_0 + V_1 p_1 + c)
         score(x) = f(x) + v . h(x) + u_0 . p_0 + u_1 . p_1 + b log((k + sum_i w_i1) / (k + sum_i w_i0))
 
-    All weights are shared by the users; p, w, k and b as in `prototypes`, and as there f and the last term are not in
-    the paper.
+    All weights are shared by the users; f, p, w, k and b as in `prototypes`.
 
     Args:
       model: needs `embed` and `width`.
@@ -105,6 +110,11 @@ def nlba(
 
     Raises:
       ValueError: the model lacks `embed` or `width`, or `count` or `hidden` is not positive.
+
+    Differs from the paper:
+      - It adapts to users; the paper adapts to items.
+      - The score of the shared model f and the last term are added, and a class starts with k pseudo-examples, as in
+        `prototypes`.
 
     References:
       Vartak et al., A Meta-Learning Perspective on Cold-Start Recommendations for Items, NIPS 2017, section 4.3.
@@ -137,11 +147,11 @@ def from_classes(
     own_init: Callable[[jax.Array, int], Params],
     correction: Callable[[Params, jax.Array, jax.Array], jax.Array],
 ) -> Strategy:
-    """The strategy that corrects the shared score by `correction(own, class means, phi)` and the log odds.
+    """Build a strategy that adds `correction(own, class means, phi)` and the weighted log odds to the shared score.
 
     Args:
       model, loss, count: see `prototypes`.
-      own_init: `own_init(key, width) -> own`, the correction's parameters.
+      own_init: `own_init(key, width) -> own`, the parameters of the correction.
       correction: `correction(own, mean [users, 2, width], phi [users, examples, width]) -> [users, examples]`.
     """
     embed, width = need_embed(model)

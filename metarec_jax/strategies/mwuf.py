@@ -1,4 +1,4 @@
-"""MWUF: an ID embedding that starts the same for every new task, scaled by attributes and shifted by interactions."""
+"""MWUF: a common initial ID embedding for new tasks, scaled by attributes and shifted by interactions."""
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,12 @@ def mwuf(
     hidden: int = 16,
     count: float = 0.0,
 ) -> Strategy:
-    """Meta warm-up: a cold embedding is scaled by what the attributes z say and shifted by who interacted.
+    """Meta warm-up: a cold embedding is scaled by a network of the attributes z and shifted by one of the interactions.
 
         e_1 = e - a dL_support(e) / de,   warm embedding = (1 + scale(z)) * e_1 + shift(mean_i phi_i, mean_i y_i phi_i)
 
-    e is common to all new tasks and phi the model's `embed` of the support's interactions; scale and shift are networks
-    with one hidden layer. Deviations: e is learned rather than the mean of the trained embeddings, which there are
-    none of; all is trained on the loss of the warm embedding; the mean weighed by the target y stands beside the
-    paper's, since an interaction may speak against the item.
+    e is shared by all new tasks and phi is the model's `embed` of the support's interactions; scale and shift are
+    networks with one hidden layer. The warm embedding is read through `decoder`.
 
     Args:
       model, loss, inner, steps, size, count: see `metarec_jax.metaemb`.
@@ -39,6 +37,14 @@ def mwuf(
 
     Raises:
       ValueError: as `metarec_jax.metaemb`.
+
+    Differs from the paper:
+      - There are no pre-trained embeddings: e is a learned parameter, where the paper takes the mean of the trained ID
+        embeddings. The model is trained together with e, scale and shift.
+      - There is a single loss, that of the warm embedding.
+      - The shift also reads the mean of phi_i weighted by the target y_i, because an interaction may be negative
+        evidence.
+      - The step size a is learned.
 
     References:
       Zhu et al., Learning to Warm Up Cold Item Embeddings for Cold-start Recommendation with Meta Scaling and Shifting
@@ -68,8 +74,8 @@ def mwuf(
         cold, failed = adapt_context(score, params["decoder"], start, support, **options)
         keep = support.mask > 0
         phi = jnp.where(keep[..., None], embed(params["decoder"]["model"], support.features), 0.0)
-        both = jnp.concatenate([phi, jnp.where(keep, support.target, 0.0)[..., None] * phi], -1)
-        interacted = jax.vmap(jax.vmap(masked_mean, (1, None)))(both, support.mask)
+        evidence = jnp.concatenate([phi, jnp.where(keep, support.target, 0.0)[..., None] * phi], -1)
+        interacted = jax.vmap(jax.vmap(masked_mean, (1, None)))(evidence, support.mask)
         scale = 1 + run(params["scale"], profile_of(encoder, params["profile"], support))
         return scale * cold + run(params["shift"], interacted), failed
 
@@ -88,11 +94,11 @@ def mwuf(
 
 
 def perceptron(key: jax.Array, inputs: int, hidden: int, outputs: int) -> Params:
-    """Parameters of a network with one hidden layer, whose outputs start small."""
+    """Return the parameters of a network with one hidden layer, whose outputs start small."""
     a, b = jax.random.split(key)
     return {"in": normal(a, inputs, hidden), "bias": jnp.zeros(hidden), "out": 0.1 * normal(b, hidden, outputs)}
 
 
 def run(params: Params, x: jax.Array) -> jax.Array:
-    """That network."""
+    """Apply the network of `perceptron` to `[..., inputs]`."""
     return jax.nn.relu(x @ params["in"] + params["bias"]) @ params["out"]

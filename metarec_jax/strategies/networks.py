@@ -1,4 +1,4 @@
-"""Networks: the small dense ones that strategies have beside the model."""
+"""Networks: the small dense networks that strategies have beside the model."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,7 +10,7 @@ from metarec_jax.types import Params
 
 
 def dense(key: jax.Array, *widths: int) -> list[Params]:
-    """Layers of a network with relu between them."""
+    """Return the layers of a fully connected network, with relu between them; `widths` run from input to output."""
     keys = jax.random.split(key, len(widths) - 1)
     return [
         {"weight": jax.random.normal(k, (i, o)) / i**0.5, "bias": jnp.zeros(o)}
@@ -19,7 +19,7 @@ def dense(key: jax.Array, *widths: int) -> list[Params]:
 
 
 def run(layers: Sequence[Params], x: jax.Array) -> jax.Array:
-    """The network of `dense` on `[..., width]`."""
+    """Apply the network of `dense` to `[..., width]`."""
     for layer in layers[:-1]:
         x = jax.nn.relu(x @ layer["weight"] + layer["bias"])
     return x @ layers[-1]["weight"] + layers[-1]["bias"]

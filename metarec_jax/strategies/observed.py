@@ -1,4 +1,4 @@
-"""Observed: the training users' interactions as closed-form learners read them, and the tables they are kept in."""
+"""Tables that ranking strategies read: log popularity of items, and the result of `Strategy.fit`."""
 
 from typing import Any
 
@@ -13,13 +13,24 @@ from metarec_jax.types import Features, Params
 
 
 def popularity(params: Params, features: Features) -> jax.Array:
-    """`[...]` log popularity of the items of some features; of an item that is new that of one nobody has chosen."""
+    """Return the log popularity of the items in `features`, `[...]`.
+
+    An unknown item gets the value of an item without positives.
+    """
     table = params["tables"]["log_popularity"]
     return look_up(lambda x: table[x][..., None], features["item_id"], "categorical")[..., 0]
 
 
 def among(scores: jax.Array, features: Features) -> jax.Array:
-    """`[users, n]` of a user's scores of all items `[users, items]` those of the items of some features."""
+    """Select the scores of the items in `features` from each user's scores of all items.
+
+    Args:
+      scores: `[users, items]`.
+      features: "item_id" is `[users, n]`.
+
+    Returns:
+      `[users, n]` scores.
+    """
 
     def column(ids: jax.Array) -> jax.Array:
         return jnp.take_along_axis(scores, ids, 1)[..., None]
@@ -28,6 +39,6 @@ def among(scores: jax.Array, features: Features) -> jax.Array:
 
 
 def tables(strategy: Strategy, observed: Observed) -> dict[str, Any]:
-    """What a strategy that ranks finds in `params["tables"]`: the catalogue, its popularity and what `fit` learns."""
-    found: dict[str, Any] = {"items": observed.features, "log_popularity": log_popularity(observed.positives())}
-    return found | ({"fitted": strategy.fit(observed)} if strategy.fit else {})
+    """Build `params["tables"]` of a strategy that ranks: item features, log popularity and the result of `fit`."""
+    result: dict[str, Any] = {"items": observed.features, "log_popularity": log_popularity(observed.positives())}
+    return result | ({"fitted": strategy.fit(observed)} if strategy.fit else {})

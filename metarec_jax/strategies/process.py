@@ -1,4 +1,4 @@
-"""Neural processes: a network reads the support set and answers in one pass, without an inner loop (CNP, ANP, TaNP)."""
+"""Neural processes (CNP, ANP, TaNP): a network reads the support set and predicts in one pass, with no inner loop."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,21 +20,25 @@ Normal = tuple[jax.Array, jax.Array]  # mean and standard deviation, `[users, si
 def cnp(
     model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, size: int = 32, hidden: int = 64
 ) -> Strategy:
-    """Conditional neural process: a user is the mean of what an encoder says about each of their examples.
+    """Conditional neural process: a user is the mean encoding of their examples.
 
         r_u = mean_{i in support} h(x_i, y_i);   score(x) = g(x, r_u)
 
-    h reads `embed` and the shared score of x_i next to y_i, and g is `decoder`: without support the shared model
-    answers. Where the paper's g gives a mean and a variance, it gives the score of `loss`.
+    h reads `embed` and the shared score of x_i next to y_i; g is `decoder`. Without support, the score is that of the
+    shared model.
 
     Args:
       model: needs `embed` and `width`.
       loss: elementwise loss of scores and targets.
-      size: of r_u.
+      size: width of r_u.
       hidden: width of the encoder's hidden layers.
 
     Raises:
       ValueError: the model lacks `embed` or `width`, or a size is not positive.
+
+    Differs from the paper:
+      - g returns the score of `loss`; the paper's g returns a mean and a variance.
+      - g corrects the score of a shared model, and h reads that score.
 
     References:
       Garnelo et al., Conditional Neural Processes, ICML 2018, equations 1 to 3.
@@ -66,27 +70,30 @@ def anp(
     heads: int = 4,
     kl: float = 0.1,
 ) -> Strategy:
-    """Attentive neural process: each example to score looks at the support examples that it is like.
+    """Attentive neural process: each example to score attends to similar support examples.
 
         s_i = h(x_i, y_i);   r_i = s_i + attend(s_i, s, s);   r(x) = attend(k(x), k(x_support), r_support)
         z_u ~ q(z | support) = N(mu, sigma^2)(mean_i r'_i);   score(x) = g(x, [r(x), z_u])
         loss = L_query(z ~ q(z | support and query)) + kl * KL(q(z | support and query) || q(z | support))
 
-    attend is multi-head attention, with a residual in the encoders; r' is the latent path's own encoder and g is
-    `decoder`. Prediction takes the mean of q(z | support), and the loss is that of the query set alone, of which the
-    paper's targets are the union with the support.
+    attend is multi-head attention, with a residual in the encoders; r' is the encoder of the latent path and g is
+    `decoder`. Prediction uses the mean of q(z | support).
 
     Args:
       model: needs `embed` and `width`.
       loss: elementwise loss of scores and targets.
-      size: of r and of z.
+      size: width of r and of z.
       hidden: width of hidden layers.
-      heads: of each attention; divides `size`.
-      kl: weight of the divergence. The paper's bound sums losses over the targets, of which `loss` takes the mean: the
-        default is its weight for ten query examples.
+      heads: number of heads of each attention; divides `size`.
+      kl: weight of the divergence. The paper's bound sums losses over the targets, while `loss` takes their mean: the
+        default is the paper's weight for ten query examples.
 
     Raises:
       ValueError: the model lacks `embed` or `width`, a size is not positive, or `kl` is negative.
+
+    Differs from the paper:
+      - The likelihood is that of the query set alone; the paper's targets include the support.
+      - g returns the score of `loss`, as a correction of a shared model's score, which the encoders read too.
 
     References:
       Kim et al., Attentive Neural Processes, ICLR 2019, sections 2 and 3.
@@ -154,7 +161,7 @@ def tanp(
     kl: float = 0.1,
     clustering: float = 0.1,
 ) -> Strategy:
-    """Task-adaptive neural process: what kind of user this is bends the layers of the decoder.
+    """Task-adaptive neural process: the type of user modulates the layers of the decoder.
 
         z_u ~ q(z | support) = N(mu, sigma^2)(mean_i h(x_i, y_i));   t_u = mean_i m(x_i, y_i)
         c_uj ~ (1 + |t_u - a_j|^2 / alpha)^(-(alpha + 1) / 2),  sum_j c_uj = 1;   o_u = t_u + sum_j c_uj a_j
@@ -162,23 +169,26 @@ def tanp(
         loss = L_query(z ~ q(z | support and query)) + kl * KL(q(z | support and query) || q(z | support))
                + clustering * KL(d || c),   d_uj ~ c_uj^2 / sum_u c_uj,  sum_j d_uj = 1
 
-    The a_j are learned centroids. f is the shared model, which the paper does not have, phi its `embed`; the loss is
-    that of the query set alone, of which the paper's targets are a part of the union with the support; d is held fixed,
-    as in the clustering that it comes from (Xie et al., ICML 2016). Prediction takes the mean of q(z | support).
+    The a_j are learned centroids, f is the shared model and phi its `embed`. d is held constant, as in the clustering
+    method it comes from (Xie et al., ICML 2016). Prediction uses the mean of q(z | support).
 
     Args:
       model: needs `embed` and `width`.
       loss: elementwise loss of scores and targets.
-      size: of z, t, o and the centroids.
+      size: width of z, t, o and the centroids.
       hidden: width of hidden layers.
-      layers: of the decoder.
-      clusters: how many centroids.
+      layers: number of layers of the decoder.
+      clusters: number of centroids.
       alpha: degrees of freedom of Student's t.
       gated: Gating-FiLM, else FiLM; see `film`.
       kl, clustering: weights of the two divergences; `kl` as in `anp`.
 
     Raises:
       ValueError: the model lacks `embed` or `width`, a size or `alpha` is not positive, or a weight is negative.
+
+    Differs from the paper:
+      - The score of a shared model f is added, and the encoders read it.
+      - The likelihood is that of the query set alone; the paper's targets include the support.
 
     References:
       Lin et al., Task-adaptive Neural Process for User Cold-Start Recommendation, WWW 2021: encoder, task
@@ -208,7 +218,7 @@ def tanp(
         return normal(params["latent"], mean(run(params["encoder"], xy), mask))
 
     def task(params: Params, xy: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """o_u `[users, size]` and log c_u `[users, clusters]`."""
+        """Return o_u `[users, size]` and log c_u `[users, clusters]`."""
         t = mean(run(params["task"], xy), mask)
         log_c = log_assignment(t, params["centroids"], alpha)
         return t + jnp.exp(log_c) @ params["centroids"], log_c
@@ -236,7 +246,7 @@ def tanp(
 
 
 def pairs(model: Model, params: Params, examples: Examples) -> jax.Array:
-    """What encoders read of each example: `[embed, shared score, target]`, `[users, examples, width + 2]`."""
+    """Return the encoders' input for each example: `[embed, shared score, target]`, `[users, examples, width + 2]`."""
     embed, _ = need_embed(model)
     score, target = model.apply(params, examples.features), examples.target
     both = jnp.concatenate([embed(params, examples.features), score[..., None], target[..., None]], -1)
@@ -244,12 +254,12 @@ def pairs(model: Model, params: Params, examples: Examples) -> jax.Array:
 
 
 def mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean `[users, width]` of each user's real examples; 0 without any."""
+    """Return the mean over each user's real examples, `[users, width]`; 0 without any."""
     return jax.vmap(jax.vmap(masked_mean, (1, None)))(values, mask)
 
 
 def attention(key: jax.Array, size: int) -> Params:
-    """The four projections of `attend`."""
+    """Return the parameters of `attend`: four projections."""
     names = ("query", "key", "value", "out")
     keys = jax.random.split(key, len(names))
     return {name: jax.random.normal(k, (size, size)) / size**0.5 for name, k in zip(names, keys, strict=True)}
@@ -258,28 +268,38 @@ def attention(key: jax.Array, size: int) -> Params:
 def attend(
     params: Params, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, heads: int
 ) -> jax.Array:
-    """Scaled dot-product attention with several heads (Vaswani et al., 2017) of `query` `[users, n, size]` over the
-    real ones among `key` and `value` `[users, m, size]`; zeros where there are none."""
+    """Scaled dot-product attention with several heads (Vaswani et al., 2017).
+
+    Args:
+      params: projections made by `attention`.
+      query: `[users, n, size]`.
+      key, value: `[users, m, size]`.
+      mask: `[users, m]`; a positive number is the weight of an example, 0 is padding.
+      heads: number of heads; divides `size`.
+
+    Returns:
+      `[users, n, size]`; zeros for users without real examples.
+    """
 
     def project(name: str, x: jax.Array) -> jax.Array:
         return (x @ params[name]).reshape(*x.shape[:2], heads, -1)
 
-    kept = mask[:, None, None] > 0
-    weight = jnp.log(jnp.where(kept, mask[:, None, None], 1.0))
-    read = jax.nn.dot_product_attention(
-        project("query", query), project("key", key), project("value", value), weight, kept
+    real = mask[:, None, None] > 0
+    weight = jnp.log(jnp.where(real, mask[:, None, None], 1.0))
+    attended = jax.nn.dot_product_attention(
+        project("query", query), project("key", key), project("value", value), weight, real
     ).reshape(query.shape)
-    return jnp.where(jnp.any(kept, -1), read, 0.0) @ params["out"]
+    return jnp.where(jnp.any(real, -1), attended, 0.0) @ params["out"]
 
 
 def normal(params: Params, r: jax.Array) -> Normal:
-    """q(z | r). Its deviation stays between 0.1 and 1, so that no divergence can blow up."""
+    """Return q(z | r). Its standard deviation stays between 0.1 and 1, so that no divergence can blow up."""
     mu, raw = jnp.split(run(params, jax.nn.relu(r)), 2, -1)
     return mu, 0.1 + 0.9 * jax.nn.sigmoid(raw)
 
 
 def kl_divergence(q: Normal, p: Normal) -> jax.Array:
-    """KL(q || p) of diagonal normal distributions, `[users]`."""
+    """Return KL(q || p) of diagonal normal distributions, `[users]`."""
     (m, s), (n, t) = q, p
     return (jnp.log(t / s) + (s**2 + (m - n) ** 2) / (2 * t**2) - 0.5).sum(-1)
 
@@ -287,7 +307,7 @@ def kl_divergence(q: Normal, p: Normal) -> jax.Array:
 def sample(
     latent: Callable[..., Normal], model: Model, params: Params, task: Task, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """z `[users, size]` drawn from q(z | support and query), and the users' mean divergence to q(z | support)."""
+    """Draw z `[users, size]` from q(z | support and query); also return the mean divergence to q(z | support)."""
     sets = [(pairs(model, params["model"], part), part.mask) for part in task]
     prior = latent(params, *sets[0])
     mu, sigma = latent(params, *(jnp.concatenate(parts, 1) for parts in zip(*sets, strict=True)))
@@ -297,20 +317,20 @@ def sample(
 
 
 def log_assignment(t: jax.Array, centroids: jax.Array, alpha: float) -> jax.Array:
-    """log c `[users, clusters]`: Student's t kernel of the distances, normalised."""
+    """Return log c `[users, clusters]`: the normalised Student's t kernel of the distances to the centroids."""
     distance = ((t[:, None] - centroids) ** 2).sum(-1)
     return jax.nn.log_softmax(-(alpha + 1) / 2 * jnp.log1p(distance / alpha))
 
 
 def clustering_loss(log_c: jax.Array, real: jax.Array) -> jax.Array:
-    """Mean over real users of KL(d || c), d the sharpened assignment that gives all clusters a like weight."""
+    """Return the mean of KL(d || c) over real users; d is the sharpened assignment, normalised by cluster frequency."""
     frequency = jnp.where(real[:, None], jnp.exp(log_c), 0.0).sum(0)
     log_d = jax.lax.stop_gradient(jax.nn.log_softmax(2 * log_c - jnp.log(jnp.maximum(frequency, 1e-30))))
     return masked_mean((jnp.exp(log_d) * (log_d - log_c)).sum(-1), real)
 
 
 def film_layer(key: jax.Array, width: int, out: int, size: int, gated: bool) -> Params:
-    """Parameters of `film`."""
+    """Return the parameters of `film`."""
     names = ("gamma", "beta", "eta", "delta") if gated else ("gamma", "beta")
     keys = jax.random.split(key, len(names) + 1)
     (layer,) = dense(keys[0], width, out)
@@ -318,12 +338,12 @@ def film_layer(key: jax.Array, width: int, out: int, size: int, gated: bool) -> 
 
 
 def film(layer: Params, g: jax.Array, o: jax.Array) -> jax.Array:
-    """A layer on `[users, examples, width]` that a task embedding o `[users, size]` modulates.
+    """Apply a layer on `[users, examples, width]` that a task embedding o `[users, size]` modulates.
 
         relu(gamma * (W g + b) + beta),   gamma = tanh(W_gamma o),  beta = tanh(W_beta o)
 
-    Gating-FiLM has two more, eta = tanh(W_eta o) and delta = sigmoid(W_delta o), and takes for gamma and beta the
-    mixtures delta * gamma + (1 - delta) * eta and delta * beta + (1 - delta) * eta.
+    Gating-FiLM has also eta = tanh(W_eta o) and delta = sigmoid(W_delta o), and replaces gamma and beta by the mixtures
+    delta * gamma + (1 - delta) * eta and delta * beta + (1 - delta) * eta.
     """
     o = o[:, None]
     gamma, beta = jnp.tanh(o @ layer["gamma"]), jnp.tanh(o @ layer["beta"])

@@ -1,4 +1,4 @@
-"""Registry: strategies by name, and the network that each has by default."""
+"""Registry: strategies by name, and the default network of each."""
 
 from collections.abc import Callable
 
@@ -69,7 +69,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "lora": lora,
 }
 
-RANKING: dict[str, Callable[..., Strategy]] = {  # those that only rank
+RANKING: dict[str, Callable[..., Strategy]] = {  # strategies that can only rank
     "ials": ials,
     "ease": ease,
     "item_knn": item_knn,
@@ -79,9 +79,9 @@ RANKING: dict[str, Callable[..., Strategy]] = {  # those that only rank
     "transitions": transitions,
 }
 
-RATING: dict[str, Callable[..., Strategy]] = {"als": als}  # those that only predict ratings
+RATING: dict[str, Callable[..., Strategy]] = {"als": als}  # strategies that can only predict ratings
 
-DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS` where it is not "mlp"
+DEFAULT_MODEL = {  # name in `metarec_jax.models.MODELS`; strategies not listed use "mlp"
     "ridge": "linear",
     "cnp": "linear",
     "anp": "linear",

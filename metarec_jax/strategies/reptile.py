@@ -1,4 +1,4 @@
-"""Reptile: move the shared parameters towards where each user's plain training ends."""
+"""Reptile: move the shared parameters towards the result of ordinary training on each user."""
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ def reptile(
 
         meta-gradient = mean_u (theta - w_u),   w_u = theta after `steps` inner steps on all examples of user u
 
-    The meta-gradient is handed out as the gradient of `loss`, so Reptile trains with any outer optimiser like every
-    other strategy; the value of `loss` is the users' mean loss at w_u. It is about `steps` times the inner step size as
-    long as a gradient of the loss, so that a penalty in the outer optimiser weighs more than elsewhere.
+    The gradient of `Strategy.loss` is this meta-gradient, so Reptile trains with any outer optimiser like every other
+    strategy; the value of the loss is the users' mean loss at w_u. The meta-gradient is about `steps` times the inner
+    step size as long as a gradient of the loss, so a penalty in the outer optimiser has more effect than in other
+    strategies.
 
     Args:
       model: `init` and `apply`.
@@ -36,10 +37,13 @@ def reptile(
       steps: inner steps.
       count: see `maml`.
 
+    Differs from the paper:
+      Every inner step uses all examples of the user; the paper draws a minibatch for each step.
+
     References:
       Nichol et al., On First-Order Meta-Learning Algorithms, 2018, Algorithm 2.
     """
-    inner, truth = default_inner(loss) if inner is None else inner, as_truth(loss)
+    inner, as_constants = default_inner(loss) if inner is None else inner, as_truth(loss)
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
         return core.adapt(
@@ -50,13 +54,13 @@ def reptile(
         return core.predict(model.apply, params, adapted, features)
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        everything = joined(task._replace(support=truth(task.support)))
+        all_examples = joined(task._replace(support=as_constants(task.support)))
         fixed = jax.lax.stop_gradient(params)
-        adapted = adapt(fixed, everything, key)
-        value = core.query_loss(predict(fixed, adapted, everything.features), everything, loss)
-        real = jnp.any(everything.mask > 0, axis=1)
+        adapted = adapt(fixed, all_examples, key)
+        value = core.query_loss(predict(fixed, adapted, all_examples.features), all_examples, loss)
+        real = jnp.any(all_examples.mask > 0, axis=1)
         change = core.mean_change(fixed, adapted, real / jnp.maximum(real.sum(), 1))
-        # <theta, mean_u (theta - w_u)> with the mean as a constant, so that its gradient is that mean
+        # <theta, mean_u (theta - w_u)> with the mean held constant: its gradient in theta is that mean
         surrogate = -sum(jax.tree.leaves(jax.tree.map(jnp.vdot, params, jax.lax.stop_gradient(change))))
         return value + surrogate - jax.lax.stop_gradient(surrogate), {"failed": adapted.failed.sum()}
 

@@ -20,7 +20,7 @@ def ridge(
     penalty: float = 1.0,
     bias_penalty: float = 1.0,
 ) -> Strategy:
-    """A personal correction of the shared model's head, by `steps` Newton steps on the user's penalised support loss.
+    """Per-user correction of the shared model's head, by `steps` Newton steps on the penalised support loss.
 
         d_u, b_u ~ argmin_{d, b}  sum_{i in support} loss(f(x_i) + phi(x_i).d + b, y_i) + l/2 |d|^2 + l_b/2 b^2
         score(x) = f(x) + phi(x).d_u + b_u
@@ -28,20 +28,27 @@ def ridge(
     f is the shared model and phi the input of its head, both trained through the solution; `b_u` is the user's bias.
     For the squared error one step is exact and this is ridge regression (R2-D2); for the logistic loss it is
     iteratively reweighted least squares (LR-D2). The two penalties l and l_b are meta-learned. Without support
-    examples the shared model answers.
+    examples the score is that of the shared model.
 
     Args:
       model: needs `embed`.
-      loss: elementwise loss of scores and targets, convex in the score; the user's and the meta-loss.
-      steps: Newton steps; more than one only matters for losses that are not quadratic.
+      loss: elementwise loss of scores and targets, convex in the score; used for both the head and the meta-loss.
+      steps: Newton steps; more than one matters only for losses that are not quadratic.
       penalty: initial l.
       bias_penalty: initial l_b.
+
+    Raises:
+      ValueError: the model lacks `embed`, or a number is not positive.
+
+    Differs from the paper:
+      The head is a correction of a shared model's score, with a separate penalty for the bias. The paper solves the
+      whole head and penalises its distance from zero.
 
     References:
       Bertinetto et al., Meta-learning with Differentiable Closed-form Solvers, ICLR 2019, sections 3.2 and 3.3.
     """
     if model.embed is None:
-        raise ValueError("ridge needs a model with `embed`, the features that the head is solved on")
+        raise ValueError("ridge needs a model with `embed`, the features below its head")
     if steps < 1 or penalty <= 0 or bias_penalty <= 0:
         raise ValueError(f"need steps >= 1 and positive penalties, got {steps=}, {penalty=}, {bias_penalty=}")
     embed = model.embed
@@ -70,17 +77,17 @@ def ridge(
 
 
 def correct(head: Head, phi: jax.Array, shared: jax.Array) -> jax.Array:
-    """`f + phi.d + b`, `[users, examples]`."""
+    """Return the corrected score `f + phi.d + b`, `[users, examples]`."""
     return shared + jnp.einsum("unf,uf->un", phi, head["delta"]) + head["bias"][:, None]
 
 
 def newton_step(
     head: Head, phi: jax.Array, shared: jax.Array, support: Examples, loss: PointwiseLoss, penalty: Head
 ) -> Head:
-    """One Newton step of each user's head, by Cholesky factorisation of the penalised Hessian.
+    """Take one Newton step of each user's head, by Cholesky factorisation of the penalised Hessian.
 
     Args:
-      head: where to start.
+      head: current `delta` `[users, width]` and `bias` `[users]`.
       phi: `[users, examples, width]` features.
       shared: `[users, examples]` scores of the shared model.
       support: targets and mask (or weights) `[users, examples]`.
@@ -102,6 +109,6 @@ def newton_step(
     at = jnp.concatenate([head["delta"], head["bias"][:, None]], -1)
     prior = jnp.concatenate([jnp.broadcast_to(penalty["delta"], phi.shape[-1:]), penalty["bias"][None]])
     hessian = jnp.einsum("unf,un,ung->ufg", x, curvature, x) + jnp.diag(prior)
-    downhill = jnp.einsum("unf,un->uf", x, gradient) + prior * at
-    new = at - jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(hessian), downhill[..., None])[..., 0]
+    slopes = jnp.einsum("unf,un->uf", x, gradient) + prior * at
+    new = at - jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(hessian), slopes[..., None])[..., 0]
     return {"delta": new[:, :-1], "bias": new[:, -1]}

@@ -1,20 +1,20 @@
-"""Smooth: numbers that depend on how much is known of a user, as smooth functions of the number of examples."""
+"""Smooth functions of the number of examples: hyperparameters that vary with how much is known of a user."""
 
 import jax
 import jax.numpy as jnp
 
 from metarec_jax.types import Examples
 
-GAIN = 10.0  # a parameter is its number divided by this, so that the outer optimiser of embeddings moves it fast enough
+GAIN = 10.0  # parameters are stored divided by this, so that the outer learning rate of embeddings is fast enough
 
 
 def smooth() -> jax.Array:
-    """Initial parameters of `at`: no change anywhere."""
+    """Return the initial parameters of `at`, for which the change is 0 everywhere."""
     return jnp.zeros(3)
 
 
 def at(params: jax.Array, count: jax.Array) -> jax.Array:
-    """`[users]` the change of a number for users with `count` `[users]` examples.
+    """Return the change of a hyperparameter, `[users]`, for users with `count` `[users]` examples.
 
     delta(n) = a + b (log(1 + n) / 2 - 1) + c (2 / (1 + n) - 0.3)
     """
@@ -24,10 +24,10 @@ def at(params: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def positives(support: Examples) -> jax.Array:
-    """`[users]` number of positive examples, each as often as its mask says."""
+    """Return the weighted number of positive examples of each user, `[users]`."""
     return counts(support).sum(1)
 
 
 def counts(support: Examples) -> jax.Array:
-    """`[users, examples]` how much of a positive each example is."""
+    """Return the contribution of each example to `positives`, `[users, examples]`: mask times target, cut to [0, 1]."""
     return jnp.where(support.mask > 0, support.mask, 0.0) * jnp.clip(support.target, 0, 1)

@@ -1,4 +1,4 @@
-"""Softmax ridge: a user's vector by ridge regression on trained input vectors, scored on separate output vectors."""
+"""Softmax ridge: a user vector by ridge regression on trained input vectors, scored with separate output vectors."""
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,12 @@ Vector = tuple[jax.Array, jax.Array]  # [users, width], [users]
 
 
 def softmax_ridge(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error, penalty: float = 8.0) -> Strategy:
-    """Ridge regression from input vectors phi to output vectors psi, trained end to end through the solution.
+    """Ridge regression on input vectors phi, scored with output vectors psi, trained end to end through the solution.
 
         u = argmin sum_S t w (1 - u . phi(x))^2 + l |u|^2,   score(x) = f(x) + tau u . psi(x) + c log p(x)
 
-    phi and psi are two copies of the network's `embed`, with the item's id and fields; f is its shared score. l, tau
-    and c are smooth functions of the number n of positives.
+    phi and psi are two copies of the network's `embed`, with the item's id and fields; f is the shared score of the
+    second. l, tau and c are smooth functions of the number n of positives.
 
     Args:
       model: needs `embed`, such as `linear`.
@@ -42,9 +42,13 @@ def softmax_ridge(model: Model, *, loss: PointwiseLoss = optax.losses.squared_er
     embed = model.embed
 
     def init(key: jax.Array) -> Params:
-        one, two = jax.random.split(key)
+        input_key, output_key = jax.random.split(key)
         numbers = {name: smooth() for name in ("penalty", "scale", "popularity")}
-        return numbers | {"input": model.init(one), "output": model.init(two), "dislike": jnp.zeros(())}
+        return numbers | {
+            "input": model.init(input_key),
+            "output": model.init(output_key),
+            "dislike": jnp.zeros(()),
+        }
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Vector:
         count, keep = positives(support), support.mask > 0
@@ -58,7 +62,7 @@ def softmax_ridge(model: Model, *, loss: PointwiseLoss = optax.losses.squared_er
 
     def predict(params: Params, adapted: Vector, features: Features) -> jax.Array:
         user, weight = adapted
-        own = jnp.einsum("unf,uf->un", embed(params["output"], features), user)
-        return model.apply(params["output"], features) + own + weight[:, None] * popularity(params, features)
+        personal = jnp.einsum("unf,uf->un", embed(params["output"], features), user)
+        return model.apply(params["output"], features) + personal + weight[:, None] * popularity(params, features)
 
     return Strategy(init, adapt, predict, only_ranks("softmax_ridge"), ranks=True)

@@ -1,4 +1,4 @@
-"""Strategy: a way to adapt a shared recommender to each user, as a value of pure functions."""
+"""Strategy: how a meta-learner adapts a shared recommender to each user, as a NamedTuple of pure functions."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -7,33 +7,33 @@ import jax
 
 from metarec_jax.types import Examples, Features, Params, Task
 
-Adapted = Any  # a pytree of arrays `[users, ...]`; what one user's adaptation consists of
+Adapted = Any  # a pytree of arrays `[users, ...]`: fast weights, a posterior, a context vector, ...
 
 
 class Strategy(NamedTuple):
-    """What training, evaluation and serving know of a meta-learner. All functions work on a batch of users.
+    """A meta-learner as training, evaluation and serving use it. All functions take a batch of users.
 
     Attributes:
       init: `init(key) -> params`.
       adapt: `adapt(params, support, key) -> adapted`, from `Examples` with arrays `[users, examples, ...]`.
       predict: `predict(params, adapted, features) -> scores` `[users, examples]`.
-      loss: `loss(params, task, key) -> (scalar, aux)`; its gradient is what meta-training follows.
+      loss: `loss(params, task, key) -> (scalar, aux)`; meta-training follows its gradient.
       deviation: `deviation(params, adapted, features) -> [users, examples]`, the predictive standard deviation of a
-        rating (its noise included) or of a click's logit; None where the strategy does not know it.
-      labelled: whether it has labels of its own for the grades of support targets (`with_labels`).
-      items: `items(params, features) -> side`: what it computes of items alone, features `[n, ...]` without an axis of
-        users, arrays `[n, ...]`. Computed once a step in training and once a model version in serving. None: read from
-        `predict` instead.
-      score: `score(params, adapted, side) -> [users, n]`, given with `items`: the scores of `predict` from them.
+        rating (noise included) or of a click's logit; None if the strategy does not estimate it.
+      labelled: whether the strategy already learns labels for the grades of support targets (`with_labels`).
+      items: `items(params, features) -> side`: the part of the score that depends on items alone. Features are
+        `[n, ...]` without a users axis, and so are the arrays of `side`. Computed once per training step and once per
+        served model version. None: scores come from `predict`.
+      score: `score(params, adapted, side) -> [users, n]`, set together with `items`: the scores of `predict`.
       prefixes: `prefixes(params, support, key) -> adapted` with leading axes `[users, examples + 1]`: the adapted
-        values after the first t examples, for every t, in one pass; `support` is in time order, padding last. For
-        training alone: with a key dropout acts, with None entry t is what `adapt` gives of the first t.
-      fit: `fit(observed) -> arrays`, what it learns from the training users in closed form; `adapt` and all else find
-        it in `params["tables"]["fitted"]`, where no gradient reaches it.
-      ranks: whether it adapts to positives alone and scores the whole catalogue; the others learn to by `ranked`.
-      contrast: whether it fits the support targets and hence needs negatives among them, which `ranked` draws.
-      outer: what its loss differentiates, which `ranked` keeps: "query", the query loss after adapting; "shared", that
-        of the shared model, before adapting; "own", a rule that cannot be written as a loss of query scores.
+        values after the first t examples, for every t, in one pass. `support` is in time order with padding last. Used
+        in training only. With a key, dropout is active; with None, entry t equals `adapt` of the first t examples.
+      fit: `fit(observed) -> arrays`, fitted to the training users in closed form. The other functions read the result
+        from `params["tables"]["fitted"]`, which gets no gradient.
+      ranks: whether it adapts to positives alone and scores the whole catalogue; `ranked` adds this to any strategy.
+      contrast: whether it fits the support targets and therefore needs negatives among them, which `ranked` samples.
+      outer: what the meta-loss differentiates, which `ranked` keeps. "query": the query loss after adaptation.
+        "shared": the loss of the shared model before adaptation. "own": an update rule, not a loss of query scores.
     """
 
     init: Callable[[jax.Array], Params]

@@ -1,7 +1,7 @@
-"""Meta-learned structure: what adapts, how far, and which features a user needs, learned so that adapting generalises.
+"""Meta-learned structure: learn what adapts, how far, and which features a user needs, so that adaptation generalises.
 
-Sparse MAML learns which weights the inner steps may move, meta-regularised MAML how strongly they are held back, and
-gated adaptation moves nothing but a user's switches of shared features.
+Sparse MAML learns which weights the inner steps may change. Meta-regularised MAML learns how strongly they are pulled
+back. Gated adaptation changes only a user's gates on shared features.
 """
 
 from collections.abc import Collection
@@ -32,28 +32,32 @@ def sparse_maml(
     start: float = 0.1,
     count: float = 0.0,
 ) -> Strategy:
-    """`maml` that learns which parameters adapt.
+    """Sparse MAML: `maml` that learns which parameters adapt.
 
         w_{k+1} = w_k - a * 1[start + m >= 0] * grad L_support(w_k),   m = 0 before training
 
-    The numbers m behind the mask are trained with the initial parameters, straight through the step function: its
-    derivative is taken to be 1 (Bengio et al., 2013), so that what is switched off still learns whether it should be.
-    a is the step of the inner optimiser times a learned factor for each array.
+    The mask parameters m are trained with the initial parameters by a straight-through estimator: the derivative of the
+    step function is taken to be 1 (Bengio et al., 2013), so that parameters switched off can be switched on again. a is
+    the step of the inner optimiser times a learned factor for each array.
 
     Args:
-      model: `init` and `apply`; `groups` too, unless every parameter may adapt.
+      model: `init` and `apply`; also `groups`, unless every parameter may adapt.
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps.
-      count: see `maml`.
       groups: which groups of parameters may adapt.
-      masks: one number for each "array", "row" of an array (an input of a layer, a code of a table), "column" (an
-        output, a dimension of the embedding) or "weight". The paper has one for each weight, for which every user needs
-        weights of their own; with the others, layers stay factored, see `core.adapt`.
-      start: 0 or more: everything adapts at first, and so does what no gradient or weight decay moves far enough.
+      masks: one mask parameter for each "array", "row" of an array (an input of a layer, a code of a table), "column"
+        (an output, a dimension of the embedding) or "weight". With "weight" every user needs a full copy of the adapted
+        weights; with the others, fast weights of layers stay factored, see `core.adapt`.
+      start: 0 or more. Everything adapts at first, and keeps adapting until training moves its m below -start.
+      count: see `maml`.
 
     Raises:
       ValueError: a negative `start`, unknown `masks` or `groups`, or a model without `groups`.
+
+    Differs from the paper:
+      - Masks are shared by rows by default; the paper has one for each weight (`masks="weight"`).
+      - The step size has a learned factor for each array.
 
     References:
       von Oswald et al., Learning where to learn: Gradient sparsity in meta and continual learning, NeurIPS 2021,
@@ -62,10 +66,10 @@ def sparse_maml(
     if masks not in MASKS:
         raise ValueError(f"masks must be one of {', '.join(MASKS)}, got {masks!r}")
     if start < 0:
-        raise ValueError(f"start must be 0 or more, or nothing would adapt; got {start}")
+        raise ValueError(f"start must be 0 or more, because nothing adapts at first below 0; got {start}")
     inner = default_inner(loss) if inner is None else inner
 
-    def numbers(w: jax.Array) -> jax.Array:
+    def mask_params(w: jax.Array) -> jax.Array:
         shape = w.shape
         if masks == "array":
             shape = ()
@@ -76,7 +80,7 @@ def sparse_maml(
         return jnp.zeros(shape)
 
     def learned(fast: Params) -> dict[str, Params]:
-        return {"mask": jax.tree.map(numbers, fast), "log_step_size": one_each(fast)}
+        return {"mask": jax.tree.map(mask_params, fast), "log_step_size": one_each(fast)}
 
     def options(params: Params) -> dict[str, Any]:
         mask = jax.tree.map(lambda m: straight_through(start + m), params["mask"])
@@ -88,7 +92,7 @@ def sparse_maml(
 
 
 def straight_through(m: jax.Array) -> jax.Array:
-    """`1[m >= 0]` with derivative 1."""
+    """Return `1[m >= 0]` with derivative 1."""
     return m - jax.lax.stop_gradient(m) + (m >= 0)
 
 
@@ -102,31 +106,35 @@ def meta_reg(
     penalty: float = 0.1,
     count: float = 0.0,
 ) -> Strategy:
-    """`maml` with a meta-learned regulariser in the inner loss.
+    """MetaReg: `maml` with a meta-learned regulariser in the inner loss.
 
         w_u = theta after `steps` inner steps on  L_support(w) + sum_g lambda_g / 2 |w_g - theta_g|^2
 
-    with one strength lambda_g for each array g, trained by the query loss: how far a user of few examples should move
-    is what generalisation is about. The paper weighs absolute weights of a head and learns on domains in turn; here the
-    distance to the initial parameters is weighed, which are trained along with the strengths.
+    Each array g has one strength lambda_g, trained on the query loss: how far to move a user with few examples is a
+    question of generalisation. Every array also has a learned step-size factor.
 
     Args:
-      model: `init` and `apply`; `groups` too, unless every parameter adapts.
+      model: `init` and `apply`; also `groups`, unless every parameter adapts.
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps.
-      count: see `maml`.
       groups: which groups of parameters adapt.
       penalty: initial strength; the inner step size times it must stay below 2.
+      count: see `maml`.
 
     Raises:
       ValueError: a penalty that is not positive, unknown `groups`, or a model without them.
+
+    Differs from the paper:
+      - The squared distance to the initial parameters is penalised; the paper penalises absolute weights of a head.
+      - Initial parameters and strengths are trained together on the users' query sets; the paper learns on domains in
+        turn.
 
     References:
       Balaji et al., MetaReg: Towards Domain Generalization using Meta-Regularization, NeurIPS 2018, section 3.
     """
     if penalty <= 0:
-        raise ValueError(f"penalty must be more than 0, from which it is learned; got {penalty}")
+        raise ValueError(f"penalty must be more than 0, because its logarithm is learned; got {penalty}")
     inner = default_inner(loss) if inner is None else inner
 
     def learned(fast: Params) -> dict[str, Params]:
@@ -134,7 +142,7 @@ def meta_reg(
 
     def options(params: Params) -> dict[str, Any]:
         size = jax.tree.map(jnp.exp, params["log_step_size"])
-        # `proximal` counts moves before they are multiplied by the step size, so the step size multiplies the pull
+        # `proximal` sums updates before the step size multiplies them, so the pull has to be multiplied by it
         pull = jax.tree.map(lambda s, size: penalty * jnp.exp(s) * size, params["log_strength"], size)
         return {"optimizer": core.implicit.proximal(inner, pull), "steps": steps, "step_size": size, "count": count}
 
@@ -150,30 +158,30 @@ def gated(
     hidden: int = 32,
     count: float = 0.0,
 ) -> Strategy:
-    """A user is a set of switches: gates on shared features are all that adapts, besides the user's bias.
+    """Gated adaptation: each user adapts only gates on shared features, and a bias.
 
         score(x) = f(x) + sum_j (g_uj - 1) v_j h_j(x) + b_u,   g_u = 1 + tanh(z_u)
         h(x) = [phi(x), relu(W phi(x) + c)];   z_u, b_u = (z, b) after `steps` inner steps on the mean support loss
 
-    f is the shared model, phi its `embed`, h the features and v what they are worth; a gate goes from 0 (the feature's
-    part of the score is taken away) over 1 (as for everybody) to 2. Every gate has a learned step size, so that
-    features no user differs in are left alone. Gates choose among what is shared and cannot invent: few examples
-    cannot overfit them as they can a head.
+    f is the shared model, phi its `embed`, h the features and v their weights in the score. A gate of 0 removes the
+    feature's part of the score, 1 leaves it as for everybody, 2 doubles it. Every gate has a learned step size, so that
+    features on which users agree are left alone. Gates select among shared features, so few examples cannot overfit
+    them as they can a head.
 
     Args:
       model: needs `embed` and `width`.
       loss: elementwise loss of scores and targets, inner and outer.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
       steps: inner steps.
+      hidden: number of features learned on top of phi.
       count: see `maml`.
-      hidden: how many features are learned on top of phi.
 
     Raises:
       ValueError: the model lacks `embed` or `width`.
 
     References:
-      Serra et al., Overcoming Catastrophic Forgetting with Hard Attention to the Task, ICML 2018, for gates of a task;
-      Zintgraf et al., Fast Context Adaptation via Meta-Learning, ICML 2019, for adapting a vector of the task only.
+      Serra et al., Overcoming Catastrophic Forgetting with Hard Attention to the Task, ICML 2018 (gates per task).
+      Zintgraf et al., Fast Context Adaptation via Meta-Learning, ICML 2019 (adapting only a vector per task).
     """
     embed, width = need_embed(model)
     inner = default_inner(loss) if inner is None else inner
@@ -193,8 +201,8 @@ def gated(
     def score(params: Params, features: Features) -> jax.Array:
         phi = embed(params["model"], features)
         h = jnp.concatenate([phi, jax.nn.relu(phi @ params["layer"] + params["shift"])], -1)
-        own = h @ (jnp.tanh(params["gate"]) * params["worth"]) + params["bias"]
-        return model.apply(params["model"], features) + own
+        correction = h @ (jnp.tanh(params["gate"]) * params["worth"]) + params["bias"]
+        return model.apply(params["model"], features) + correction
 
     network = Model(init_network, score)
 
@@ -202,7 +210,7 @@ def gated(
         return {"model": network.init(key), "log_step_size": {"gate": jnp.zeros(size), "bias": jnp.zeros(())}}
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
-        own = {name: name in ("gate", "bias") for name in params["model"]}
+        adapted = {name: name in ("gate", "bias") for name in params["model"]}
         return core.adapt(
             network.apply,
             params["model"],
@@ -210,8 +218,8 @@ def gated(
             loss=loss,
             optimizer=inner,
             steps=steps,
-            adapted=own,
-            step_size={name: jnp.exp(params["log_step_size"][name]) if own[name] else 1.0 for name in own},
+            adapted=adapted,
+            step_size={name: jnp.exp(params["log_step_size"][name]) if adapted[name] else 1.0 for name in adapted},
             count=count,
         )
 

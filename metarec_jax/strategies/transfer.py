@@ -1,4 +1,4 @@
-"""Model transfer: plain training on everybody, then, or never, fine-tuning to each user: all of it, the head, LoRA."""
+"""Transfer learning: one model trained on all users, then optionally fine-tuned to each (fully, head only, or LoRA)."""
 
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -18,12 +18,13 @@ Loss = Callable[[Params, Task, jax.Array], tuple[jax.Array, dict[str, jax.Array]
 
 
 def pretrain(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error) -> Strategy:
-    """Plain training, without any adaptation: what the others of this file start from, and must beat.
+    """Train one shared model without adaptation: the start of the other strategies here, and their baseline.
 
         theta = argmin mean_u mean_{i in support and query of u} loss(f(x_i), y_i);   score(x) = f(x)
 
-    A user counts once, however many examples it has, as in every other strategy's loss. All strategies of this file
-    have the same parameters and the same loss, so that a model trained with one can be adapted with another.
+    Every user has the same weight however many examples they have, as in the loss of every other strategy. All
+    strategies of this file have the same parameters and the same loss, so a model trained with one can be adapted with
+    another.
 
     Args:
       model: `init` and `apply`.
@@ -51,20 +52,20 @@ def finetune(
     groups: Collection[str] = ALL,
     count: float = 0.0,
 ) -> Strategy:
-    """`pretrain`, and each user's own copy is trained further on the user's support set.
+    """Fine-tuning: `pretrain`, then each user's own copy is trained further on the user's support set.
 
         w_u = theta after `steps` inner steps on user u's mean support loss, theta as in `pretrain`
 
-    What is adapted and how is that of `maml`; training knows nothing of it, so its gradient is that of plain training.
+    Adaptation works as in `maml`. Training does not see it: its gradient is that of plain training.
 
     Args:
-      model: `init` and `apply`; `groups` too, unless every parameter adapts.
+      model: `init` and `apply`; also `groups`, unless every parameter adapts.
       loss: elementwise loss of scores and targets.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
-      steps: inner steps. Training does not see them, so nothing keeps many of them from overfitting to a few examples;
-        users with dozens of examples are served better by more.
-      count: see `maml`.
+      steps: inner steps. Training does not see them, so nothing prevents many steps from overfitting to a few examples;
+        users with dozens of examples do better with more.
       groups: which groups of parameters adapt.
+      count: see `maml`.
 
     Raises:
       ValueError: unknown groups, or a model without `groups` where they are needed.
@@ -83,15 +84,15 @@ def finetune_head(
     steps: int = 10,
     count: float = 0.0,
 ) -> Strategy:
-    """`finetune` of the head only: the layers below are features that were learned on everybody.
+    """Fine-tune the head only: the layers below are features learned on all users.
 
-    A head alone moves the scores less by each step than the whole model does, so that it takes more of them.
+    A step changes the scores less with the head alone than with the whole model, so the default has more steps.
     """
     return finetune(model, loss=loss, inner=inner, steps=steps, groups=("head",), count=count)
 
 
 class LowRank(NamedTuple):
-    """A model's parameters, and the factors of each low-rank change under the number of the leaf that it changes."""
+    """A model's parameters, and the factors of each low-rank change keyed by the index of the leaf that it changes."""
 
     model: Params
     a: Params  # {leaf: [in, rank]}
@@ -109,26 +110,30 @@ def lora(
     seed: int = 0,
     count: float = 0.0,
 ) -> Strategy:
-    """`finetune` that changes each weight matrix by one of low rank.
+    """LoRA: `finetune` with a low-rank change of each weight matrix.
 
         W_u = W + A_u B_u,   A_u [in, rank] starts at A ~ N(0, 1 / in), the same for all users,   B_u [rank, out] at 0
 
-    A_u and B_u take the inner steps, W is shared. Leaves of fewer axes (biases), and matrices of which a side is no
-    longer than `rank` (a head with one output), adapt as they are, because the factors would be no smaller; the paper
-    freezes them.
+    The inner steps adapt A_u and B_u; W is shared. Leaves with fewer axes (biases) adapt directly. So do matrices with
+    a side of at most `rank` (a head with one output), whose factors would be no smaller.
 
     Args:
       model: `init`, `apply` and `groups`.
       loss: elementwise loss of scores and targets.
       inner: inner optimiser, any optax transformation (default `default_inner(loss)`).
-      steps: inner steps; the first moves B_u only, as the gradient of A_u is 0 where B_u is.
-      count: see `maml`.
+      steps: inner steps; the first moves B_u only, because the gradient of A_u is 0 where B_u is.
       rank: columns of A_u.
-      groups: which groups of parameters adapt. Tables are left out: A_u would have as many rows as they have.
-      seed: draws A.
+      groups: which groups of parameters adapt. Tables are excluded by default: their A_u would have as many rows as
+        they have.
+      seed: seed of A.
+      count: see `maml`.
 
     Raises:
       ValueError: a rank below 1, unknown groups, or a model without `groups` where they are needed.
+
+    Differs from the paper:
+      - Biases, and matrices no larger than their factors, adapt directly; the paper freezes them.
+      - The low-rank change has no scale alpha / rank.
 
     References:
       Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, section 4.1.
@@ -138,16 +143,16 @@ def lora(
     inner, adapted_leaves = default_inner(loss) if inner is None else inner, leaves_of(model, groups)
 
     def start(params: Params) -> tuple[LowRank, LowRank]:
-        """Where a user's adaptation starts, and which of it adapts."""
+        """Return the initial values of a user's adaptation, and a mask of the leaves that adapt."""
         flags, tree = jax.tree.flatten(adapted_leaves(params["model"]))
         leaves = enumerate(zip(jax.tree.leaves(params["model"]), flags, strict=True))
-        low = {i: w for i, (w, flag) in leaves if flag and w.ndim == 2 and min(w.shape) > rank}
-        # A is drawn here and no parameter: its gradient is 0, and a weight penalty would shrink it to nothing
-        keys = {i: jax.random.fold_in(jax.random.key(seed), i) for i in low}
-        a = {i: jax.random.normal(keys[i], (len(w), rank), w.dtype) / len(w) ** 0.5 for i, w in low.items()}
-        b = {i: jnp.zeros((rank, w.shape[1]), w.dtype) for i, w in low.items()}
-        whole = jax.tree.unflatten(tree, [flag and i not in low for i, flag in enumerate(flags)])
-        return LowRank(params["model"], a, b), LowRank(whole, True, True)
+        matrices = {i: w for i, (w, flag) in leaves if flag and w.ndim == 2 and min(w.shape) > rank}
+        # A is drawn here and is not a parameter: its gradient is 0, and a weight penalty would shrink it to zero
+        keys = {i: jax.random.fold_in(jax.random.key(seed), i) for i in matrices}
+        a = {i: jax.random.normal(keys[i], (len(w), rank), w.dtype) / len(w) ** 0.5 for i, w in matrices.items()}
+        b = {i: jnp.zeros((rank, w.shape[1]), w.dtype) for i, w in matrices.items()}
+        direct = jax.tree.unflatten(tree, [flag and i not in matrices for i, flag in enumerate(flags)])
+        return LowRank(params["model"], a, b), LowRank(direct, True, True)
 
     def apply(low: LowRank, features: Features) -> jax.Array:
         leaves, tree = jax.tree.flatten(low.model)
@@ -169,17 +174,17 @@ def lora(
 
 
 def _loss_of_all(model: Model, loss: PointwiseLoss) -> Loss:
-    """Mean over users of the shared model's mean loss on all examples of a user, support and query together."""
-    truth = as_truth(loss)
+    """Return the mean over users of the shared model's mean loss on support and query together."""
+    as_constants = as_truth(loss)
 
     def mean(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        # scored apart and joined: an example of the support set may carry features that the query's do not share
+        # scored separately, then joined: support examples may have features that query examples lack
         scores, target, mask = (
             jnp.concatenate(pair, axis=1)
             for pair in zip(
                 *(
                     (model.apply(params["model"], e.features), e.target, e.mask)
-                    for e in (truth(task.support), task.query)
+                    for e in (as_constants(task.support), task.query)
                 ),
                 strict=True,
             )

@@ -1,4 +1,4 @@
-"""Transitions: the next item as a mixture of item-to-item tables, with gates that are meta-learned."""
+"""Transitions: the next item as a mixture of item-to-item tables, with gates fitted to the training users."""
 
 from functools import partial
 from typing import Any
@@ -28,11 +28,11 @@ from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks.observed import Observed
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 
-FAST, SLOW, BACK = 0.5, 6.0, 0.5  # decay by a step of 5; by exp of 20 steps; weight of what went before
+FAST, SLOW, BACK = 0.5, 6.0, 0.5  # decay per step within 5; time constant within 20; weight of preceding items
 SHARPNESS = 4.0  # power of a cosine
 BLOCK = 2048  # users looked up at once
-TOGETHER = 512  # users are filled up to a multiple of this, so that folds of the training users share a program
-FLOOR = 1e-4  # added to a probability: a target that no expert reaches does not shape the gates
+TOGETHER = 512  # users are padded to a multiple of this, so that folds of the training users share a compiled program
+FLOOR = 1e-4  # added to a probability, so that targets no expert reaches do not shape the gates
 EXPERTS = ("fast", "slow", "back", "two", "vector", "attribute", "attribute_first", "attribute_last")
 
 
@@ -47,33 +47,32 @@ def transitions(
     steps: int = 150,
     memory: int = MEMORY,
 ) -> Strategy:
-    """Mixture of item-to-item experts over the latest items of a history.
+    """Mixture of item-to-item transition tables over the latest items of a history.
 
         p(j) = sum_{l <= lags, k} a_lk M_k[h_l, j] + a_0 popularity_j,   score(x_j) = log p(j)
 
-    h_l is the l-th latest item. a is one softmax over lags, experts and popularity, whose logits are linear in log l,
-    in the log count of h_l and in the log length of the history: 4 parameters an expert. They are fitted by the
-    likelihood of each training user's last item under tables that exclude it, and then used with the tables of all
-    items. M_k, row-stochastic and without a diagonal, of the training sequences:
+    h_l is the l-th latest item. The weights a are one softmax over lags, experts and popularity. Their logits are
+    linear in log l, in the log count of h_l and in the log length of the history: 4 parameters per expert. They are
+    fitted to the likelihood of each training user's last item, with tables that exclude it, and then used with tables
+    of all items. The M_k are row-stochastic, without a diagonal, and computed from the training sequences:
 
-    - "fast", "slow": what follows within 5 places, .5^(d - 1), and within 20, exp(-(d - 1) / 6); "back": what went
-      before, of "slow".
+    - "fast", "slow": items that follow within 5 places, weighted .5^(d - 1), or within 20, weighted exp(-(d - 1) / 6);
+      "back": items that precede, the transpose of "slow".
     - "two": two steps of "slow" in both directions.
-    - "vector": cosines of item vectors (SVD), "attribute": of the items' integer fields, to the fourth power.
-    - "attribute_first", "attribute_last": a step from an item with like attributes; to one.
+    - "vector": cosines of item vectors (SVD), "attribute": of the items' integer fields, both to the fourth power.
+    - "attribute_first", "attribute_last": a step from an item with similar attributes; a step to one.
 
-    Everything is fitted in closed form or by `fit`; `Ranking` has nothing to train. A history without items gets
-    popularity.
+    Everything is fitted in closed form or by `fit`; `Ranking` has nothing to train. An empty history gets popularity.
 
     Args:
       model: `design`; only the size of its catalogue is read.
       loss: not used: the strategy ranks.
-      experts: which of the above; those of attributes are left out where items have no integer field.
-      size: neighbours kept in a row.
-      rank: of the item vectors.
-      lags: latest items that are read.
-      steps: of Adam on the gates.
-      memory: bytes that the tables may take, with all rows full.
+      experts: which of the above; those of attributes are left out if items have no integer field.
+      size: neighbours kept per row.
+      rank: rank of the item vectors.
+      lags: number of latest items that are read.
+      steps: Adam steps on the gates.
+      memory: bytes that the tables may take when all rows are full.
 
     Raises:
       ValueError: the model is another; an unknown expert; a number below 1.
@@ -86,7 +85,9 @@ def transitions(
     if unknown := set(experts) - set(EXPERTS):
         raise ValueError(f"experts: {sorted(unknown)[0]!r} is unknown; choose from {', '.join(EXPERTS)}")
     if min(size, rank, lags, steps) < 1 or not experts:
-        raise ValueError(f"need numbers of 1 or more, and an expert; got {size=}, {rank=}, {lags=}, {steps=}")
+        raise ValueError(
+            f"need numbers of 1 or more and at least one expert; got {size=}, {rank=}, {lags=}, {steps=}, {experts=}"
+        )
 
     def tables(sequences: Sequences, chosen: list[str], attributes: sp.csr_matrix | None) -> list[sp.csr_matrix]:
         counts = sequences.counts()
@@ -96,7 +97,7 @@ def transitions(
         def sharp(cosine: np.ndarray, column: np.ndarray) -> np.ndarray:
             return np.maximum(cosine, 0) ** SHARPNESS * np.sqrt(counts[column] + 1)
 
-        def of(expert: str) -> sp.csr_matrix:
+        def counts_of(expert: str) -> sp.csr_matrix:
             if expert == "fast":
                 return counted(sequences, 5, lambda d: FAST ** (d - 1))
             if expert in ("slow", "back"):
@@ -107,18 +108,18 @@ def transitions(
                 v = vectors(sequences, rank)
                 return product(v, v.T, size, sharp)
             if expert == "attribute":
-                return alike
-            near = stochastic(top(stochastic(alike), min(50, size)))
-            return product(near, step, size) if expert == "attribute_first" else product(step, near, size)
+                return similar
+            neighbours = stochastic(top(stochastic(similar), min(50, size)))
+            return product(neighbours, step, size) if expert == "attribute_first" else product(step, neighbours, size)
 
         if attributes is not None:
-            alike = product(attributes, attributes.T.tocsr(), size, sharp)
-        return [stochastic(sp.csr_matrix(of(e))) for e in chosen]
+            similar = product(attributes, attributes.T.tocsr(), size, sharp)
+        return [stochastic(sp.csr_matrix(counts_of(e))) for e in chosen]
 
     def fit(observed: Observed) -> Params:
-        what, instead = f"transitions over {observed.items - 1:,} items", 'strategy_options={"size": 20}'
-        need = 8 * observed.items * min(size, observed.items) * len(experts)
-        check_memory(what, need, memory, f"keep fewer neighbours, {instead}")
+        task, option = f"transitions over {observed.items - 1:,} items", 'strategy_options={"size": 20}'
+        needed = 8 * observed.items * min(size, observed.items) * len(experts)
+        check_memory(task, needed, memory, f"keep fewer neighbours, {option}")
         kept = observed.positive
         starts = np.searchsorted(observed.user[kept], np.arange(observed.users + 1))
         sequences = Sequences(starts, observed.item[kept], observed.items)
@@ -144,12 +145,12 @@ def transitions(
     def adapt(params: Params, support: Examples, key: jax.Array) -> jax.Array:
         fitted = params["tables"]["fitted"]
         liked = (support.mask > 0) & (support.target > 0.5)
-        place = jnp.where(liked, jnp.arange(liked.shape[1]), -1)
-        latest = jnp.argsort(place, axis=1)[:, -lags:]  # padding first, the most recent last
+        position = jnp.where(liked, jnp.arange(liked.shape[1]), -1)
+        latest = jnp.argsort(position, axis=1)[:, -lags:]  # padding first, the most recent last
         history, mask = (jnp.take_along_axis(x, latest, 1) for x in (support.features["item_id"], liked))
         weight = jnp.take_along_axis(support.mask, latest, 1)
         scores = _scores(fitted, jnp.where(mask, history, 0), jnp.where(mask & (history > 0), weight, 0.0))
-        return scores.at[:, 0].set(scores[:, 1:].min(1))  # an item that is new
+        return scores.at[:, 0].set(scores[:, 1:].min(1))  # row 0 is the unknown item
 
     def predict(params: Params, adapted: jax.Array, features: Features) -> jax.Array:
         return among(adapted, features)
@@ -166,30 +167,31 @@ def transitions(
 
 
 def _start(experts: int) -> dict[str, jax.Array]:
+    """Return the initial parameters of `_gates`."""
     slopes = jnp.zeros((3, experts)).at[0].set(-1.0)  # in log lag, log count, log length
     return {"bias": jnp.zeros(experts), "slopes": slopes, "popularity": jnp.full(2, -1.0)}
 
 
 def _gates(tables: Params, gates: Params, history: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gates `[users, lags, experts]`, and of popularity `[users]`; of each user they sum to 1.
+    """Return the gates `[users, lags, experts]` and that of popularity `[users]`; they sum to 1 for each user.
 
-    The gates of an item are in proportion to its `weight` `[users, lags]`, 0 for padding.
+    The gates of an item are proportional to its `weight` `[users, lags]`, which is 0 for padding.
     """
     mask = weight > 0
     lag = jnp.maximum(jnp.cumsum(mask[:, ::-1], 1)[:, ::-1], 1)
     length = jnp.log(jnp.maximum(mask.sum(1), 1)) - 1.5
     count = jnp.log1p(tables["counts"][history]) - 2.0
     x = jnp.stack([jnp.log(lag), count, jnp.broadcast_to(length[:, None], lag.shape)], -1)
-    known = jnp.stack([values[:, 0] > 0 for values in tables["values"]], -1)[history] & mask[..., None]
+    available = jnp.stack([values[:, 0] > 0 for values in tables["values"]], -1)[history] & mask[..., None]
     log_weight = jnp.log(jnp.where(mask, weight, 1.0))[..., None]
-    logits = jnp.where(known, gates["bias"] + x @ gates["slopes"] + log_weight, -jnp.inf)
+    logits = jnp.where(available, gates["bias"] + x @ gates["slopes"] + log_weight, -jnp.inf)
     popular = gates["popularity"][0] + gates["popularity"][1] * length
-    found = jax.nn.softmax(jnp.concatenate([logits.reshape(len(logits), -1), popular[:, None]], 1), axis=1)
-    return found[:, :-1].reshape(logits.shape), found[:, -1]
+    gate = jax.nn.softmax(jnp.concatenate([logits.reshape(len(logits), -1), popular[:, None]], 1), axis=1)
+    return gate[:, :-1].reshape(logits.shape), gate[:, -1]
 
 
 def _scores(tables: Params, history: jax.Array, weight: jax.Array) -> jax.Array:
-    """Log-probabilities `[users, items]`; finite but for column 0."""
+    """Return log probabilities `[users, items]`, finite except for column 0."""
     weights, popular = _gates(tables, tables["gates"], history, weight)
     users = jnp.arange(len(history))[:, None]
 
@@ -204,19 +206,23 @@ def _scores(tables: Params, history: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _popularity(sequences: Sequences) -> np.ndarray:
-    """`[items]` float32 share of the interactions, half a one added to each item's."""
-    found = np.append(0.0, sequences.counts()[1:] + 0.5)
-    return (found / found.sum()).astype(np.float32)
+    """Return each item's share of the interactions, `[items]` float32, with 0.5 added to every count."""
+    smoothed = np.append(0.0, sequences.counts()[1:] + 0.5)
+    return (smoothed / smoothed.sum()).astype(np.float32)
 
 
 def _evidence(
     tables: list[sp.csr_matrix], popularity: np.ndarray, history: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """What the likelihood needs of the tables, so that no step of the fit reads them: of each lag and expert the
-    probability of the target and of what the history holds `[users, lags, experts]`; the same of popularity."""
+    """Look up everything that the likelihood needs of the tables, so that no step of the fit reads them.
+
+    Returns:
+      For each lag and expert, the probability of the target and of the items in the history, `[users, lags, experts]`
+      each; the same two for popularity, `[users]`.
+    """
 
     def looked_up(columns: np.ndarray) -> np.ndarray:
-        """`[users, lags, experts]` sums over `columns` `[users, n]`."""
+        """Return sums over `columns` `[users, n]`, as `[users, lags, experts]`."""
         parts = []
         for start in range(0, len(history), BLOCK):
             here = slice(start, start + BLOCK)
@@ -226,7 +232,7 @@ def _evidence(
         return np.concatenate(parts)
 
     for table in tables:
-        table.sum_duplicates()  # sorted, so that an entry is found by bisection
+        table.sum_duplicates()  # sorts the columns, so that an entry is found by bisection
     return looked_up(target[:, None]), looked_up(history), popularity[target], popularity[history].sum(1)
 
 
@@ -239,25 +245,25 @@ def _fitted(
     target: np.ndarray,
     steps: int,
 ) -> Params:
-    """The gates after `steps` of Adam on -log p(target), where items of the history cannot be the next."""
-    there = [(np.diff(table.indptr) > 0).astype(np.float32)[:, None] for table in tables]
+    """Fit the gates by `steps` of Adam on -log p(target), where items of the history cannot come next."""
+    has_entries = [(np.diff(table.indptr) > 0).astype(np.float32)[:, None] for table in tables]
     evidence = _evidence(tables, _popularity(sequences), history, target)
-    more = -len(target) % TOGETHER
+    padding = -len(target) % TOGETHER
     users = jax.tree.map(
-        lambda x: np.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1))), (history, mask, evidence, np.ones(len(target)))
+        lambda x: np.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))), (history, mask, evidence, np.ones(len(target)))
     )
-    return _adam(gates, {"counts": sequences.counts(), "values": there}, users, steps)
+    return _adam(gates, {"counts": sequences.counts(), "values": has_entries}, users, steps)
 
 
 @partial(jax.jit, static_argnames="steps")
 def _adam(gates: Params, tables: Params, users: tuple[Any, ...], steps: int) -> Params:
-    """`steps` of Adam on `_likelihood`, whose last arguments are `users`."""
+    """Run `steps` of Adam on `_likelihood`, whose last arguments are `users`."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, steps))
 
     def step(state: Any, _: None) -> tuple[Any, None]:
-        gates, own = state
-        updates, own = optimizer.update(jax.grad(_likelihood)(gates, tables, *users), own)
-        return (optax.apply_updates(gates, updates), own), None
+        gates, optimizer_state = state
+        updates, optimizer_state = optimizer.update(jax.grad(_likelihood)(gates, tables, *users), optimizer_state)
+        return (optax.apply_updates(gates, updates), optimizer_state), None
 
     return jax.lax.scan(step, (gates, optimizer.init(gates)), None, length=steps)[0][0]
 
@@ -270,7 +276,7 @@ def _likelihood(
     evidence: tuple[jax.Array, ...],
     real: jax.Array,
 ) -> jax.Array:
-    """Mean -log(p(target) + floor) of the next items of real users, of `_evidence`."""
+    """Return the mean -log(p(target) + floor) over real users, from `_evidence`."""
     weights, popular = _gates(tables, gates, history, mask)
     of_target, of_seen, popularity, popularity_seen = evidence
     p = (weights * of_target).sum((1, 2)) + popular * popularity

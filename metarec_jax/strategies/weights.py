@@ -1,4 +1,4 @@
-"""Weights: how much each example of a support says, in the closed-form learners that rank."""
+"""Support weights: how much each support example counts in the closed-form strategies that rank."""
 
 import jax
 import jax.numpy as jnp
@@ -11,37 +11,41 @@ DISLIKE = -0.7  # initial log weight of a dislike
 
 
 def example_weights(items: int, half_life: float | None) -> Params:
-    """Initial parameters of `weigh`.
+    """Return the initial parameters of `weigh`.
 
     Args:
-      items: rows of the catalogue.
-      half_life: see `weigh`; None: examples do not fade, and there is nothing to learn of it.
+      items: number of rows in the catalogue.
+      half_life: see `weigh`; None: examples do not decay, and no half-life is learned.
     """
-    found = {"weight": jnp.zeros(items), "dislike": jnp.zeros(())}
-    return found if half_life is None else found | {"half_life": jnp.zeros(())}
+    params = {"weight": jnp.zeros(items), "dislike": jnp.zeros(())}
+    return params if half_life is None else params | {"half_life": jnp.zeros(())}
 
 
 def need_half_life(half_life: float | None) -> None:
-    """Raise a `ValueError` unless it is above 0 or None."""
+    """Validate `half_life`: None or above 0.
+
+    Raises:
+      ValueError: it is 0 or less.
+    """
     if half_life is not None and not half_life > 0:
-        raise ValueError(f"half_life must be above 0, got {half_life}")
+        raise ValueError(f"half_life must be above 0, or None for no decay; got {half_life}")
 
 
 def weigh(params: Params, support: Examples, half_life: float | None) -> jax.Array:
-    """`[users, examples]` weights, 0 where the mask is.
+    """Return the weight of each support example, `[users, examples]`; 0 where masked.
 
         log w = weight of the item + d (1 - t) - log(2) age / h
 
-    t is the label, 1 for a positive, age the number of examples that came after; d and h are learned.
+    t is the label (1 for a positive), age the number of later examples; the item weights, d and h are learned.
 
     Args:
-      params: those of `example_weights`, among others.
-      support: what is known of each user; its features hold "order" where there is a half-life.
-      half_life: initial h; None: no fading.
+      params: contains the parameters made by `example_weights`.
+      support: each user's support set; its features include "order" if there is a half-life.
+      half_life: initial h; None: no decay.
     """
     keep = support.mask > 0
-    item = look_up(lambda x: params["weight"][x][..., None], support.features["item_id"], "categorical")[..., 0]
-    log_weight = item + (GAIN * params["dislike"] + DISLIKE) * (1 - jnp.where(keep, support.target, 0.0))
+    item_weight = look_up(lambda x: params["weight"][x][..., None], support.features["item_id"], "categorical")[..., 0]
+    log_weight = item_weight + (GAIN * params["dislike"] + DISLIKE) * (1 - jnp.where(keep, support.target, 0.0))
     if half_life is not None:
         age = keep.sum(1, keepdims=True) - 1 - support.features["order"]
         log_weight -= jnp.log(2.0) / half_life * jnp.exp(GAIN * params["half_life"]) * jnp.maximum(age, 0)

@@ -1,4 +1,4 @@
-"""Tasks: who trains and who is judged, and task batches of them."""
+"""Tasks: splits into training, validation and test users, and batches of their tasks."""
 
 from metarec_jax.tasks.batching import Batch, batches, bucket_sizes, features
 from metarec_jax.tasks.objective import Ranking

@@ -1,4 +1,4 @@
-"""Batches: ragged histories to `Task` arrays, padded to a few fixed shapes: nothing recompiles in a loop."""
+"""Batching: ragged histories to `Task` arrays of a few fixed padded shapes, to avoid recompilation."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from metarec_jax.types import Examples, Task
 
 
 class Batch(NamedTuple):
-    """A task batch of numpy arrays, and the positions in `Histories` of its users (no padding users)."""
+    """A task batch of numpy arrays, and its users' positions in `Histories` (without padding users)."""
 
     task: Task
     positions: np.ndarray
@@ -25,38 +25,43 @@ class Batch(NamedTuple):
 def features(
     data: Dataset, users: np.ndarray, items: np.ndarray, index: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """What models read about user rows `[users]`, item rows `[users, examples]` and the contexts of interactions.
+    """Gather the features that models read.
 
     Args:
       data: the dataset.
-      users, items: rows.
-      index: `[users, examples]` positions of the interactions, -1 where there is none or its context is not known
-        (default: everywhere).
+      users: `[users]` user rows.
+      items: `[users, examples]` item rows.
+      index: `[users, examples]` positions of the interactions, whose contexts are read; -1 for an unknown context
+        (default: all unknown).
 
     Returns:
-      `item_id` `[users, examples]` int32, and one entry `item/NAME`, `user/NAME` or `context/NAME` a field,
-      `[users, examples, ...]`. Batches add `order` `[users, examples]`: how many of the user's
-      interactions came before.
+      `item_id` `[users, examples]` int32, and one entry `item/NAME`, `user/NAME` or `context/NAME` for each field,
+      `[users, examples, ...]`. Batches add `order` `[users, examples]`, the number of the user's earlier interactions.
     """
-    found = {"item_id": items.astype(np.int32)}
+    gathered = {"item_id": items.astype(np.int32)}
     for name, table in data.item_features.items():
-        found[f"item/{name}"] = table[items]
+        gathered[f"item/{name}"] = table[items]
     for name, table in data.user_features.items():
         row = table[users][:, None]
-        found[f"user/{name}"] = np.broadcast_to(row, items.shape + row.shape[2:])
+        gathered[f"user/{name}"] = np.broadcast_to(row, items.shape + row.shape[2:])
     for field in data.context_fields:
-        value = np.broadcast_to(field.unknown(), items.shape + field.unknown().shape)
+        context = np.broadcast_to(field.unknown(), items.shape + field.unknown().shape)
         if index is not None:
-            known = (index >= 0).reshape(index.shape + (1,) * (value.ndim - index.ndim))
-            value = np.where(known, data.context_features[field.name][np.maximum(index, 0)], value)
-        found[f"context/{field.name}"] = value
-    return found
+            known = (index >= 0).reshape(index.shape + (1,) * (context.ndim - index.ndim))
+            context = np.where(known, data.context_features[field.name][np.maximum(index, 0)], context)
+        gathered[f"context/{field.name}"] = context
+    return gathered
 
 
 def bucket_sizes(lengths: np.ndarray, count: int = 4, multiple: int = 8) -> tuple[int, ...]:
-    """At most `count` padded lengths, multiples of `multiple`, that waste the least padding on these lengths.
+    """Choose at most `count` padded lengths, multiples of `multiple`, that minimise padding.
 
     Exact dynamic programming over the distinct rounded lengths.
+
+    Args:
+      lengths: `[n]` lengths to be padded.
+      count: largest number of padded lengths.
+      multiple: every padded length is a multiple of this.
     """
     rounded = -(-np.maximum(np.asarray(lengths), 1) // multiple) * multiple
     sizes, weights = np.unique(rounded, return_counts=True)
@@ -90,30 +95,31 @@ def batches(
     noise: float = 0.0,
     statistics: ItemStatistics | None = None,
 ) -> Iterator[Batch]:
-    """All users once, as task batches of `batch_size` users; each support width is one of `buckets`.
+    """Yield all users once, in task batches of `batch_size` users; each support width is one of `buckets`.
 
-    The last batch of a bucket is filled with users whose masks are 0. A user with no more than `query`
-    interactions keeps at least one for the support; one with more than the largest bucket is cut to it.
+    The last batch of a bucket is padded with users whose masks are 0. A user with no more than `query` interactions
+    keeps at least one for the support; supports longer than the largest bucket are cut.
 
     Args:
       histories: the users.
-      target: ratings to targets.
-      query: largest query size, the query's width.
-      support: largest support size (None: all that is left).
+      target: mapping of ratings to targets.
+      query: largest query size, and padded width of the query.
+      support: largest support size (None: all remaining interactions).
       batch_size: users a batch.
       buckets: padded support widths, ascending.
-      rng: shuffles users and interactions when given; else the order of `histories` stands. The interactions of
-        ordered histories stay in order; each task then ends at a random moment of its user's.
-      unknown: share of users, of items, and of interactions whose identity or context is hidden, so that the rows for
-        unknown values are trained too.
-      short: share of users whose support set is cut to a random length, log-uniform from 1 to all.
-      noise: share of support ratings that are replaced by random ones, any rating of the data as likely; needs `rng`.
-      statistics: takes each user's own interactions out of the field `training statistics`; for training users only.
+      rng: shuffle users and interactions; without it the order of `histories` is kept. The interactions of ordered
+        histories stay in order; each task then ends at a random time of its user's.
+      unknown: probability with which the identity of a user, the identity of an item, and the context of an interaction
+        are each hidden, to train the embeddings of unknown values.
+      short: share of users whose support set is cut to a log-uniform random length, from 1 to all.
+      noise: share of support ratings replaced by random ones, uniform over the distinct ratings of the data; needs
+        `rng`.
+      statistics: exclude each user's own interactions from the field `training statistics`; for training users only.
     """
     order, skip = np.arange(len(histories)), np.zeros(len(histories), int)
     if rng is not None:
         order = rng.permutation(order)
-        if histories.ordered:  # a task ends at a moment of its own: what came later is left out
+        if histories.ordered:  # skip interactions after a random time
             skip = rng.integers(np.maximum(histories.lengths - query, 1))
         else:
             histories = histories.shuffled(rng)
@@ -139,25 +145,30 @@ def batches(
         if rng is not None and unknown:
             user = np.where(rng.random(len(user)) < unknown, UNKNOWN, user)
         shared = (rng, unknown, statistics)
-        chunk = Task(
+        task = Task(
             _examples(histories, target, user, begin + queries[piece], supports[piece], width, *shared, support=True),
             _examples(histories, target, user, begin, queries[piece], query, *shared),
         )
         if rng is not None and noise:
-            chunk = chunk._replace(support=_replaced(chunk.support, noise, levels, rng))
-        yield Batch(pad_users(chunk, batch_size), piece)
+            task = task._replace(support=_replaced(task.support, noise, levels, rng))
+        yield Batch(pad_users(task, batch_size), piece)
 
 
 def _replaced(examples: Examples, share: float, levels: np.ndarray, rng: np.random.Generator) -> Examples:
-    """A `share` of the targets replaced by random ones of `levels`."""
+    """Replace a `share` of the targets by random ones from `levels`."""
     target: Any = np.asarray(examples.target)
     mask = np.asarray(examples.mask)
-    hit = (rng.random(target.shape) < share) & (mask > 0)
-    return examples._replace(target=np.where(hit, rng.choice(levels, target.shape), target).astype(target.dtype))
+    replaced = (rng.random(target.shape) < share) & (mask > 0)
+    return examples._replace(target=np.where(replaced, rng.choice(levels, target.shape), target).astype(target.dtype))
 
 
 def pad_users(task: Task, size: int) -> Task:
-    """The task batch filled up to `size` users with zeros (whose masks are 0)."""
+    """Pad a task batch to `size` users with zeros, whose masks are 0.
+
+    Args:
+      task: arrays `[users, ...]`.
+      size: number of users of the result.
+    """
 
     def pad(x: np.ndarray) -> np.ndarray:
         return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)]) if len(x) < size else x
@@ -177,21 +188,21 @@ def _examples(
     statistics: ItemStatistics | None,
     support: bool = False,
 ) -> Examples:
-    """Examples `[users, width]` of the interactions `begin[i] : begin[i] + count[i]` of each user."""
+    """Return examples `[users, width]` of the interactions `begin[i] : begin[i] + count[i]` of each user."""
     data, column = histories.data, np.arange(width)
     mask = column < count[:, None]
     index = histories.index[np.where(mask, begin[:, None] + column, 0)]
     item = np.where(mask, data.item[index], UNKNOWN)
-    around = np.where(mask, index, -1)
+    context_index = np.where(mask, index, -1)
     if rng is not None and unknown and data.context_fields:
-        around = np.where(rng.random(item.shape) < unknown, -1, around)
-    found = features(data, users, item, around)
-    found["order"] = np.where(mask, data.order[index], 0)
+        context_index = np.where(rng.random(item.shape) < unknown, -1, context_index)
+    gathered = features(data, users, item, context_index)
+    gathered["order"] = np.where(mask, data.order[index], 0)
     if rng is not None and unknown:
-        found["item_id"] = np.where(rng.random(item.shape) < unknown, UNKNOWN, found["item_id"])
+        gathered["item_id"] = np.where(rng.random(item.shape) < unknown, UNKNOWN, gathered["item_id"])
     rating = data.rating[index]
     values: Any = np.where(mask, target.grade(rating) if support else target.encode(rating), 0).astype(np.float32)
-    kept: Any = mask.astype(np.float32)  # numpy here, on the device from the jitted step on
+    weight: Any = mask.astype(np.float32)  # `Any`: a numpy array in a field typed for JAX arrays
     if statistics is not None:
-        found[f"item/{STATISTICS}"] = statistics.without(data.user[index], item, rating)
-    return Examples(found, values, kept)
+        gathered[f"item/{STATISTICS}"] = statistics.without(data.user[index], item, rating)
+    return Examples(gathered, values, weight)

@@ -1,4 +1,7 @@
-"""Candidates: among which items a query is ranked: its own, sampled ones besides, or the whole catalogue."""
+"""Candidates: the items among which a query is ranked.
+
+These are the query itself, the query and sampled items, or the whole catalogue.
+"""
 
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +16,13 @@ Among = int | Literal["query", "all"]
 
 
 class Candidates(NamedTuple):
-    """What each user of some histories is judged on: the query first, then the items ranked against it.
+    """Candidates of each user: the query first, then the items ranked against it.
 
     Attributes:
       item: `[users, width]` item rows.
-      interaction: `[users, width]` positions of the interactions, -1 of what the user has none with.
-      target: `[users, width]`; 0 of what the user has no interaction with.
-      mask: `[users, width]`.
+      interaction: `[users, width]` positions of the interactions; -1 for items without one.
+      target: `[users, width]` targets; 0 for items without an interaction.
+      mask: `[users, width]` 0 for padding.
     """
 
     item: np.ndarray
@@ -31,18 +34,19 @@ class Candidates(NamedTuple):
 def candidates(
     histories: Histories, target: Target, among: Among = "query", *, query: int = 10, seed: int = 0
 ) -> Candidates:
-    """The candidates of every user, in the order of the histories.
+    """Select the candidates of every user, in the order of the histories.
 
     Args:
       histories: the users; the first `query` interactions of each are the query.
-      target: ratings to targets.
-      among: "query": the query alone. A number: so many items besides, drawn from those that the user has no
-        interaction with (fewer where there are fewer). "all": all those items. They count as not clicked.
+      target: mapping of ratings to targets.
+      among: "query": the query only. A number: the query and this many items, sampled from those without an interaction
+        of the user (fewer if there are fewer). "all": the query and all such items. Items without an interaction count
+        as not clicked.
       query: largest query size.
-      seed: of the draw; a user's items depend on nothing else.
+      seed: seed of the samples; a user's sample depends on it and the user row only.
 
     Raises:
-      ValueError: an unknown `among`, or one other than "query" where ratings are predicted, which unseen items lack.
+      ValueError: `among` is unknown, or not "query" for a rating target, which unseen items lack.
     """
     if among not in ("query", "all") and (isinstance(among, bool | str) or among < 1):
         raise ValueError(f'candidates must be "query", "all" or how many to sample, got {among!r}')
@@ -54,40 +58,51 @@ def candidates(
     index = np.where(mask, histories.index[np.where(mask, histories.starts[:-1, None] + column, 0)], -1)
     item = np.where(mask, data.item[index], 0)
     values = np.where(mask, target.encode(data.rating[index]), 0)
-    found = Candidates(item, index, values.astype(np.float32), mask.astype(np.float32))
+    of_query = Candidates(item, index, values.astype(np.float32), mask.astype(np.float32))
     if among == "query":
-        return found
+        return of_query
     others = [_unseen(histories, u, among, seed) for u in range(len(histories))]
     width = max(map(len, others))
-    more = np.zeros((len(others), width), np.int64)
-    for row, unseen in zip(more, others, strict=True):
+    other_items = np.zeros((len(others), width), np.int64)
+    for row, unseen in zip(other_items, others, strict=True):
         row[: len(unseen)] = unseen
-    rest: Any = (more, np.full_like(more, -1), np.zeros(more.shape, np.float32), (more > 0).astype(np.float32))
-    item, index, values, mask = (np.concatenate([a, b], 1) for a, b in zip(found, rest, strict=True))
+    of_others: Any = (
+        other_items,
+        np.full_like(other_items, -1),
+        np.zeros(other_items.shape, np.float32),
+        (other_items > 0).astype(np.float32),
+    )
+    item, index, values, mask = (np.concatenate([a, b], 1) for a, b in zip(of_query, of_others, strict=True))
     return Candidates(item, index, values, mask)
 
 
 def _unseen(histories: Histories, u: int, among: Any, seed: int) -> np.ndarray:
-    """Item rows without an interaction of user `u`."""
+    """Return the item rows without an interaction of user `u`: all, or a sample."""
     data = histories.data
-    seen, everything = data.item[histories.index[histories.starts[u] : histories.starts[u + 1]]], len(data.items) - 1
+    seen, items = data.item[histories.index[histories.starts[u] : histories.starts[u + 1]]], len(data.items) - 1
     if among == "all":
-        return np.setdiff1d(np.arange(1, everything + 1), seen)
+        return np.setdiff1d(np.arange(1, items + 1), seen)
     rng = np.random.default_rng([seed, int(histories.users[u])])
-    drawn = 1 + rng.choice(everything, min(everything, among + len(seen)), replace=False)
+    drawn = 1 + rng.choice(items, min(items, among + len(seen)), replace=False)
     return drawn[~np.isin(drawn, seen)][:among]
 
 
 def judged_on(batch: Batch, histories: Histories, chosen: Candidates) -> Batch:
-    """The task batch with `chosen`, candidates of the same histories, as its queries; its filling users keep none."""
+    """Replace the queries of a task batch by candidates.
+
+    Args:
+      batch: the task batch.
+      histories: the histories of the batch and of the candidates.
+      chosen: candidates; padding users get none.
+    """
     at, query = batch.positions, batch.task.query
     item, index, target, mask = (array[at] for array in chosen)
-    found = features(histories.data, histories.users[at], item, index)
+    gathered = features(histories.data, histories.users[at], item, index)
     last = np.where(query.mask > 0, query.features["order"], 0).max(1)[: len(at), None]
-    found["order"] = np.where(index >= 0, histories.data.order[index], last).astype(query.features["order"].dtype)
+    gathered["order"] = np.where(index >= 0, histories.data.order[index], last).astype(query.features["order"].dtype)
 
     def filled(x: np.ndarray) -> Any:
         return np.concatenate([x, np.zeros((len(query.mask) - len(x), *x.shape[1:]), x.dtype)])
 
-    judged = Examples({k: filled(v) for k, v in found.items()}, filled(target), filled(mask))
-    return batch._replace(task=batch.task._replace(query=judged))
+    query_examples = Examples({k: filled(v) for k, v in gathered.items()}, filled(target), filled(mask))
+    return batch._replace(task=batch.task._replace(query=query_examples))

@@ -1,4 +1,4 @@
-"""Observed: the training users' interactions as closed-form learners read them."""
+"""Observed: the training users' interactions as arrays and sparse matrices, for closed-form learners."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ from metarec_jax.tasks.target import Target
 
 
 class Observed(NamedTuple):
-    """What the training users did.
+    """Interactions of the training users.
 
     Attributes:
-      user, item: `[interactions]` rows; users from 0, items as in the catalogue; of one user from the earliest to the
-        latest.
-      grade: `[interactions]` float32 from 0 (the lowest rating) to 1, as `Target.grade`.
+      user, item: `[interactions]` rows: users from 0, items as in the catalogue. Each user's interactions are in order
+        of time.
+      grade: `[interactions]` float32 from 0 (the lowest rating) to 1, see `Target.grade`.
       positive: `[interactions]` bool.
-      features: of all items, each `[rows, ...]`, "item_id" among them; row 0 is the unknown item.
-      profile: encoded attributes of the users, each `[users, ...]`.
-      users: how many there are.
+      features: item features, including "item_id", each `[rows, ...]`; row 0 is the unknown item.
+      profile: encoded user attributes, each `[users, ...]`.
+      users: number of users.
     """
 
     user: np.ndarray
@@ -34,17 +34,17 @@ class Observed(NamedTuple):
 
     @property
     def items(self) -> int:
-        """Rows of the catalogue."""
+        """Number of catalogue rows."""
         return len(self.features["item_id"])
 
     def confidences(self) -> sp.csr_matrix:
-        """`[users, items]` the grade of each interaction: one below the threshold says a little, too."""
+        """Return the sparse matrix `[users, items]` of grades; interactions below the threshold count, too."""
         matrix = sp.csr_matrix((self.grade, (self.user, self.item)), shape=(self.users, self.items))
         matrix.eliminate_zeros()
         return matrix
 
     def positives(self) -> sp.csr_matrix:
-        """`[users, items]` 1 for each positive interaction."""
+        """Return the sparse binary matrix `[users, items]` of positive interactions."""
         one = np.ones(int(self.positive.sum()), np.float32)
         kept = self.user[self.positive], self.item[self.positive]
         matrix = sp.csr_matrix((one, kept), shape=(self.users, self.items))
@@ -52,7 +52,7 @@ class Observed(NamedTuple):
         return matrix
 
     def of(self, users: np.ndarray) -> "Observed":
-        """Those of some users, in the same catalogue."""
+        """Select users; the catalogue stays the same."""
         row = np.full(self.users, -1)
         row[users] = np.arange(len(users))
         kept = row[self.user] >= 0
@@ -62,12 +62,12 @@ class Observed(NamedTuple):
 
 
 def observe(histories: Histories, target: Target, statistics: ItemStatistics | None = None) -> Observed:
-    """What the users of some histories did, as closed-form learners read it.
+    """Gather the interactions of some users for closed-form learners.
 
     Args:
-      histories: training users; one that is there several times counts once.
-      target: ratings to targets.
-      statistics: of the item field that these users make, in place of the one in the data.
+      histories: training users; duplicate users count once.
+      target: mapping of ratings to targets.
+      statistics: recompute the item field of `ItemStatistics` from these statistics, replacing the one in the data.
     """
     data = histories.data
     users, first = np.unique(histories.users, return_index=True)

@@ -1,4 +1,4 @@
-"""Protocols besides cold users: split in time, MeLU's four scenarios, and the table of all. Each has a `split`."""
+"""Protocols for time-based splits and MeLU's scenarios, and the registry of all protocols."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -13,22 +13,22 @@ from metarec_jax.tasks.splits import KINDS, ColdUsers, Histories, Kind, Split
 
 @dataclass(frozen=True)
 class TimeSplit:
-    """Training on what came before a moment, validation and test on what came after two later ones.
+    """Time-based split: train before one moment, validate and test after two later ones.
 
-    A training task holds interactions before the first moment only; of a validation task the query lies between the two
-    moments, of a test task after the second. In every task the support set came before the query, the most recent
-    first, so that smaller support sets are the more recent part of larger ones. Nothing depends on the seed.
+    Training tasks hold interactions before the first moment only. The query of a validation task lies between the two
+    moments, that of a test task after the second. Every support set precedes its query, latest first: smaller support
+    sets are the most recent part of larger ones. The split does not depend on the seed.
 
     Attributes:
       fractions: shares of all interactions before the first moment, between the two, and after the second.
-      moments: the two moments in seconds since 1970, in the place of `fractions`.
-      users: "all" tests users whom training may know from before, "new" only those without an interaction before the
-        moment that their query must follow: cold users.
-      query: size of the query set; a tested user has so many interactions after the moment, and one more.
-      maximum: a task holds at most so many interactions, the latest.
-      target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (the clicks of the
-        query are to be found among all items).
-      threshold: the lowest rating that counts as a click.
+      moments: the two moments in seconds since 1970, instead of `fractions`.
+      users: "all" also validates and tests users known from training; "new" only cold users, without an interaction
+        before the moment that starts their query period.
+      query: query size; a task needs this many interactions after the moment, and one more before them.
+      maximum: number of latest interactions that a task keeps.
+      target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (find the clicks of
+        the query among all items).
+      threshold: lowest rating that is a click.
     """
 
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
@@ -50,10 +50,10 @@ class TimeSplit:
             raise ValueError(f"moments must be two moments, the earlier first, got {self.moments}")
 
     def split(self, data: Dataset, seed: int = 0) -> Split:
-        """Split the interactions of a dataset in time; `seed` changes nothing.
+        """Split the interactions of a dataset in time; `seed` has no effect.
 
         Raises:
-          DataError: no timestamps, or one of the three parts has no task.
+          DataError: there are no timestamps, or one of the three parts has no task.
         """
         if not len(data.timestamp) or data.timestamp.min() == data.timestamp.max():
             raise DataError(f"{data.name}: a split in time needs timestamps, and they are all the same")
@@ -68,40 +68,42 @@ class TimeSplit:
         }
         if empty := [name for name, part in parts.items() if not len(part)]:
             raise DataError(
-                f"{data.name}: no {empty[0]} user has {self.query} interactions of the query and one more before them "
+                f"{data.name}: no {empty[0]} user has {self.query} interactions for the query and one more before them "
                 f"(moments {first} and {second}); make the query smaller or move the moments"
             )
         return Split(*parts.values())
 
     def _tasks(self, data: Dataset, users: np.ndarray, since: int, until: int) -> Histories:
-        """Users' interactions before `until`, where enough of them are not before `since` to be the query."""
+        """Return users' interactions before `until`, if enough of them are at or after `since` to be the query."""
         before_end = data.timestamp < until
-        late = before_end & (data.timestamp >= since)
-        count, whole = (np.bincount(data.user[kept], minlength=len(data.users)) for kept in (late, before_end))
-        chosen = (count >= self.query) & (whole > self.query)
+        in_query_period = before_end & (data.timestamp >= since)
+        count, total = (
+            np.bincount(data.user[kept], minlength=len(data.users)) for kept in (in_query_period, before_end)
+        )
+        chosen = (count >= self.query) & (total > self.query)
         if self.users == "new" and since > -(2**62):
-            chosen &= count == whole
-        found = Histories.of(data, users[chosen[users]], before_end).latest_first()
-        return found.take(np.arange(len(found)), self.maximum)
+            chosen &= count == total
+        tasks = Histories.of(data, users[chosen[users]], before_end).latest_first()
+        return tasks.take(np.arange(len(tasks)), self.maximum)
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One of MeLU's four scenarios: existing or new users, recommended existing or new items.
+    """One of MeLU's four scenarios: existing or new users, with existing or new items.
 
-    Users and items are each split at random. Training tasks hold interactions of existing users with existing items;
-    validation and test tasks those of the scenario's users with the scenario's items, support and query alike. Of
-    existing users with existing items (`"warm"`) the query is kept out of training, which MeLU's own protocol does not
-    do.
+    Users and items are each split at random. Training tasks hold interactions of existing users with existing items.
+    The support and query sets of validation and test tasks hold interactions of the scenario's users with the
+    scenario's items. For "warm" (existing users and items), queries are excluded from training, unlike in MeLU's own
+    protocol.
 
     Attributes:
       kind: "warm", "cold user", "cold item" or "cold both".
       new: share of the users, and of the items, that are new.
-      query: size of the query set.
-      minimum, maximum: interactions that a task must have.
-      target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (the clicks of the
-        query are to be found among all items).
-      threshold: the lowest rating that counts as a click.
+      query: query size.
+      minimum, maximum: range of the number of interactions of a task.
+      target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (find the clicks of
+        the query among all items).
+      threshold: lowest rating that is a click.
 
     References:
       Lee et al., MeLU, KDD 2019, section 4.1.
@@ -125,8 +127,9 @@ class Scenario:
             raise ValueError(f"need 0 < new < 1 and 1 <= query < minimum <= maximum, got {self}")
 
     def split(self, data: Dataset, seed: int = 0) -> Split:
-        """Split users and items of a dataset; with the same seed all four scenarios train on the same interactions,
-        but for the queries that "warm" keeps out.
+        """Split users and items of a dataset.
+
+        With the same seed all four scenarios train on the same interactions, except the queries that "warm" excludes.
 
         Raises:
           DataError: too few users have enough interactions in the scenario.
@@ -135,15 +138,15 @@ class Scenario:
         new_user, new_item = (rng.random(len(names)) < self.new for names in (data.users, data.items))
         order = rng.permutation(np.arange(1, len(data.users)))
         trained = ~new_user[data.user] & ~new_item[data.item]
-        wanted_user = new_user if self.kind in ("cold user", "cold both") else ~new_user
-        wanted_item = new_item if self.kind in ("cold item", "cold both") else ~new_item
-        judged = wanted_user[data.user] & wanted_item[data.item]
+        scenario_user = new_user if self.kind in ("cold user", "cold both") else ~new_user
+        scenario_item = new_item if self.kind in ("cold item", "cold both") else ~new_item
+        evaluated = scenario_user[data.user] & scenario_item[data.item]
         train, tasks = (
             self._enough(Histories.of(data, order, kept).shuffled(np.random.default_rng(seed)))
-            for kept in (trained, judged)
+            for kept in (trained, evaluated)
         )
         half = len(tasks) // 2
-        if self.kind == "warm":  # the first `query` interactions of each task are judged: training has the others
+        if self.kind == "warm":  # exclude the queries from training
             kept_out = np.zeros(len(data.user), bool)
             kept_out[tasks.take(np.arange(len(tasks)), self.query).index] = True
             train = Histories.of(data, train.users, trained & ~kept_out)
@@ -155,7 +158,7 @@ class Scenario:
         return Split(train, tasks.take(np.arange(half)), tasks.take(np.arange(half, len(tasks))))
 
     def _enough(self, histories: Histories) -> Histories:
-        """Those users with `minimum` to `maximum` interactions."""
+        """Select users with `minimum` to `maximum` interactions."""
         length = histories.lengths
         return histories.take(np.flatnonzero((length >= self.minimum) & (length <= self.maximum)))
 
@@ -165,7 +168,7 @@ PROTOCOLS: dict[str, Any] = {p.__name__: p for p in (*get_args(Protocol), Strong
 
 
 def ratings_of(protocol: Protocol) -> Protocol:
-    """The protocol whose training users are those of a ranking `protocol`, and whose target is their ratings."""
+    """Return the rating protocol with the same training users as a ranking `protocol`."""
     for ranking, rating in ((StrongGeneralisation, StrongRatings), (NextItem, NextRating)):
         if isinstance(protocol, ranking):
             return rating(**asdict(protocol))

@@ -1,4 +1,4 @@
-"""Ranking tasks: what is known of users, and which items of the catalogue they chose."""
+"""Ranking tasks: the known interactions of users, and the catalogue items that they chose."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -12,21 +12,21 @@ from metarec_jax.tasks.batching import bucket_sizes
 from metarec_jax.tasks.splits import Histories
 from metarec_jax.tasks.target import Target
 
-LONGEST = 512  # support examples
+LONGEST = 512  # most support examples
 
 
 class Known(NamedTuple):
-    """What is known of a batch of users.
+    """Known interactions and attributes of a batch of users.
 
     Attributes:
-      items: `[users, examples]` int32 rows of the interacted items, from the earliest to the latest.
-      target: `[users, examples]` float32, what each interaction says, as `Target.grade`.
-      weight: `[users, examples]` float32 of each; 0 for padding.
-      user: encoded attributes of the users, each `[users, ...]`.
-      context: encoded contexts in which items are to be recommended, each `[users, ...]`.
+      items: `[users, examples]` int32 rows of the interacted items, in order of time.
+      target: `[users, examples]` float32 targets of the interactions, see `Target.grade`.
+      weight: `[users, examples]` float32 weights; 0 for padding.
+      user: encoded user attributes, each `[users, ...]`.
+      context: encoded contexts of the recommendation, each `[users, ...]`.
     """
 
-    items: Any  # arrays, on the host or within a jitted function
+    items: Any  # numpy or JAX arrays
     target: Any
     weight: Any
     user: dict[str, Any]
@@ -34,23 +34,23 @@ class Known(NamedTuple):
 
     @classmethod
     def blank(cls, users: int, width: int, user: Sequence[Field], context: Sequence[Field]) -> "Known":
-        """Users about whom nothing is known, to be filled in."""
+        """Return a zero-initialised batch of users with unknown attributes and contexts."""
         rows = [{f.name: np.repeat(f.unknown()[None], users, 0) for f in fields} for fields in (user, context)]
         shape = (users, width)
         return cls(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32), *rows)
 
 
 class Chosen(NamedTuple):
-    """What users chose: item rows `[users, query]` int32, and a mask of the same shape, 0 for padding."""
+    """Items that users chose: rows `[users, query]` int32, and a mask of the same shape, 0 for padding."""
 
     rows: Any
     mask: Any
 
 
 class RankingTask(NamedTuple):
-    """A batch of users: adapt to what is known, find the query among all items.
+    """A batch of users: adapt to `known`, then rank `query` among all items.
 
-    For `ranking_loss(..., following=True)` the query is `[users, examples + 1]`, what came next after the first t.
+    For `ranking_loss(..., following=True)` the query is `[users, examples + 1]`: entry t is the item after the first t.
     """
 
     known: Known
@@ -60,14 +60,14 @@ class RankingTask(NamedTuple):
 def known_of(
     histories: Histories, target: Target, positions: np.ndarray, begin: np.ndarray, count: np.ndarray, width: int
 ) -> Known:
-    """What is known of some users: the interactions `begin : begin + count` of each, from the earliest to the latest.
+    """Gather the interactions `begin : begin + count` of each user, in order of time.
 
     Args:
       histories: the users.
-      target: ratings to targets.
-      positions: `[users]` which of them.
-      begin, count: `[users]`.
-      width: of the arrays; the examples that do not fit are left out from the end.
+      target: mapping of ratings to targets.
+      positions: `[users]` positions in `histories`.
+      begin, count: `[users]` first interaction and number of interactions.
+      width: padded width; further interactions are cut.
     """
     data, column = histories.data, np.arange(width)
     mask = column < np.minimum(count, width)[:, None]
@@ -85,7 +85,7 @@ def known_of(
 
 
 def queries_of(histories: Histories, query: int) -> np.ndarray:
-    """`[users]` number of each user's first interactions that are the query."""
+    """Return the query size of each user, `[users]`."""
     if histories.queries is not None:
         return histories.queries
     return np.minimum(query, np.maximum(histories.lengths - 1, 0))
@@ -94,31 +94,31 @@ def queries_of(histories: Histories, query: int) -> np.ndarray:
 def ranking_tasks(
     histories: Histories, target: Target, *, query: int = 10, support: int | None = None, batch_size: int = 256
 ) -> Iterator[RankingTask]:
-    """All users in their order, as batches of one shape; the last is filled with users whose masks are 0.
+    """Yield all users in order, as batches of one shape; the last is padded with users whose masks are 0.
 
     Args:
-      histories: the users; the first interactions of each are the query, of which the positives are to be found.
-      target: ratings to targets.
-      query: largest query size, where `histories` have none of their own.
-      support: largest support size (None: all).
+      histories: the users; the positives among each user's first interactions are the query.
+      target: mapping of ratings to targets.
+      query: largest query size, if `histories` has no `queries`.
+      support: largest support size (None: all, up to `LONGEST`).
       batch_size: users a batch.
     """
     data, queries = histories.data, queries_of(histories, query)
     supports = np.minimum(histories.lengths - queries, LONGEST if support is None else min(support, LONGEST))
     (width,) = bucket_sizes(np.maximum(supports, 16), 1)
-    (wide,) = bucket_sizes(queries, 1)
+    (query_width,) = bucket_sizes(queries, 1)
     for start in range(0, len(histories), batch_size):
-        at = np.arange(start, min(start + batch_size, len(histories)))
-        begin = histories.starts[at]
-        known = known_of(histories, target, at, begin + queries[at], supports[at], width)
-        column = np.arange(wide)
-        mask = column < queries[at, None]
+        positions = np.arange(start, min(start + batch_size, len(histories)))
+        begin = histories.starts[positions]
+        known = known_of(histories, target, positions, begin + queries[positions], supports[positions], width)
+        column = np.arange(query_width)
+        mask = column < queries[positions, None]
         index = histories.index[np.where(mask, begin[:, None] + column, 0)]
         mask &= data.rating[index] >= target.threshold
         rows = np.where(mask, data.item[index], 0).astype(np.int32)
         context = {name: table[index[:, 0]] for name, table in data.context_features.items()}
-        found = RankingTask(known._replace(context=context), Chosen(rows, mask.astype(np.float32)))
-        yield jax.tree.map(partial(_filled, batch_size), found)
+        task = RankingTask(known._replace(context=context), Chosen(rows, mask.astype(np.float32)))
+        yield jax.tree.map(partial(_filled, batch_size), task)
 
 
 def _filled(size: int, x: np.ndarray) -> np.ndarray:

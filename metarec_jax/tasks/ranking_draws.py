@@ -1,4 +1,4 @@
-"""Draws of ranking tasks: supports and queries of the training users, anew each epoch."""
+"""Sampling of ranking tasks: support and query sets of the training users, drawn anew each epoch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +12,18 @@ from metarec_jax.tasks.ranking import LONGEST, Chosen, RankingTask, known_of
 from metarec_jax.tasks.splits import Histories
 from metarec_jax.tasks.target import Target
 
-USERS = 4096  # training users an epoch, at most
-EMPTY = 0.15  # share of empty supports among the short ones
+USERS = 4096  # most training users an epoch
+EMPTY = 0.15  # share of empty support sets among the short ones
 
 
 def widths_of(histories: Histories, most: int, buckets: int) -> tuple[int, ...]:
-    """Padded support widths for the users of some histories."""
+    """Choose padded support widths for some histories.
+
+    Args:
+      histories: the users.
+      most: supports are cut to this many examples, and to `LONGEST`.
+      buckets: largest number of widths.
+    """
     return bucket_sizes(np.clip(histories.lengths, 1, min(most, LONGEST)), buckets)
 
 
@@ -32,25 +38,26 @@ def drawn(
     rng: np.random.Generator,
     following: bool = False,
 ) -> Iterator[tuple[RankingTask, int]]:
-    """Training users once, in batches whose users are of one fold, each with a support and a query drawn anew.
+    """Yield batches of ranking tasks that cover the training users once (at most `USERS` of them).
 
-    A user's positives are shuffled, or, where histories are ordered, cut at a random moment. `Ranking.short` of the
-    users show a number of positives that is log-uniform from 1, or now and then 0, the others four fifths; the rest is
-    the query.
+    A user's positives are shuffled, or, if histories are ordered, cut at a random time. The first part is the support,
+    the rest (if ordered, at most the next fifth) the query. A share `objective.short` of the users gets a support size
+    that is log-uniform from 1, or 0 with probability `EMPTY`; the others get four fifths of their positives. All users
+    of a batch belong to one fold.
 
-    With `following` a support holds all that came before the last positive, and the query is what came next at each of
-    its places, `[users, width + 1]`, masked where that is no positive. Users with supports of about the same size share
+    With `following`, the support holds the interactions before the last positive, and the query the next item at each
+    position, `[users, width + 1]`, masked where that is not a positive. Users with supports of similar size then share
     a batch.
 
     Args:
-      histories: training users; those with fewer than two positives are left out.
-      target: ratings to targets.
-      objective: the shares of what is drawn.
-      batch_size: users a batch; the last one is filled up.
-      widths: padded support widths.
-      fold: `[users]` of each.
-      rng: of all draws.
-      following: what `ranking_loss` with `following` reads; histories must be ordered.
+      histories: training users; those with fewer than two positives are skipped.
+      target: mapping of ratings to targets.
+      objective: settings of the ranking objective.
+      batch_size: users a batch; smaller batches are padded.
+      widths: padded support widths, ascending.
+      fold: `[users]` fold of each user.
+      rng: generator of all draws.
+      following: draw tasks for `ranking_loss(..., following=True)`; histories must be ordered.
 
     Yields:
       The task and its fold.
@@ -64,8 +71,8 @@ def drawn(
     chosen = rng.permutation(np.flatnonzero(count >= 2))[:USERS]
     if not len(chosen):
         raise DataError(
-            f"{data.name}: no training user has two positives (threshold {target.threshold:g}), one to know and one to "
-            "find; give the protocol a lower threshold"
+            f"{data.name}: no training user has two positives (threshold {target.threshold:g}), one for the support "
+            "and one for the query; give the protocol a lower threshold"
         )
     if following:
         chosen = chosen[np.argsort(np.minimum(histories.lengths[chosen], widths[-1]), kind="stable")]
@@ -77,38 +84,38 @@ def drawn(
     ]
     for i in rng.permutation(len(pieces)):
         piece = pieces[i]
-        one = _every_place if following else _one
-        supports, queries = zip(*(one(histories, positive, u, objective, widths[-1], rng) for u in piece), strict=True)
+        draw = _next_items if following else _draw_user
+        supports, queries = zip(*(draw(histories, positive, u, objective, widths[-1], rng) for u in piece), strict=True)
         width = widths[int(np.searchsorted(widths, max(map(len, supports), default=0)))]
         known = _padded(supports, batch_size, width)
         query = _padded(queries, batch_size, width + 1 if following else objective.query)
         users = np.zeros(batch_size, np.int64)
         users[: len(piece)] = np.where(rng.random(len(piece)) < objective.unknown, 0, histories.users[piece])
         flat = Histories(data, users, np.arange(batch_size + 1) * width, np.maximum(known, 0).ravel())
-        at = np.arange(batch_size)
-        found = known_of(flat, target, at, flat.starts[:-1], (known >= 0).sum(1), width)
+        position = np.arange(batch_size)
+        known_batch = known_of(flat, target, position, flat.starts[:-1], (known >= 0).sum(1), width)
         mask = query >= 0
-        around: dict[str, Any] = {}
-        for name, table in data.context_features.items():  # what is to be found was chosen in one context
-            own = table[np.maximum(query, 0)]
-            around[name] = own[:, 0]
+        context: dict[str, Any] = {}
+        for name, table in data.context_features.items():  # mask query items of another context than the first
+            query_context = table[np.maximum(query, 0)]
+            context[name] = query_context[:, 0]
             if not following:
-                mask &= (own == own[:, :1]).reshape(*query.shape, -1).all(-1)
+                mask &= (query_context == query_context[:, :1]).reshape(*query.shape, -1).all(-1)
         rows = np.where(mask, data.item[np.maximum(query, 0)], 0).astype(np.int32)
-        task = RankingTask(found._replace(context=around), Chosen(rows, mask.astype(np.float32)))
+        task = RankingTask(known_batch._replace(context=context), Chosen(rows, mask.astype(np.float32)))
         yield task, int(fold[piece[0]])
 
 
-def _one(
+def _draw_user(
     histories: Histories, positive: np.ndarray, u: int, objective: Ranking, most: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the interactions of one user's support and query."""
+    """Draw the support and the query of one user, as positions of interactions."""
     span = slice(histories.starts[u], histories.starts[u + 1])
     index, liked = histories.index[span], positive[span]
     if not histories.ordered:
         order = rng.permutation(len(index))
         index, liked = index[order], liked[order]
-    else:  # from the latest to the first: what is to be found comes before what is known
+    else:  # latest first: the query comes before the support
         index, liked = index[::-1], liked[::-1]
     places = np.flatnonzero(liked)
     n = max(1, round(0.8 * len(places)))
@@ -127,11 +134,13 @@ def _one(
     return support[:most], rng.permutation(query)[: objective.query]
 
 
-def _every_place(
+def _next_items(
     histories: Histories, positive: np.ndarray, u: int, objective: Ranking, most: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the interactions before one user's last positive, the latest `most`, and of what came next at each
-    place, -1 where that is no positive."""
+    """Return support and next-item query of one user, as positions of interactions; -1 where no positive is next.
+
+    The support holds the latest `most` interactions before the last positive.
+    """
     span = slice(histories.starts[u], histories.starts[u + 1])
     index, liked = histories.index[span][::-1], positive[span][::-1]
     if rng.random() >= objective.dislikes:
@@ -142,8 +151,8 @@ def _every_place(
 
 
 def _padded(rows: Any, size: int, width: int) -> np.ndarray:
-    """`[size, width]`, -1 where there is nothing."""
-    found = np.full((size, width), -1, np.int64)
+    """Pad rows to `[size, width]` with -1."""
+    padded = np.full((size, width), -1, np.int64)
     for i, row in enumerate(rows):
-        found[i, : len(row)] = row[:width]
-    return found
+        padded[i, : len(row)] = row[:width]
+    return padded

@@ -1,4 +1,4 @@
-"""Ranking protocols: a user's held-out positives are to be found among all items of the catalogue."""
+"""Ranking protocols: find a user's held-out positives among all items of the catalogue."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -11,10 +11,10 @@ from metarec_jax.tasks.splits import Histories, Kind, Split, check_fractions, di
 
 
 def positive(data: Dataset, threshold: float | None) -> np.ndarray:
-    """`[interactions]` bool: which interactions are positive, those rated at least `threshold`.
+    """Return a mask `[interactions]` of the positive interactions, those rated at least `threshold`.
 
-    All are where `threshold` is None, and where all ratings of the dataset are the same: such data (plays, purchases)
-    say only what users interacted with.
+    Every interaction is positive if `threshold` is None or all ratings of the dataset are equal: such data (plays,
+    purchases) are positive-only.
     """
     if threshold is None or (data.rating == data.rating[:1]).all():
         return np.ones(len(data.rating), bool)
@@ -23,21 +23,20 @@ def positive(data: Dataset, threshold: float | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class StrongGeneralisation:
-    """Strong generalisation: of users never seen in training, find the held-out positives from the others.
+    """Strong generalisation: predict held-out positives of users never seen in training.
 
-    Users with at least `minimum` positives are split at random into train, validation and test. Of a validation or test
-    user a random `held_out` share of the positives is the query, at least one, and the other positives, at least one,
+    Users with at least `minimum` positives are split at random into train, validation and test. For validation and test
+    users, a random share `held_out` of the positives, at least one, is the query; the other positives, at least one,
     are the support. Training users keep all their interactions, positive or not; training draws its own queries.
 
     Attributes:
-      threshold: the lowest rating that is positive; ignored where all ratings are the same (see `positive`).
+      threshold: lowest positive rating; ignored if all ratings are equal (see `positive`).
       minimum: positives that a user must have to be split.
-      held_out: share of a user's positives that is the query.
-      fractions: train, validation, test; they sum to 1.
-      fold_ins: random draws of query and support for each validation and test user. The user is in so many rows, which
-        follow one another.
-      dislikes: a support set also holds the user's interactions below `threshold`, after all its positives. A support
-        size counts interactions from the front: sizes up to the number of positives still mean positives alone.
+      held_out: share of a user's positives in the query.
+      fractions: train, validation and test shares; they sum to 1.
+      fold_ins: random draws of query and support for each validation and test user; the rows of a user are consecutive.
+      dislikes: append the user's interactions below `threshold` to the support set. Support sizes count from the front:
+        up to the number of positives, they still contain positives only.
       target: "ranking".
 
     References:
@@ -51,7 +50,7 @@ class StrongGeneralisation:
     fold_ins: int = 1
     dislikes: bool = False
     target: ClassVar[Kind] = "ranking"
-    query: ClassVar[int] = 10  # where histories have no query size of their own, and these do
+    query: ClassVar[int] = 10  # for histories without `queries`, as in StrongRatings
 
     def __post_init__(self) -> None:
         if not (self.minimum >= 2 and 0 < self.held_out < 1 and self.fold_ins >= 1):
@@ -59,8 +58,9 @@ class StrongGeneralisation:
         check_fractions(self.fractions)
 
     def split(self, data: Dataset, seed: int = 0) -> Split:
-        """Split the users of a dataset; the same seed gives the same split and the same queries, with or without
-        `dislikes`.
+        """Split the users of a dataset.
+
+        The same seed gives the same split and queries, with or without `dislikes`.
 
         Raises:
           DataError: too few users have `minimum` positives.
@@ -77,32 +77,32 @@ class StrongGeneralisation:
                 "(StrongGeneralisation(threshold=..., minimum=...))"
             )
         train = Histories.of(data, parts[0]).shuffled(rng)
-        judged = [Histories.of(data, np.repeat(part, self.fold_ins), liked).shuffled(rng) for part in parts[1:]]
-        tasks = [replace(part, queries=self._queries(part.lengths)) for part in judged]
+        positives = [Histories.of(data, np.repeat(part, self.fold_ins), liked).shuffled(rng) for part in parts[1:]]
+        tasks = [replace(part, queries=self._queries(part.lengths)) for part in positives]
         if self.dislikes:
             tasks = [_joined(part, Histories.of(data, part.users, ~liked).shuffled(rng)) for part in tasks]
         return Split(train, *tasks)
 
     def _queries(self, positives: np.ndarray) -> np.ndarray:
-        """Query sizes of users with so many positives; at least one is left for the support."""
+        """Return the query sizes for numbers of positives; at least one positive remains for the support."""
         return np.clip(np.round(self.held_out * positives).astype(int), 1, positives - 1)
 
 
 @dataclass(frozen=True)
 class NextItem:
-    """Leave one out: the last positive of each user in time is to be found from those before it.
+    """Leave-one-out: predict each user's last positive in time from those before it.
 
-    The query of a test task is a user's last positive, of a validation task the one before it; the support set is what
-    came before the query, the most recent first, so that smaller support sets are the more recent part of larger ones.
-    Training tasks hold what came before both queries. Every user with `minimum` positives is in all three parts:
-    training knows the users who are judged. Interactions at the same time are in the order of their rows; without
-    timestamps the rows are the order. Nothing depends on the seed.
+    The query of a test task is a user's last positive, that of a validation task the one before it. The support set is
+    the history before the query, latest first: smaller support sets are the most recent part of larger ones. Training
+    tasks hold the history before both queries. Every user with `minimum` positives is in all three parts, so test users
+    are known in training. Ties in time are in row order; without timestamps, row order is time order. The split does
+    not depend on the seed.
 
     Attributes:
-      threshold: the lowest rating that is positive (see `positive`); lower ones are left out. None: every interaction
-        is positive.
+      threshold: lowest positive rating (see `positive`); lower ratings are dropped. None: every interaction is
+        positive.
       minimum: positives that a user must have; at least 3, one for each part.
-      maximum: a task holds at most so many interactions, the latest.
+      maximum: number of latest interactions that a task keeps.
       target: "ranking".
 
     References:
@@ -120,7 +120,7 @@ class NextItem:
             raise ValueError(f"need minimum >= 3, one positive for each part, and maximum >= 2, got {self}")
 
     def split(self, data: Dataset, seed: int = 0) -> Split:
-        """Split the interactions of each user in time; `seed` changes nothing.
+        """Split each user's interactions in time; `seed` has no effect.
 
         Raises:
           DataError: no user has `minimum` positives.
@@ -145,9 +145,10 @@ class NextItem:
 
 @dataclass(frozen=True)
 class StrongRatings(StrongGeneralisation):
-    """The ratings of the users of `StrongGeneralisation`: the same users train, with all their interactions.
+    """Rating prediction for the users of `StrongGeneralisation`.
 
-    Of a validation or test user 10 random interactions are judged, positive or not, and the others are the support.
+    Training users and their interactions are the same. For a validation or test user, 10 random interactions, positive
+    or not, are the query and the others the support.
 
     Attributes:
       target: "rating".
@@ -156,22 +157,22 @@ class StrongRatings(StrongGeneralisation):
     target: ClassVar[Kind] = "rating"
 
     def split(self, data: Dataset, seed: int = 0) -> Split:
-        """Split the users of a dataset as `StrongGeneralisation` does; the same seed gives the same users and queries.
+        """Split users as `StrongGeneralisation` does; the same seed gives the same users and queries.
 
         Raises:
           DataError: too few users have `minimum` positives.
         """
-        train, *judged = super().split(data, seed)
+        train, *evaluated = super().split(data, seed)
         rng = np.random.default_rng([seed, 1])
-        return Split(train, *(Histories.of(data, np.unique(part.users)).shuffled(rng) for part in judged))
+        return Split(train, *(Histories.of(data, np.unique(part.users)).shuffled(rng) for part in evaluated))
 
 
 @dataclass(frozen=True)
 class NextRating(NextItem):
-    """The ratings of the users of `NextItem`: training has what came before both of its queries, positive or not.
+    """Rating prediction for the users of `NextItem`.
 
-    The rating of a user's last positive is judged, of a validation task that of the one before it; the support set is
-    what came before, the most recent first.
+    Training has the history before both queries, positive or not. The query is the rating of a user's last positive; in
+    validation, of the positive before it. The support set is the history before the query, latest first.
 
     Attributes:
       target: "rating".
@@ -180,7 +181,7 @@ class NextRating(NextItem):
     target: ClassVar[Kind] = "rating"
 
     def split(self, data: Dataset, seed: int = 0) -> Split:
-        """Split the interactions of each user at the queries of `NextItem`.
+        """Split each user's interactions at the queries of `NextItem`.
 
         Raises:
           DataError: no user has `minimum` positives.
@@ -195,14 +196,14 @@ class NextRating(NextItem):
         return Split(parts[0], *(replace(part, queries=one) for part in parts[1:]))
 
     def _moments(self, data: Dataset, part: Histories) -> np.ndarray:
-        """`[interactions]` place in time of the query of each one's user; of other users -1."""
+        """Return for each interaction `[interactions]` the time order of its user's query; -1 for other users."""
         place = np.full(len(data.users), -1)
         place[part.users] = data.order[part.index[part.starts[:-1]]]
         return place[data.user]
 
 
 def _joined(first: Histories, more: Histories) -> Histories:
-    """The histories `first`, each followed by the interactions of the same user in `more`."""
+    """Append to each history of `first` the interactions of the same user in `more`."""
     owner = np.concatenate([np.repeat(np.arange(len(part)), part.lengths) for part in (first, more)])
     index = np.concatenate([first.index, more.index])[np.argsort(owner, kind="stable")]
     return replace(first, starts=first.starts + more.starts, index=index)

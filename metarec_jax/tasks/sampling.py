@@ -1,4 +1,4 @@
-"""Sampler: training tasks without end by Grain: deterministic, seekable, sharded, its position part of a checkpoint."""
+"""Sampler: an infinite Grain dataset of training tasks: deterministic, seekable and sharded."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,33 +25,32 @@ def sampler(
     shard: tuple[int, int] = (0, 1),
     **options: Any,
 ) -> "grain.MapDataset":
-    """Task batches as a Grain dataset without end, for a training loop of your own.
+    """Build an infinite Grain dataset of task batches, for your own training loop.
 
-    Batch number i is `sampler[i]`: a function of the arguments and i alone. Users of similar history length share a
-    batch; each batch is full. Within a bucket users are shuffled anew in each round, and support and query sets are
-    drawn anew each time.
+    Batch i is `sampler[i]`, a pure function of the arguments and i. The users of a batch have similar history lengths;
+    every batch is full. Within a bucket, each epoch shuffles the users and draws new support and query sets.
 
         loop = iter(sampler.to_iter_dataset())
         batch = next(loop)
-        loop.get_state(), loop.set_state(state)  # plain JSON values: write them beside the parameters
+        loop.get_state(), loop.set_state(state)  # JSON values: save them with the parameters
 
     Args:
       histories: the users.
-      target: ratings to targets.
+      target: mapping of ratings to targets.
       query: largest query size.
       batch_size: users a batch.
-      max_support: longest support set; longer histories are sampled anew each time.
-      buckets: number of padded support widths, chosen to waste the least; or the widths themselves.
-      seed: of order and draws.
-      shard: this process's number and how many there are; each sees users of its own.
-      **options: of `batches`: `unknown`, `short`, `noise`, `statistics`.
+      max_support: largest support size; longer histories are subsampled anew each time.
+      buckets: number of padded support widths, chosen to minimise padding; or the widths themselves.
+      seed: seed of order and draws.
+      shard: index of this process and number of processes; their users are disjoint.
+      **options: `unknown`, `short`, `noise` and `statistics` of `batches`.
 
     Returns:
-      A dataset of `Batch`, whose positions are those in `histories`.
+      A dataset of `Batch`; `positions` refer to `histories`.
 
     Raises:
       ModuleNotFoundError: Grain is not installed.
-      ValueError: a shard that does not exist, or one without users.
+      ValueError: the shard does not exist, or has no users.
     """
     try:
         import grain
@@ -60,13 +59,13 @@ def sampler(
     number, count = shard
     if not 0 <= number < count or len(histories) <= number:
         raise ValueError(f"shard {number} of {count} does not exist or has none of the {len(histories)} users")
-    own = np.arange(len(histories))[number::count]
-    supports = np.clip(histories.lengths[own] - query, 1, max_support)
+    shard_users = np.arange(len(histories))[number::count]
+    supports = np.clip(histories.lengths[shard_users] - query, 1, max_support)
     widths = bucket_sizes(supports, buckets) if isinstance(buckets, int) else tuple(buckets)
     bucket = np.minimum(np.searchsorted(widths, supports), len(widths) - 1)
     parts, weights = [], []
     for b, width in enumerate(widths):
-        if not len(users := own[bucket == b]):
+        if not len(users := shard_users[bucket == b]):
             continue
         build = partial(_batch, histories, target, query=query, batch_size=batch_size, buckets=(width,), **options)
         part = grain.MapDataset.source(users).seed(seed + b).shuffle().repeat().batch(batch_size, batch_fn=np.array)
@@ -76,6 +75,6 @@ def sampler(
 
 
 def _batch(histories: Histories, target: Target, users: np.ndarray, rng: np.random.Generator, **options: Any) -> Batch:
-    """The one batch of these positions, in random order."""
+    """Build the batch of the users at these positions, in random order."""
     (batch,) = batches(histories.take(users), target, rng=rng, **options)
     return batch._replace(positions=users[batch.positions])

@@ -1,4 +1,4 @@
-"""Splits: which users meta-train, which validate and which test, as a protocol that is a value."""
+"""Splits: training, validation and test users, and the cold-user protocol."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -8,25 +8,25 @@ import numpy as np
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.errors import DataError
 
-Kind = Literal["click", "rating", "ranking"]  # what a protocol's `target` may be
+Kind = Literal["click", "rating", "ranking"]  # a protocol's `target`
 KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True, eq=False)
 class Histories:
-    """Some users of a dataset, each with all interactions, in the order in which tasks take them.
+    """Some users of a dataset and their interactions, in the order in which tasks use them.
 
-    A task's query is a user's first interactions, its support the ones that follow, so that support sets of
-    several sizes are nested and share one query.
+    The query of a task is a user's first interactions, the support those that follow. Support sets of several sizes are
+    therefore nested and share one query.
 
     Attributes:
       data: the dataset.
       users: `[n]` user rows.
-      starts: `[n + 1]`; user `i` has the interactions `index[starts[i]:starts[i + 1]]`.
+      starts: `[n + 1]` offsets: user `i` has the interactions `index[starts[i]:starts[i + 1]]`.
       index: `[interactions]` positions in the dataset's arrays.
-      ordered: each user's interactions are there from the latest to the first, and tasks keep that order: support
-        before query, also in training.
-      queries: `[n]` how many of each user's first interactions are its query; None: as many as the caller asks for.
+      ordered: whether each user's interactions are sorted latest first. Tasks keep that order, also in training: every
+        support precedes its query in time.
+      queries: `[n]` query size of each user; None: the caller chooses.
     """
 
     data: Dataset
@@ -41,21 +41,30 @@ class Histories:
 
     @property
     def lengths(self) -> np.ndarray:
-        """`[n]` interactions of each user."""
+        """Number of interactions of each user, `[n]`."""
         return np.diff(self.starts)
 
     @classmethod
     def of(cls, data: Dataset, users: np.ndarray, keep: np.ndarray | None = None) -> "Histories":
-        """The histories of these user rows, in the dataset's order; of all interactions, or of those to `keep`
-        (`[interactions]` bool)."""
+        """Build the histories of user rows, in the dataset's order.
+
+        Args:
+          data: the dataset.
+          users: `[n]` user rows.
+          keep: `[interactions]` bool mask of the interactions to use (default: all).
+        """
         order = np.argsort(data.user, kind="stable")
         order = order if keep is None else order[keep[order]]
         bounds = np.searchsorted(data.user[order], np.arange(len(data.users) + 1))
         return cls(data, np.arange(len(data.users)), bounds, order).take(np.asarray(users))
 
     def take(self, positions: np.ndarray, most: int | None = None) -> "Histories":
-        """The users at these positions, each with its interactions, or with the first `most` of them, in the same
-        order; `queries` are cut to `most` as well."""
+        """Select users by position.
+
+        Args:
+          positions: positions in these histories.
+          most: keep each user's first `most` interactions (default: all); `queries` are cut as well.
+        """
         length = self.lengths[positions] if most is None else np.minimum(self.lengths[positions], most)
         starts = np.concatenate([[0], np.cumsum(length)]).astype(int)
         within = np.arange(starts[-1]) - np.repeat(starts[:-1], length)
@@ -64,7 +73,7 @@ class Histories:
         return replace(self, users=self.users[positions], starts=starts, index=index, queries=queries)
 
     def latest_first(self) -> "Histories":
-        """The same users, each with its interactions from the latest to the first, as tasks in time take them.
+        """Sort each user's interactions latest first, as time-ordered tasks need.
 
         Raises:
           ValueError: the histories have `queries`.
@@ -72,7 +81,7 @@ class Histories:
         return self._sorted(-self.data.order[self.index], ordered=True)
 
     def shuffled(self, rng: np.random.Generator) -> "Histories":
-        """The same users, each with its interactions in random order.
+        """Shuffle each user's interactions.
 
         Raises:
           ValueError: the histories have `queries`.
@@ -80,10 +89,10 @@ class Histories:
         return self._sorted(rng.random(len(self.index)))
 
     def _sorted(self, key: np.ndarray, **changes: Any) -> "Histories":
-        """The same users, each with its interactions by ascending `key` `[interactions]`."""
+        """Sort each user's interactions by ascending `key` `[interactions]`."""
         if self.queries is not None:
             raise ValueError(
-                "these histories say how many of the first interactions are a user's query (`queries`), and another "
+                "these histories have query sizes (`queries`), which count each user's first interactions; another "
                 "order would mix query and support; drop the counts first: dataclasses.replace(histories, queries=None)"
             )
         owner = np.repeat(np.arange(len(self)), self.lengths)
@@ -91,7 +100,7 @@ class Histories:
 
 
 class Split(NamedTuple):
-    """Tasks that meta-train, validate and test; with `ColdUsers` no user is in two of them."""
+    """Training, validation and test tasks; with `ColdUsers` their users are disjoint."""
 
     train: Histories
     validation: Histories
@@ -99,32 +108,32 @@ class Split(NamedTuple):
 
 
 def check_fractions(fractions: tuple[float, ...]) -> None:
-    """Raise a ValueError unless `fractions` are three shares that sum to 1."""
+    """Validate that `fractions` are three shares that sum to 1; raise `ValueError` otherwise."""
     if len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1) <= 1e-6:
         raise ValueError(f"fractions must be three shares that sum to 1, got {fractions}")
 
 
 def divide(users: np.ndarray, fractions: tuple[float, ...], rng: np.random.Generator) -> list[np.ndarray]:
-    """Permute `users` and cut them into three parts of these `fractions`."""
+    """Shuffle `users` and cut them into three parts by `fractions`."""
     return np.split(rng.permutation(users), np.round(np.cumsum(fractions[:2]) * len(users)).astype(int))
 
 
 @dataclass(frozen=True)
 class ColdUsers:
-    """The cold-user protocol: tasks are users never seen in training (as RecBole-MetaRec does it).
+    """The cold-user protocol: test users are never seen in training (as in RecBole-MetaRec).
 
-    Users with `minimum` to `maximum` interactions are split at random into train, validation and test; in
-    each task `query` random interactions are judged and the rest is the support set.
+    Users with `minimum` to `maximum` interactions are split at random into train, validation and test. In each task
+    `query` random interactions are the query set and the rest is the support set.
 
     Attributes:
-      minimum, maximum: interactions that a user must have to be split.
-      query: size of the query set.
-      fractions: train, validation, test; they sum to 1.
-      target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (the clicks of the
-        query are to be found among all items).
-      threshold: the lowest rating that counts as a click.
-      train_on: "window" trains on the split's training users only; "all" adds every user outside the window
-        (those with at least two interactions), who are never validation or test users.
+      minimum, maximum: range of interactions of the users that are split.
+      query: query size.
+      fractions: train, validation and test shares; they sum to 1.
+      target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (find the clicks of
+        the query among all items).
+      threshold: lowest rating that is a click.
+      train_on: "window" trains on the split's training users only; "all" adds all users outside the window with at
+        least two interactions.
     """
 
     minimum: int = 13
@@ -143,10 +152,10 @@ class ColdUsers:
             )
         check_fractions(self.fractions)
         if self.target not in KINDS or self.train_on not in ("window", "all"):
-            raise ValueError(f'target is "click", "rating" or "ranking", train_on "window" or "all"; got {self}')
+            raise ValueError(f'target must be "click", "rating" or "ranking", train_on "window" or "all"; got {self}')
 
     def split(self, data: Dataset, seed: int = 0) -> Split:
-        """Split the users of a dataset; the same seed gives the same split and the same queries.
+        """Split the users of a dataset; the same seed gives the same split and queries.
 
         Raises:
           DataError: too few users have `minimum` to `maximum` interactions.

@@ -1,4 +1,4 @@
-"""Item statistics: what the training users did with an item, as a dense field that unknown and new items have too."""
+"""Item statistics: shrunk item means of the training users' targets, as a dense item field."""
 
 from dataclasses import dataclass, replace
 
@@ -10,24 +10,25 @@ from metarec_jax.tasks.splits import Histories
 from metarec_jax.tasks.target import Target
 
 NAME = "training statistics"
-SHRINK = 5.0  # training users that the prior of an item's mean is worth
+SHRINK = 5.0  # pseudo-count in the denominator of an item's mean
 
 
 @dataclass(frozen=True, eq=False)
 class ItemStatistics:
-    """Per item: the shrunk means of the training users' targets, and log(1 + how many rated it), all standardised.
+    """Statistics of each item as a dense field: shrunk mean targets and log(1 + count), standardised.
 
-    A training user's own interactions with an item are taken out of what that user sees (`without`). Otherwise the
-    field would tell in training, and only there, what the user thought of a rarely rated item.
+    Means and counts are over the training users. Unknown and new items have the field, too. For a training user the
+    user's own interactions with an item are excluded (`without`). Otherwise the field would leak, in training only, the
+    user's rating of a rarely rated item.
 
     Attributes:
-      target: ratings to the `values` whose means are taken: whether clicked and how much liked, or the rating.
+      target: mapping of ratings to the `values` that are averaged: click and grade, or the rating.
       total: `[items, values]` sum of (value - mean).
-      count: `[items]` training users.
-      mean: `[values]` of the training users.
+      count: `[items]` number of training interactions.
+      mean: `[values]` means over the training users' interactions.
       field: the dense field of width `values + 1`.
-      pairs: where a task has an item more than once (see `by_key`): sorted user * items + item of the training
-        interactions, with the sum of (value - mean) and the count of each.
+      pairs: if a task has an item more than once (see `by_key`), three arrays over the distinct pairs: sorted keys user
+        * items + item, sum of (value - mean) `[pairs, values]`, and count. Otherwise None.
     """
 
     target: Target
@@ -39,7 +40,7 @@ class ItemStatistics:
 
     @classmethod
     def fit(cls, train: Histories, target: Target) -> "ItemStatistics":
-        """From the training users alone: nothing of validation or test users can leak through the field."""
+        """Fit the statistics on training users only, so that validation and test users cannot leak."""
         data, values = train.data, target.values(train.data.rating[train.index]).astype(float)
         items, mean = data.item[train.index], values.mean(0)
         total = _sums(items, values - mean, len(data.items))
@@ -52,7 +53,7 @@ class ItemStatistics:
         return cls(target, total, count, mean, field, pairs)
 
     def extend(self, data: Dataset) -> Dataset:
-        """The dataset with the field added to its items."""
+        """Return the dataset with the field added to its items."""
         table = self._standardised(self.total, self.count)
         return replace(
             data,
@@ -61,15 +62,24 @@ class ItemStatistics:
         )
 
     def without(self, users: np.ndarray, items: np.ndarray, rating: np.ndarray) -> np.ndarray:
-        """The field `[..., values + 1]` of item rows `[...]`, each without what its user `[...]` did with the item: the
-        one interaction of this rating `[...]`, or all of them where tasks have an item more than once."""
+        """Compute the field with each user's own interactions with the item excluded.
+
+        Excludes the one interaction of this rating, or all of the pair if tasks have an item more than once.
+
+        Args:
+          users, items: `[...]` rows.
+          rating: `[...]` the user's ratings of the items.
+
+        Returns:
+          `[..., values + 1]` float32.
+        """
         own_total, own_count = self.target.values(rating) - self.mean, np.ones_like(self.count[items])
         if self.pairs is not None:
             pair = users * np.int64(len(self.total)) + items
             place = np.minimum(np.searchsorted(self.pairs[0], pair), len(self.pairs[0]) - 1)
-            found = self.pairs[0][place] == pair
-            own_total = np.where(found[..., None], self.pairs[1][place], 0)
-            own_count = np.where(found, self.pairs[2][place], 0)
+            matching = self.pairs[0][place] == pair
+            own_total = np.where(matching[..., None], self.pairs[1][place], 0)
+            own_count = np.where(matching, self.pairs[2][place], 0)
         return self._standardised(self.total[items] - own_total, np.maximum(self.count[items] - own_count, 0))
 
     def _standardised(self, total: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -77,7 +87,7 @@ class ItemStatistics:
 
 
 def _sums(group: np.ndarray, values: np.ndarray, groups: int) -> np.ndarray:
-    """`[groups, values]` sums of `values` `[n, values]` by `group` `[n]`."""
+    """Sum `values` `[n, values]` by `group` `[n]`; `[groups, values]`."""
     return np.stack([np.bincount(group, column, groups) for column in values.T], -1)
 
 

@@ -1,1 +1,1 @@
-"""Experimental: parts of the core that nothing else calls yet."""
+"""Experimental parts of the core, not used by the rest of the package."""

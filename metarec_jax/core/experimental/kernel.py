@@ -1,40 +1,40 @@
-"""On-chip inner loop: adapt a block of users and score their queries in one Pallas kernel; off unless called.
+"""Inner loop in one Pallas kernel: adapt a block of users on chip and score their queries. Not used by default.
 
-The rows of a few users are stacked into one matrix, so that every product is a plain one, wide enough for tensor cores.
-What a step changes stays factored, `x W' = x W - lr (x X^T) D` as in `fastweights`, with `x X^T` set to 0 where two
-rows are of different users. Factored steps need `2 n (in + out)` numbers a user, which the second-order gradient keeps
-anyway; a user's own 64 x 64 weights would add 16 KB for each step. Backward, the kernel adapts its block again.
+The rows of a few users are stacked into one matrix, wide enough for tensor cores. Weight updates stay factored,
+`x W' = x W - lr (x X^T) D` as in `fastweights`, with `x X^T` masked to 0 between rows of different users. Factored
+steps need `2 n (in + out)` numbers per user, which the second-order gradient stores anyway; per-user 64 x 64 weights
+would add 16 KB per step. The backward pass adapts each block again.
 
-Counted for 256-64-64, n = 20, q = 10, float32, three users a program (64 + 32 rows), a meta-gradient in the parameters:
+Counted for 256-64-64, n = 20, q = 10, float32, three users per program (64 + 32 rows), meta-gradient in the parameters:
 
-    bytes a user, for any K, in KB
-      stacking, in XLA     30.7 read, 32.8 written (XLA may fuse it with what makes the features)
-      forward              32.8 read, 0.04 written; kept for the backward pass: the inputs
+    bytes per user, for any K, in KB
+      stacking, in XLA     30.7 read, 32.8 written (XLA may fuse it with the ops that compute the features)
+      forward              32.8 read, 0.04 written; only the inputs are stored for the backward pass
       backward             32.8 read, 8.2 written (gradient at the first layer's outputs), 7.0 (parts of small leaves)
       sums over users      48.0 read
-      in all               192, hence 12.9 M users/s at 2.49 TB/s; 129 and 19.3 M where stacking is fused
-      weights              56 from L2: 84 a program, forward and backward
-    arithmetic a user, in MFLOP: products as executed, other users' rows and padding included
+      total                192, hence 12.9 M users/s at 2.49 TB/s; 129 and 19.3 M if stacking is fused
+      weights              56 from L2: 84 per program, forward and backward
+    arithmetic per user, in MFLOP: products as executed, including other users' rows and padding
       K = 1                7.5 (6.2 by the formula of throughput.floor), hence 48 M users/s at 356 TFLOP/s
-      K = 5                69 (26), hence 5.2 M: above the first layer, the pairs of steps grow as K squared
-    fast memory a program, in KB
+      K = 5                69 (26), hence 5.2 M: above the first layer, pairs of steps grow as K squared
+    fast memory per program, in KB
       one strip            80 for the features and weights, 48 for the sums
       K = 1                about 100 of activations and gradients: fits an H100's 227 of shared memory
       K = 5                about 900 (one user: 350), more than its shared memory and registers together (483).
                            A TPU's VMEM (v5e: 128 MB) holds either; `block` can then be larger
 
-So bytes bound K = 1 and arithmetic K = 5. These are limits on paper. On an H100, through Triton, K = 1 runs at 1.9
-million users/s where XLA's many small kernels take `fastweights` to 5.8 (benchmarks/RESULTS.md). Hence it is off.
+So K = 1 is bound by memory traffic and K = 5 by arithmetic, in theory. Measured on an H100 through Triton, K = 1 runs
+at 1.9 million users/s; `fastweights`, many small XLA kernels, runs at 5.8 (benchmarks/RESULTS.md). Hence it is off.
 
-What compilers say, without a device: Triton and Mosaic for TPUs take both kernels (lowered with jax 0.10.2 and 0.12,
-K = 1 and 5). `compiler_params` of `jax.experimental.pallas.triton` select Triton where jax would take Mosaic GPU, which
-does not take the kernel; jax 0.11 deprecates Triton. Compiled to the end with jax 0.12: for a TPU v5e K = 1 and 5; for
-an H100 K = 1 with three users a program, and K = 2 with one. There K = 2 with three users asks for 487 KB of shared
-memory and is refused, and K = 3 (one user) and 5 were not through after minutes: there it is for one or two steps.
+Lowering, without a device: Triton and Mosaic TPU accept both kernels (jax 0.10.2 and 0.12, K = 1 and 5). Mosaic GPU
+does not; pass `compiler_params` of `jax.experimental.pallas.triton` to select Triton, which jax 0.11 deprecates. Full
+compilation with jax 0.12 succeeds for a TPU v5e with K = 1 and 5, and for an H100 with K = 1 (three users per program)
+and K = 2 (one user). On an H100, K = 2 with three users is rejected: it needs 487 KB of shared memory. K = 3 (one user)
+and K = 5 did not finish compiling within minutes. So use one or two steps there.
 
-Sides of matrices are padded to powers of two of at least 16, which Triton asks for; padding is exact. Products take the
-ambient precision: TF32 on a GPU and bfloat16 on a TPU, unless under `jax.default_matmul_precision("highest")`. A user
-whose loop meets a non-finite number spoils the others of its block, as it would spoil any mean over users.
+Matrix sides are padded to powers of two, at least 16, as Triton requires; padding is exact. Products use the ambient
+precision: TF32 on a GPU and bfloat16 on a TPU, unless under `jax.default_matmul_precision("highest")`. A user whose
+loop meets a non-finite number corrupts the others of its block, as it would any mean over users.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,18 +54,18 @@ Dense = tuple[jax.Array, jax.Array]  # w [in, out], b [out]
 Rest = tuple[jax.Array, ...]  # b [1, out], step sizes of w and b [1, 1]
 Layer = tuple[jax.Array, Rest]  # w [in, out]
 
-TILE = 16  # least side of a matrix that tensor cores multiply
-STRIP = 128  # columns of the features that are read at a time: a TPU's lanes
-ROWS = 64  # support rows that fill them
+TILE = 16  # minimum matrix side for tensor cores
+STRIP = 128  # feature columns read at a time: the lanes of a TPU
+ROWS = 64  # target number of support rows in a block
 
 
 class _Settings(NamedTuple):
-    """What is fixed when the kernel is traced."""
+    """Static settings of the kernel."""
 
     activation: Callable[[jax.Array], jax.Array]
     loss: PointwiseLoss
     steps: int
-    support: int  # examples a user
+    support: int  # examples per user
     query: int
     widths: tuple[int, ...]  # of the hidden layers, before padding
     interpret: Any
@@ -85,30 +85,31 @@ def inner_loop(
     interpret: Any = False,
     compiler_params: Any = None,
 ) -> jax.Array:
-    """Scores of each user's adapted dense tower: `inner.adapt` by plain SGD, then `inner.predict`, in one kernel.
+    """Adapt a dense tower to each user by SGD and score the queries, in one kernel.
 
         w_0 = params;  w_{k+1} = w_k - step_size * grad L_support(w_k);  scores = tower(w_steps, query)
 
-    Differentiable in reverse mode, once, in `params`, `step_size`, both features and the targets, with all
-    second-order terms. Users without support keep the shared parameters, exactly; padding changes nothing.
+    Equals `inner.adapt` followed by `inner.predict`. Differentiable once, in reverse mode, in `params`, `step_size`,
+    both features and the targets, with all second-order terms. Users without support examples keep the shared
+    parameters exactly; padding changes nothing.
 
     Args:
-      activation: elementwise, between the layers. It and `loss` close over no traced value.
+      activation: elementwise, between the layers. Neither it nor `loss` may close over traced values.
       params: layers `(w [in, out], b [out])`, first to last; the last is linear, with one output.
-      support: features `[users, examples, in]`, target and mask `[users, examples]`.
+      support: features `[users, examples, in]`, target and mask `[users, examples]`; a mask above 0 counts as 1.
       query: features `[users, q, in]`.
-      loss: elementwise loss of scores and targets; its mean over a user's real examples is minimised.
+      loss: elementwise loss of scores and targets; its mean over a user's unmasked examples is minimised.
       step_size: a scalar, or a pytree prefix of `params` with a scalar for each leaf.
       steps: number of inner steps; the kernel's code grows with its square.
       block: users whose rows are stacked into one matrix (default: about 64 support rows).
-      interpret: of `pallas_call`: True runs the kernel as ordinary JAX, the only way on a CPU.
-      compiler_params: of `pallas_call`, for the backend at hand: the number of warps, for instance.
+      interpret: of `pallas_call`; True runs the kernel as ordinary JAX, the only way on a CPU.
+      compiler_params: of `pallas_call`, backend-specific, such as the number of warps.
 
     Returns:
       Scores `[users, q]`.
 
     Raises:
-      ValueError: for shapes that do not fit together, an empty batch, or a number out of range.
+      ValueError: shapes do not match, the batch is empty, or `steps` or `block` is out of range.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
@@ -119,7 +120,7 @@ def inner_loop(
     (users, n, _), q = features.shape, query.shape[1]
     block = block or max(1, ROWS // max(n, q))
     kept = mask > 0
-    share = kept / jnp.maximum(kept.sum(1, keepdims=True), 1)  # of each example in its user's mean loss
+    share = kept / jnp.maximum(kept.sum(1, keepdims=True), 1)  # weight of each example in its user's mean loss
     settings = _Settings(
         activation, loss, steps, n, q, tuple(w.shape[1] for w, _ in layers[:-1]), interpret, compiler_params
     )
@@ -131,7 +132,7 @@ def inner_loop(
     return scores[:, : block * q].reshape(-1, q)[:users]
 
 
-# --- layout: what goes into the kernel
+# --- layout of the kernel's inputs
 
 
 def _check(
@@ -165,17 +166,17 @@ def _check(
 
 
 def _side(size: int) -> int:
-    """The padded size of a matrix's side: Triton takes powers of two, tensor cores 16 and more."""
+    """Return the padded size of a matrix side: Triton needs powers of two, tensor cores at least 16."""
     return max(TILE, pl.next_power_of_2(size))
 
 
 def _pad(array: jax.Array, *sizes: int) -> jax.Array:
-    """`array` with zeros after the end of each axis."""
+    """Pad the end of each axis with zeros to `sizes`."""
     return jnp.pad(array, [(0, size - have) for size, have in zip(sizes, array.shape, strict=True)])
 
 
 def _padded_layers(layers: list[Dense], sizes: list[Any]) -> list[Layer]:
-    """The layers and the step sizes of their leaves, in order."""
+    """Pad the layers and attach the step sizes of their leaves."""
     padded = []
     for i, (w, b) in enumerate(layers):
         pair = [jnp.asarray(s, w.dtype) for s in sizes[2 * i : 2 * i + 2]]
@@ -187,18 +188,18 @@ def _padded_layers(layers: list[Dense], sizes: list[Any]) -> list[Layer]:
 
 
 def _stacked(array: jax.Array, block: int) -> jax.Array:
-    """`[users, examples, width]` as `[blocks, rows, width]`: a block's examples one under the other, padded."""
+    """Stack the examples of each block: `[users, examples, width]` to padded `[blocks, rows, width]`."""
     users, examples, width = array.shape
     blocks = -(-users // block)
     stacked = _pad(array, blocks * block, examples, width).reshape(blocks, block * examples, width)
     return _pad(stacked, blocks, _side(block * examples), width if width == 1 else _side(width))
 
 
-# --- one block of users: plain JAX on matrices, which the kernels run
+# --- one block of users: plain JAX on matrices, called by the kernels
 
 
 def _products(x: jax.Array, query: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-    """All that the loop needs of the features: `x w`, `x x^T`, `query w`, `query x^T`, each a sum over strips."""
+    """Compute the feature products of the loop: `x w`, `x x^T`, `query w`, `query x^T`, each a sum over strips."""
     return jnp.dot(x, w), _gram(x, x), jnp.dot(query, w), _gram(query, x)
 
 
@@ -210,11 +211,11 @@ def _block(
     upper: list[Layer],
     target: jax.Array,
 ) -> jax.Array:
-    """Adapted scores `[query rows, 1]` of one block's users, from the `_products` of their features."""
-    shared, gram, asked, asked_gram = products
-    (bias, *sizes), kept, (rows, asking) = rest, share > 0, asked_gram.shape[::-1]
+    """Compute the adapted scores `[query rows, 1]` of one block's users from their feature `_products`."""
+    shared, gram, query_shared, query_gram = products
+    (bias, *sizes), kept, (rows, query_rows) = rest, share > 0, query_gram.shape[::-1]
     same = _same_user(rows, settings.support, rows, settings.support)
-    asked_same = _same_user(asking, settings.query, rows, settings.support)
+    query_same = _same_user(query_rows, settings.query, rows, settings.support)
     shared, kernel = shared + bias, _kernel(gram, sizes, same)  # the first layer's inputs stay the same in all steps
     moved = jnp.zeros_like(shared)  # sum over the steps of the gradient at the first layer's outputs
     past: list[list[tuple[jax.Array, jax.Array]]] = [[] for _ in upper]
@@ -230,10 +231,10 @@ def _block(
         ((gradient, *gradients),) = pull(share)
         moved = moved + gradient
         past = [[*steps, pair] for steps, pair in zip(past, zip(inputs, gradients, strict=True), strict=True)]
-    first = asked + bias
+    first = query_shared + bias
     if settings.steps:
-        first = first - jnp.dot(_kernel(asked_gram, sizes, asked_same), moved)
-    return _upper(settings, upper, first, past, asked_same, [None] * len(past))[0]
+        first = first - jnp.dot(_kernel(query_gram, sizes, query_same), moved)
+    return _upper(settings, upper, first, past, query_same, [None] * len(past))[0]
 
 
 def _upper(
@@ -244,12 +245,12 @@ def _upper(
     same: jax.Array,
     probes: Sequence[jax.Array | None],
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Scores `[rows, 1]` from the first layer's outputs, and the inputs of the layers above it.
+    """Compute scores `[rows, 1]` from the first layer's outputs; also return the inputs of the upper layers.
 
     Args:
-      past: for each of those layers, the inputs and output gradients `[support rows, ...]` of the steps so far.
-      same: `[rows, support rows]` whether two rows are one user's.
-      probes: added to those layers' outputs, to take the gradient there.
+      past: per upper layer, the inputs and output gradients `[support rows, ...]` of the steps so far.
+      same: `[rows, support rows]` whether two rows belong to the same user.
+      probes: zeros added to the upper layers' outputs, to take gradients there.
     """
     inputs = []
     for (w, (b, *sizes)), steps, width, probe in zip(layers, past, settings.widths, probes, strict=True):
@@ -269,7 +270,7 @@ def _gram(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _kernel(gram: jax.Array, sizes: list[jax.Array], same: jax.Array) -> jax.Array:
-    """What a step does to a layer's outputs: `step_w gram + step_b` where the two rows are one user's."""
+    """Compute the tangent kernel of a layer: `step_w gram + step_b` within a user, 0 between users."""
     w_size, b_size = sizes
     return jnp.where(same, w_size * gram + b_size, 0.0)
 
@@ -279,7 +280,7 @@ def _index(shape: tuple[int, ...], axis: int) -> jax.Array:
 
 
 def _same_user(rows: int, each: int, columns: int, other: int) -> jax.Array:
-    """`[rows, columns]` whether a row and a column are one user's, who has `each` rows and `other` columns."""
+    """Return `[rows, columns]` whether a row and a column are one user's, with `each` rows and `other` columns each."""
     shape = (rows, columns)
     return jax.lax.div(_index(shape, 0), jnp.int32(each)) == jax.lax.div(_index(shape, 1), jnp.int32(other))
 
@@ -289,7 +290,7 @@ def _same_user(rows: int, each: int, columns: int, other: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(settings: _Settings, layers: list[Layer], *blocks: jax.Array) -> jax.Array:
-    """Scores `[blocks, query rows, 1]` from features, targets, shares and queries `[blocks, rows, width]`."""
+    """Compute scores `[blocks, query rows, 1]` from features, targets, shares and queries `[blocks, rows, width]`."""
 
     def kernel(layers: Any, blocks: Any, scores: Any) -> None:
         (weight, rest), *upper = layers
@@ -302,23 +303,23 @@ def _fused(settings: _Settings, layers: list[Layer], *blocks: jax.Array) -> jax.
 
 
 def _forward(settings: _Settings, layers: list[Layer], *blocks: Any) -> tuple[jax.Array, Any]:
-    """Keeps the inputs only; features that need a gradient are kept twice, to say so in the pytree's structure."""
+    """Save the inputs only. Features that need a gradient are saved twice: the tree structure marks them."""
     layers, values = jax.tree.map(lambda p: p.value, (layers, blocks), is_leaf=lambda a: hasattr(a, "perturbed"))
     wanted = [primal.value if primal.perturbed else None for primal in (blocks[0], blocks[-1])]
     return _fused(settings, layers, *values), (layers, values, wanted)
 
 
 def _backward(settings: _Settings, saved: Any, gradient: jax.Array) -> tuple[Any, ...]:
-    """Adapts each block again and pulls the gradient back, all on chip.
+    """Adapt each block again and pull the gradient back, all on chip.
 
-    The kernel returns each block's part of the small leaves' gradients, and the gradient at the first layer's outputs:
-    with it the large gradient of the first weights is one product over all users.
+    The kernel returns each block's part of the small leaves' gradients and the gradient at the first layer's outputs.
+    The large gradient of the first weights is then one product over all users.
     """
     layers, blocks, wanted = saved
     x, target, _, query = blocks
     (weight, rest), *upper = layers
 
-    def kernel(layers: Any, blocks: Any, parts: Any, d_target: Any, at_outputs: Any, found: Any) -> None:
+    def kernel(layers: Any, blocks: Any, parts: Any, d_target: Any, at_outputs: Any, d_features: Any) -> None:
         (weight, rest), *upper = layers
         x, target, share, query, gradient = blocks
         small: tuple[Any, Any] = jax.tree.map(lambda ref: ref[...], (rest, upper))
@@ -330,11 +331,11 @@ def _backward(settings: _Settings, saved: Any, gradient: jax.Array) -> tuple[Any
 
         def strip(at: Any, carry: None) -> None:
             _, pull = jax.vjp(_products, x[:, at], query[:, at], weight[at])
-            for ref, value in zip(found, pull(products), strict=False):
+            for ref, value in zip(d_features, pull(products), strict=False):
                 if ref is not None:
                     ref[:, at] = value
 
-        if jax.tree.leaves(found):
+        if jax.tree.leaves(d_features):
             _strips(x.shape[1], strip, None)
 
     def like(a: jax.Array) -> jax.ShapeDtypeStruct:
@@ -359,7 +360,7 @@ _fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _strips(width: int, body: Callable[[Any, Any], Any], start: Any) -> Any:
-    """Folds `body(columns, carry)` over strips of columns: in a loop, so that no compiler holds them all at once."""
+    """Fold `body(columns, carry)` over strips of columns, in a loop so that no compiler holds all strips at once."""
     strip = min(width, STRIP)
     return jax.lax.fori_loop(
         0, width // strip, lambda i, c: body(pl.ds(pl.multiple_of(i * strip, strip), strip), c), start
@@ -367,33 +368,33 @@ def _strips(width: int, body: Callable[[Any, Any], Any], start: Any) -> Any:
 
 
 def _sum_products(x: Any, query: Any, weight: Any) -> tuple[jax.Array, ...]:
-    """`_products` of what the references hold."""
-    rows, asking, out = x.shape[0], query.shape[0], weight.shape[1]
+    """Compute `_products` of references, strip by strip."""
+    rows, query_rows, out = x.shape[0], query.shape[0], weight.shape[1]
 
     def add(at: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(map(jnp.add, sums, _products(x[:, at], query[:, at], weight[at])))
 
-    shapes = (rows, out), (rows, rows), (asking, out), (asking, rows)
+    shapes = (rows, out), (rows, rows), (query_rows, out), (query_rows, rows)
     return _strips(x.shape[1], add, tuple(jnp.zeros(shape, x.dtype) for shape in shapes))
 
 
 def _call(
     settings: _Settings, kernel: Callable[..., None], out: Any, layers: Any, blocks: tuple[jax.Array, ...]
 ) -> Any:
-    """Runs `kernel(layers, blocks, *out)`, a program for each entry of the first axis of the blocks and of `out`."""
+    """Run `kernel(layers, blocks, *out)`, one program per entry of the first axis of `blocks` and `out`."""
 
     def whole(a: Any) -> pl.BlockSpec:
         return pl.BlockSpec(a.shape, lambda program: (0,) * a.ndim)
 
-    def own(a: Any) -> pl.BlockSpec:
+    def one_block(a: Any) -> pl.BlockSpec:
         return pl.BlockSpec((None, *a.shape[1:]), lambda program: (program,) + (0,) * (a.ndim - 1))
 
     return pl.pallas_call(
         kernel,
         out,
         grid=(blocks[0].shape[0],),
-        in_specs=(jax.tree.map(whole, layers), jax.tree.map(own, blocks)),
-        out_specs=jax.tree.map(own, out),
+        in_specs=(jax.tree.map(whole, layers), jax.tree.map(one_block, blocks)),
+        out_specs=jax.tree.map(one_block, out),
         interpret=settings.interpret,
         compiler_params=settings.compiler_params,
     )(layers, blocks)

@@ -1,1 +1,1 @@
-"""Wrappers: strategies made of other strategies."""
+"""Wrappers: strategies built from other strategies."""

@@ -1,4 +1,4 @@
-"""Ensembles: any strategies trained jointly, each on its own loss; their scores are averaged, weighted or gated."""
+"""Ensembles: strategies trained jointly, each on its own loss; their scores are averaged, weighted or gated."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -26,28 +26,28 @@ def ensemble(
     weights: str = "uniform",
     loss: PointwiseLoss | None = None,
 ) -> Strategy:
-    """Members that adapt by themselves and are trained on their own losses, so that they stay diverse; one score.
+    """Build an ensemble: members adapt separately, train on their own losses to stay diverse, and give one score.
 
         score(x) = sum_m g_m score_m(x),   g = (1/M, ..., 1/M), softmax(w) or softmax(gate(support set of user u))
 
     - "uniform": the mean (a deep ensemble).
-    - "validation": one weight for each member, that `fit_weights` finds on users kept out of training; equal before.
-    - "gate": weights for each user, from a small network that reads how many examples the user has, mean and variance
-      of their targets, and each member's loss on them after adapting (a mixture of experts). Meta-training fits it on
-      the query examples; no gradient of the gate's loss reaches the members.
+    - "validation": one weight per member, fitted by `fit_weights` on users held out from training; equal before that.
+    - "gate": weights per user (a mixture of experts). A small network reads the user's number of examples, the mean and
+      variance of their targets, and each member's loss on them after adaptation. Meta-training fits it on the query
+      examples; no gradient of the gate's loss reaches the members.
 
-    Members may be ensembles themselves, and `given` ones, which are trained already. Where every member knows its
-    `deviation`, the ensemble's is that of the mixture, sum_m g_m (s_m^2 + score_m^2) - score^2.
+    Members may be ensembles, or `given` strategies, which are trained already. If every member has a `deviation`, the
+    ensemble's is that of the mixture: its square is sum_m g_m (s_m^2 + score_m^2) - score^2.
 
     Args:
-      strategies: one, of which the members are copies with other initial parameters, run as one program by `vmap`;
-        or one for each member.
-      members: how many copies of one strategy (default 4).
+      strategies: one strategy, copied with different initial parameters and run as one program by `vmap`; or one
+        strategy per member.
+      members: number of copies of one strategy (default 4).
       weights: "uniform", "validation" or "gate".
       loss: elementwise loss of scores and targets; for the gate only.
 
     Raises:
-      ValueError: no members, unknown `weights`, a gate without `loss`.
+      ValueError: no members, unknown `weights`, a gate without `loss`, or `members` together with a list of strategies.
 
     References:
       Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles, NeurIPS 2017,
@@ -60,7 +60,7 @@ def ensemble(
         group = copies(strategies, size)
     else:
         if members is not None:
-            raise ValueError("`members` says how many copies of one strategy; a list of strategies has its own length")
+            raise ValueError("`members` is the number of copies of one strategy; a list of them has its own length")
         size = len(strategies)
         group = several(strategies)
     if size < 1:
@@ -73,8 +73,8 @@ def ensemble(
 
     def init(key: jax.Array) -> Params:
         of_members, of_gate = jax.random.split(key)
-        own = init_gate(of_gate, size) if gated else jnp.zeros(size) if weights == "validation" else {}
-        return {"members": group.init(of_members), "weights": own}
+        weight_params = init_gate(of_gate, size) if gated else jnp.zeros(size) if weights == "validation" else {}
+        return {"members": group.init(of_members), "weights": weight_params}
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
         adapted = group.adapt(params["members"], support, key)
@@ -85,7 +85,7 @@ def ensemble(
         return {"members": adapted, "gate": gate(params["weights"], scores, support, loss)}
 
     def shares(params: Params, adapted: Adapted) -> jax.Array:
-        """`[users, members]` or `[1, members]`."""
+        """Return the members' weights, `[users, members]` or `[1, members]`."""
         if gated:
             return adapted["gate"]
         return jax.nn.softmax(params["weights"] if weights == "validation" else jnp.zeros(size))[None]
@@ -95,13 +95,13 @@ def ensemble(
 
     def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         assert group.deviations is not None
-        read, g = (params["members"], adapted["members"], features), shares(params, adapted)
-        scores, own = group.scores(*read), group.deviations(*read)
-        return jnp.sqrt(averaged(g, own**2 + (scores - averaged(g, scores)) ** 2))
+        arguments, g = (params["members"], adapted["members"], features), shares(params, adapted)
+        scores, deviations = group.scores(*arguments), group.deviations(*arguments)
+        return jnp.sqrt(averaged(g, deviations**2 + (scores - averaged(g, scores)) ** 2))
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         values, aux = group.loss(params["members"], task, key)
-        # the sum, not the mean: each member then gets the gradient that it would get alone
+        # the gradient is that of the sum, not the mean, so that each member trains as it would alone
         total, value = values.sum(), jax.lax.stop_gradient(values.mean())
         if gated:
             assert loss is not None
@@ -113,12 +113,12 @@ def ensemble(
 
 
 def averaged(shares: jax.Array, values: jax.Array) -> jax.Array:
-    """`[members, users, examples]` to `[users, examples]`."""
+    """Average `values` `[members, users, examples]` with weights `shares`, to `[users, examples]`."""
     return (shares.T[..., None] * values).sum(0)
 
 
 def init_gate(key: jax.Array, members: int) -> Params:
-    """Parameters of `gate`; the members' weights are equal at first."""
+    """Return the parameters of `gate`; the members' weights are equal at first."""
     inputs = 3 + members
     return {
         "layer": jax.random.normal(key, (inputs, HIDDEN)) / inputs**0.5,
@@ -129,7 +129,14 @@ def init_gate(key: jax.Array, members: int) -> Params:
 
 
 def gate(params: Params, scores: jax.Array, support: Examples, loss: PointwiseLoss) -> jax.Array:
-    """`[users, members]` weights of each user's members, from the members' `scores` of the support examples."""
+    """Return each user's weights of the members, `[users, members]`.
+
+    Args:
+      params: parameters of the gate.
+      scores: `[members, users, examples]` the members' scores of the support examples after adaptation.
+      support: the users' support sets.
+      loss: elementwise loss of scores and targets.
+    """
     losses = jax.vmap(jax.vmap(partial(mean_loss, loss)), (0, None))(scores, support).T
     weight, average = jnp.where(support.mask > 0, support.mask, 0.0), jax.vmap(masked_mean)
     count = weight.sum(1)
@@ -142,23 +149,23 @@ def gate(params: Params, scores: jax.Array, support: Examples, loss: PointwiseLo
 def fit_weights(
     strategy: Strategy, params: Params, tasks: Iterable[Task], *, loss: PointwiseLoss, steps: int = 300
 ) -> Params:
-    """`params` with the convex combination of members that is best on the query examples of `tasks`.
+    """Fit the convex combination of members that minimises the query loss of `tasks`; return `params` with it.
 
         w = argmin_w mean_u L_query(sum_m softmax(w)_m score_m)
 
-    The loss is convex in softmax(w) where `loss` is convex in the score. After training by `metarec_jax.train`:
+    The loss is convex in softmax(w) if `loss` is convex in the score. After training by `metarec_jax.train`:
 
-        users = found.split().validation
-        tasks = [batch.task for batch in batches(users, found.target, buckets=(128,))]  # of metarec_jax.tasks
-        params = fit_weights(found.strategy, found.params, tasks, loss=loss)
-        found = Recommender(dataclasses.replace(found.trained, params=params))
+        users = model.split().validation
+        tasks = [batch.task for batch in batches(users, model.target, buckets=(128,))]  # of metarec_jax.tasks
+        params = fit_weights(model.strategy, model.params, tasks, loss=loss)
+        model = Recommender(dataclasses.replace(model.trained, params=params))
 
     Args:
       strategy: `ensemble(..., weights="validation")`.
-      params: trained parameters of it.
+      params: its trained parameters.
       tasks: task batches of users that the members were not trained on.
       loss: elementwise loss of scores and targets.
-      steps: of Adam, on all tasks at once.
+      steps: steps of Adam, each on all tasks.
 
     Raises:
       ValueError: `params` have no weights to fit.
@@ -166,7 +173,7 @@ def fit_weights(
     if not hasattr(params.get("weights"), "shape"):
         raise ValueError('there are no weights to fit; make the strategy by ensemble(..., weights="validation")')
     size = len(params["weights"])
-    only = jnp.where(jnp.eye(size, dtype=bool), 0.0, -jnp.inf)  # softmax: the members one by one
+    one_member = jnp.where(jnp.eye(size, dtype=bool), 0.0, -jnp.inf)  # logits that select one member each
 
     @jax.jit
     def scored(task: Task) -> jax.Array:
@@ -175,7 +182,7 @@ def fit_weights(
         def member(w: jax.Array) -> jax.Array:
             return strategy.predict({**params, "weights": w}, adapted, task.query.features)
 
-        return jax.vmap(member, out_axes=-1)(only)
+        return jax.vmap(member, out_axes=-1)(one_member)
 
     parts = [(scored(task), task.query._replace(features=())) for task in tasks]
 
@@ -197,21 +204,20 @@ def fit_weights(
 
 
 def given(strategy: Strategy, params: Params) -> Strategy:
-    """`strategy` with parameters that are trained already: nothing of it is trained, a member of an ensemble or, where
-    it ranks, of a stack."""
+    """Freeze `strategy` with trained `params`, as a member of an ensemble or, if it ranks, of a stack."""
 
-    def own(function: Any) -> Any:
+    def bind(function: Any) -> Any:
         return function and (lambda _, *rest: function(params, *rest))
 
     return Strategy(
         init=lambda key: {},
-        adapt=own(strategy.adapt),
-        predict=own(strategy.predict),
-        loss=own(strategy.loss),
-        deviation=own(strategy.deviation),
+        adapt=bind(strategy.adapt),
+        predict=bind(strategy.predict),
+        loss=bind(strategy.loss),
+        deviation=bind(strategy.deviation),
         labelled=strategy.labelled,
-        items=own(strategy.items),
-        score=own(strategy.score),
+        items=bind(strategy.items),
+        score=bind(strategy.score),
         ranks=strategy.ranks,
     )
 
@@ -223,7 +229,7 @@ def mixture(
     weights: str = "gate",
     count: float = 0.0,
 ) -> Strategy:
-    """`ensemble` of `ridge`, `anil` and `melu`, each with a copy of the model; weights of each user's own by default.
+    """Build the `ensemble` of `ridge`, `anil` and `melu`, each with a copy of the model; weights per user by default.
 
     Args:
       model: needs `embed` and `groups`.

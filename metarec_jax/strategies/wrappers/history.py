@@ -1,4 +1,4 @@
-"""Histories: any strategy with a model that reads what the user did before (recurrent nets, Transformers)."""
+"""Histories: run any strategy on a model that reads the user's support set (recurrent networks, Transformers)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ from metarec_jax.types import Examples, Features, History, Params, Task
 
 
 def with_history(strategy: Strategy) -> Strategy:
-    """`strategy`, whose model is given `History` features: each example with its user's support set as the past.
+    """Wrap `strategy` so that its model gets `History` features: each example with its user's support set as the past.
 
-    An example of the support set carries its own place there, because it must not be scored by reading itself. The
-    adapted values include the support set, which `predict` needs again. Wrapping twice is the same as once; a strategy
-    with `prefixes` reads the support set itself.
+    A support example carries its own position in the past, because it must not be scored by reading itself. The adapted
+    values include the support set, which `predict` needs again. Wrapping twice has no further effect. A strategy with
+    `prefixes` reads the support set itself and is returned unchanged.
     """
     if strategy.prefixes is not None:
         return strategy
@@ -21,8 +21,8 @@ def with_history(strategy: Strategy) -> Strategy:
         return strategy.adapt(params, reading_the_others(support), key), support
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
-        own, support = adapted
-        return strategy.predict(params, own, reading_all(support, features))
+        inner, support = adapted
+        return strategy.predict(params, inner, reading_all(support, features))
 
     def loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         query = task.query._replace(features=reading_all(task.support, task.query.features))
@@ -30,8 +30,8 @@ def with_history(strategy: Strategy) -> Strategy:
 
     def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         assert strategy.deviation is not None
-        own, support = adapted
-        return strategy.deviation(params, own, reading_all(support, features))
+        inner, support = adapted
+        return strategy.deviation(params, inner, reading_all(support, features))
 
     return strategy._replace(
         adapt=adapt, predict=predict, loss=loss, deviation=deviation if strategy.deviation else None
@@ -39,23 +39,23 @@ def with_history(strategy: Strategy) -> Strategy:
 
 
 def reading_the_others(support: Examples) -> Examples:
-    """The support set whose every example has the other ones as its past."""
+    """Return the support set with `History` features: the past of each example is all the others."""
     if isinstance(support.features, History):
         return support
-    place = jnp.broadcast_to(jnp.arange(support.mask.shape[1], dtype=jnp.int32), support.mask.shape)
-    return support._replace(features=History(support.features, support, place))
+    position = jnp.broadcast_to(jnp.arange(support.mask.shape[1], dtype=jnp.int32), support.mask.shape)
+    return support._replace(features=History(support.features, support, position))
 
 
 def reading_all(support: Examples, features: Features) -> Features:
-    """Features of examples outside the support set, all of which is their past."""
+    """Return `History` features of examples outside the support set: the past of each is the whole support set."""
     if isinstance(features, History):
         return features
-    leading = jax.tree.leaves(features)[0].shape[:2]
-    return History(features, support, jnp.full(leading, -1, jnp.int32))
+    shape = jax.tree.leaves(features)[0].shape[:2]
+    return History(features, support, jnp.full(shape, -1, jnp.int32))
 
 
 def joined(task: Task) -> Examples:
-    """Support and query as one set, `[users, support + query, ...]`; the past of its examples stays the support set."""
+    """Concatenate support and query, `[users, support + query, ...]`; the past of all examples is the support set."""
 
     def join(support: jax.Array, query: jax.Array) -> jax.Array:
         return jnp.concatenate([support, query], axis=1)
@@ -63,6 +63,6 @@ def joined(task: Task) -> Examples:
     support, query = task
     if not isinstance(support.features, History):
         return jax.tree.map(join, support, query)
-    one, two = support.features, query.features
-    features = History(jax.tree.map(join, one.now, two.now), one.past, join(one.own, two.own))
+    before, after = support.features, query.features
+    features = History(jax.tree.map(join, before.now, after.now), before.past, join(before.own, after.own))
     return Examples(features, join(support.target, query.target), join(support.mask, query.mask))

@@ -1,4 +1,4 @@
-"""Labels: what each rating of a support set is worth as evidence of a click, learned by the meta-gradient."""
+"""Labels: the value of each rating in a support set as evidence of a click, learned by the meta-gradient."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,62 +10,68 @@ import numpy as np
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.types import Examples, Features, Params, Task
 
-SHIFTS = "label_shifts"  # their place among the parameters
+SHIFTS = "label_shifts"  # key of the shifts among the parameters
 
 
 def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float]) -> Strategy:
-    """`strategy`, whose support targets pass through a piecewise linear function first (soft binning).
+    """Wrap `strategy` so that support targets pass through a learned piecewise linear function (soft binning).
 
         y' = sum_k (start_k + d_k) hat_k(y),   hat_k the hat function of knot k
 
-    The shifts d, at first 0, are trained with all else by the gradient of the query loss through the adaptation: five
-    stars may be worth more than a click, and three less than none. A penalty draws them to `start`, where they stay if
-    the meta-gradient does not reach the support targets (fomaml, fine-tuning). Query targets stay as they are.
+    The shifts d, initially 0, are trained with all other parameters by the gradient of the query loss through the
+    adaptation: five stars may count for more than a click, and three for less than none. A penalty draws the values to
+    `start`. They stay there if the meta-gradient does not reach the support targets (fomaml, fine-tuning). Query
+    targets are not changed.
 
     Args:
       strategy: one whose parameters are a dict.
       at: the knots, ascending.
-      start: the values there before training.
+      start: the values at the knots before training.
+
+    Raises:
+      ValueError: the strategy has labels already; the knots are fewer than two, not ascending or not as many as
+        `start`.
+      TypeError: from `init`, if the parameters are not a dict.
     """
     if strategy.labelled:
-        raise ValueError("this strategy has labels already; they would be read as grades")
-    knots, begin = np.asarray(at, np.float32), np.asarray(start, np.float32)
+        raise ValueError("this strategy has labels already: a second with_labels would read them as grades")
+    knots, start_values = np.asarray(at, np.float32), np.asarray(start, np.float32)
     if len(knots) != len(start) or len(knots) < 2 or not (np.diff(knots) > 0).all():
         raise ValueError(f"need two or more ascending knots and a value for each, got {at} and {start}")
 
     def init(key: jax.Array) -> Params:
         params = strategy.init(key)
         if not isinstance(params, dict) or SHIFTS in params:
-            raise TypeError(f"the parameters must be a dict without {SHIFTS!r}; other strategies: train(graded=False)")
-        return {**params, SHIFTS: jnp.zeros(len(begin))}
+            raise TypeError(f"the parameters must be a dict without {SHIFTS!r}; else use train(graded=False)")
+        return {**params, SHIFTS: jnp.zeros(len(start_values))}
 
-    def own(params: Params) -> Params:
+    def without_shifts(params: Params) -> Params:
         return {name: value for name, value in params.items() if name != SHIFTS}
 
     def labelled(params: Params, support: Examples) -> Examples:
         target = jnp.where(support.mask > 0, support.target, knots[0])
-        return support._replace(target=jnp.interp(target, knots, begin + params[SHIFTS]).astype(target.dtype))
+        return support._replace(target=jnp.interp(target, knots, start_values + params[SHIFTS]).astype(target.dtype))
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
-        return strategy.adapt(own(params), labelled(params, support), key)
+        return strategy.adapt(without_shifts(params), labelled(params, support), key)
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
-        return strategy.predict(own(params), adapted, features)
+        return strategy.predict(without_shifts(params), adapted, features)
 
     def loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return strategy.loss(own(params), task._replace(support=labelled(params, task.support)), key)
+        return strategy.loss(without_shifts(params), task._replace(support=labelled(params, task.support)), key)
 
     def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         assert strategy.deviation is not None
-        return strategy.deviation(own(params), adapted, features)
+        return strategy.deviation(without_shifts(params), adapted, features)
 
     def items(params: Params, features: Features) -> Any:
         assert strategy.items is not None
-        return strategy.items(own(params), features)
+        return strategy.items(without_shifts(params), features)
 
     def score(params: Params, adapted: Adapted, side: Any) -> jax.Array:
         assert strategy.score is not None
-        return strategy.score(own(params), adapted, side)
+        return strategy.score(without_shifts(params), adapted, side)
 
     return strategy._replace(
         init=init,
@@ -80,7 +86,7 @@ def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float])
 
 
 def shifts_of_labels(arrays: Mapping[str, np.ndarray], start: np.ndarray) -> dict[str, np.ndarray]:
-    """The shifts of a model that was saved when its arrays still held the values, start + d, under "labels"."""
+    """Convert a saved model's old "labels" arrays, which held start + d, to the shifts d."""
     old = "['labels']"
     return {
         name.removesuffix(old) + f"[{SHIFTS!r}]": values - start

@@ -1,4 +1,4 @@
-"""Members: several strategies run as one, with a score and a loss for each; what ensembles are made of."""
+"""Members: several strategies run as one, with one score and one loss per member; the basis of ensembles."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ from metarec_jax.types import Examples, Features, Params, Task
 
 
 class Members(NamedTuple):
-    """Strategies side by side; as `Strategy`, with a score and a loss for each member.
+    """Strategies side by side: like `Strategy`, with one score and one loss per member.
 
     Attributes:
       init: `init(key) -> params`.
       adapt: `adapt(params, support, key) -> adapted`.
       scores: `scores(params, adapted, features) -> [members, users, examples]`.
-      loss: `loss(params, task, key) -> ([members], aux)`, in which counts are summed and other values averaged.
-      deviations: `deviations(params, adapted, features) -> [members, users, examples]`; None unless all know it.
-      labelled: see `Strategy`; of all members or of none.
+      loss: `loss(params, task, key) -> ([members], aux)`; in aux, counts are summed and other values averaged.
+      deviations: `deviations(params, adapted, features) -> [members, users, examples]`; None unless all have one.
+      labelled: see `Strategy`; the same for all members.
     """
 
     init: Callable[[jax.Array], Params]
@@ -31,7 +31,10 @@ class Members(NamedTuple):
 
 
 def copies(strategy: Strategy, members: int) -> Members:
-    """Copies of one strategy with their own initial parameters `[members, ...]`; adapted `[users, members, ...]`."""
+    """Build copies of one strategy, with separate initial parameters.
+
+    Parameters are `[members, ...]`, adapted values `[users, members, ...]`.
+    """
 
     def init(key: jax.Array) -> Params:
         return jax.vmap(strategy.init)(jax.random.split(key, members))
@@ -50,16 +53,16 @@ def copies(strategy: Strategy, members: int) -> Members:
 
 
 def several(strategies: Sequence[Strategy]) -> Members:
-    """Different strategies: parameters and adapted values are lists.
+    """Combine different strategies; parameters and adapted values are lists.
 
     Raises:
-      ValueError: some have labels of their own and others not.
+      ValueError: some strategies have labels of their own and others do not.
     """
     labelled = {s.labelled for s in strategies}
     if len(labelled) > 1:
         raise ValueError(
             "some members were trained on graded clicks and have labels of their own, and others not: the same support "
-            "targets would mean two things; train all with the same `graded`, or give all of them trained"
+            "targets would mean two things; train all with the same `graded`, or pass all of them trained"
         )
 
     def init(key: jax.Array) -> Params:
@@ -76,14 +79,14 @@ def several(strategies: Sequence[Strategy]) -> Members:
 
     def loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         keys = jax.random.split(key, len(strategies))
-        found = [s.loss(p, task, k) for s, p, k in zip(strategies, params, keys, strict=True)]
-        names = dict.fromkeys(name for _, aux in found for name in aux)
-        aux = {name: _pooled(jnp.stack([aux[name] for _, aux in found if name in aux])) for name in names}
-        return jnp.stack([value for value, _ in found]), aux
+        results = [s.loss(p, task, k) for s, p, k in zip(strategies, params, keys, strict=True)]
+        names = dict.fromkeys(name for _, aux in results for name in aux)
+        aux = {name: _pooled(jnp.stack([aux[name] for _, aux in results if name in aux])) for name in names}
+        return jnp.stack([value for value, _ in results]), aux
 
     scores, deviations = each([s.predict for s in strategies]), each([s.deviation for s in strategies])
-    known = all(s.deviation for s in strategies)
-    return Members(init, adapt, scores, loss, deviations if known else None, True in labelled)
+    all_have_deviation = all(s.deviation for s in strategies)
+    return Members(init, adapt, scores, loss, deviations if all_have_deviation else None, True in labelled)
 
 
 def _pooled(values: jax.Array) -> jax.Array:

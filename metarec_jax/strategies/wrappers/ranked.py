@@ -1,4 +1,4 @@
-"""Ranked: any strategy trained to rank the catalogue, by a softmax over all items or a sample that the batch shares."""
+"""Ranked: train any strategy to rank the catalogue, by a softmax over all items or a sample shared by the batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,29 +14,31 @@ from metarec_jax.tasks.objective import Ranking
 from metarec_jax.tasks.ranking import Known, RankingTask
 from metarec_jax.types import Examples, Features, Params, Task
 
-TABLES = "tables"  # among the parameters: what is known of the catalogue, which no gradient changes
-OWN = "ranking"  # among the parameters: those of `ranked`
+TABLES = "tables"  # key of the catalogue's tables among the parameters; they get no gradient
+OWN = "ranking"  # key of the parameters of `ranked`
 
-
-FOCUSED = 50  # support positives of which the weights have half the focus
-FULL = 20_000  # items up to which the softmax runs over all
-SAMPLE = 2_048
-CELLS = 1 << 27  # scores of a batch up to which the softmax runs over all
+FOCUSED = 50  # number of support positives at which the exponent of the weights is half of `focus`
+FULL = 20_000  # largest catalogue for a softmax over all items
+SAMPLE = 2_048  # items in the sampled softmax
+CELLS = 1 << 27  # largest number of scores in a batch for a softmax over all items
 
 
 def ranked(strategy: Strategy, *, negatives: int = 32, ratio: float = 1.0) -> Strategy:
-    """`strategy`, whose scores rank the catalogue: popularity, bent by what it learns of a user.
+    """Wrap `strategy` so that its scores rank the catalogue: log popularity plus the strategy's score of a user.
 
         score(x) = f_u(x) + c(n) log p(x)
 
-    Where it fits the support (`Strategy.contrast`), sampled negatives are put beside the positives, `ratio` times their
-    weight in all: the support loss has both classes. c is learned as a smooth function of the number n of positives,
-    from 1, so that a user without a history gets popularity at the start.
+    If the strategy fits the support (`Strategy.contrast`), sampled negatives are added to the positives, so that the
+    support loss has both classes. c is a learned smooth function of the number n of positives that starts at 1, so that
+    a user without a history initially gets popularity.
 
     Args:
       strategy: one whose parameters are a dict.
-      negatives: drawn uniformly once for the whole batch.
+      negatives: number of negatives, drawn uniformly once for the whole batch.
       ratio: weight of all negatives over that of all positives.
+
+    Raises:
+      TypeError: from `init`, if the parameters are not a dict.
     """
     if strategy.ranks:
         return strategy
@@ -48,7 +50,7 @@ def ranked(strategy: Strategy, *, negatives: int = 32, ratio: float = 1.0) -> St
             raise TypeError(f"the parameters must be a dict without {OWN!r} and {TABLES!r}")
         return {**params, OWN: {"popularity": smooth()}}
 
-    def own(params: Params) -> Params:
+    def of_strategy(params: Params) -> Params:
         return {name: value for name, value in params.items() if name not in (OWN, TABLES)}
 
     def extended(params: Params, support: Examples, key: jax.Array) -> Examples:
@@ -57,37 +59,38 @@ def ranked(strategy: Strategy, *, negatives: int = 32, ratio: float = 1.0) -> St
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
         draw, rest = jax.random.split(key)
         weight = 1.0 + at(params[OWN]["popularity"], positives(support))
-        return strategy.adapt(own(params), extended(params, support, draw), rest), weight
+        return strategy.adapt(of_strategy(params), extended(params, support, draw), rest), weight
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         inner, weight = adapted
-        return strategy.predict(own(params), inner, features) + weight[:, None] * popularity(params, features)
+        return strategy.predict(of_strategy(params), inner, features) + weight[:, None] * popularity(params, features)
 
     def loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The strategy's own loss, with negatives beside the positives of support and query."""
-        one, two, rest = jax.random.split(key, 3)
+        """Return the strategy's own loss, with negatives added to the positives of support and query."""
+        support_key, query_key, rest = jax.random.split(key, 3)
         items = params[TABLES]["items"]
-        both = (with_negatives(e, items, k, negatives, ratio) for e, k in zip(task, (one, two), strict=True))
-        return strategy.loss(own(params), Task(*both), rest)
+        support = with_negatives(task.support, items, support_key, negatives, ratio)
+        query = with_negatives(task.query, items, query_key, negatives, ratio)
+        return strategy.loss(of_strategy(params), Task(support, query), rest)
 
     def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         assert strategy.deviation is not None
-        return strategy.deviation(own(params), adapted[0], features)
+        return strategy.deviation(of_strategy(params), adapted[0], features)
 
     def prefixes(params: Params, support: Examples, key: jax.Array | None) -> Adapted:
         assert strategy.prefixes is not None
         before = jnp.pad(jnp.cumsum(counts(support), 1), ((0, 0), (1, 0)))
         weight = 1.0 + at(params[OWN]["popularity"], before)
-        return strategy.prefixes(own(params), support, key), weight
+        return strategy.prefixes(of_strategy(params), support, key), weight
 
     def of_items(params: Params, features: Features) -> Any:
         assert strategy.items is not None
-        return strategy.items(own(params), features), popularity(params, features)
+        return strategy.items(of_strategy(params), features), popularity(params, features)
 
     def score(params: Params, adapted: Adapted, side: Any) -> jax.Array:
         assert strategy.score is not None
         inner, weight = adapted
-        return strategy.score(own(params), inner, side[0]) + weight[:, None] * side[1]
+        return strategy.score(of_strategy(params), inner, side[0]) + weight[:, None] * side[1]
 
     return strategy._replace(
         init=init,
@@ -105,45 +108,45 @@ def ranked(strategy: Strategy, *, negatives: int = 32, ratio: float = 1.0) -> St
 def with_negatives(
     examples: Examples, items: dict[str, jax.Array], key: jax.Array, count: int, ratio: float
 ) -> Examples:
-    """The examples and `count` items drawn uniformly, with target 0; what a user has is masked.
+    """Append `count` uniformly drawn items with target 0; items that the user has are masked.
 
     Args:
       examples: `[users, n, ...]`, whose "item_id" are rows of `items`.
-      items: features of the catalogue, each `[rows, ...]`; row 0 is no item.
+      items: features of the catalogue, each `[rows, ...]`; row 0 is the unknown item.
       key: of the draw.
-      count: drawn for all users together.
+      count: number of items, drawn for all users together.
       ratio: weight of a user's negatives over that of the positives.
     """
     users = len(examples.mask)
     rows = jax.random.randint(key, (count,), 1, len(items["item_id"]))
     has = (examples.features["item_id"][:, :, None] == rows) & (examples.mask > 0)[:, :, None]
     weight = ratio * positives(examples)[:, None] / count * ~has.any(1)
-    found = {}
+    extended = {}
     for name, value in examples.features.items():
         if name in items:
             new = jnp.broadcast_to(items[name][rows], (users, count, *items[name].shape[1:]))
-        else:  # of the user, or the place in time
+        else:  # a feature of the user, or the position in time
             new = jnp.broadcast_to(value[:, :1], (users, count, *value.shape[2:]))
-        found[name] = jnp.concatenate([value, new.astype(value.dtype)], 1)
+        extended[name] = jnp.concatenate([value, new.astype(value.dtype)], 1)
     target = jnp.concatenate([examples.target, jnp.zeros((users, count), examples.target.dtype)], 1)
-    return Examples(found, target, jnp.concatenate([examples.mask, weight.astype(examples.mask.dtype)], 1))
+    return Examples(extended, target, jnp.concatenate([examples.mask, weight.astype(examples.mask.dtype)], 1))
 
 
 def ranking_loss(
     strategy: Strategy, objective: Ranking, following: bool = False
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """`loss(params, task, key)` of a strategy that ranks, `task` a `RankingTask`; see `Ranking`.
+    """Return `loss(params, task, key)` of a strategy that ranks, for a `RankingTask`; see `Ranking`.
 
     Args:
-      strategy, objective: what is trained, and how.
-      following: the query of a task holds what came next at each place; for strategies with `prefixes`.
+      strategy, objective: what is trained, and the settings of its loss.
+      following: whether the query of a task holds the next item at each position; for strategies with `prefixes`.
     """
 
     def loss(params: Params, task: RankingTask, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         hide, draw, rest = jax.random.split(key, 3)
         items = dict(params[TABLES]["items"])
         rows = len(items["item_id"])
-        hidden = jax.random.bernoulli(hide, objective.unknown, (rows,))  # the same items for the whole batch
+        hidden = jax.random.bernoulli(hide, objective.unknown, (rows,))  # the same items for all users
         items["item_id"] = jnp.where(hidden, 0, items["item_id"])
         known = task.known
         if strategy.outer == "own":
@@ -163,7 +166,7 @@ def ranking_loss(
         if sample is None or sample >= rows:
             scores = score_shared(strategy, params, adapted, known, items)
             users = jnp.arange(len(scores))[:, None]
-            seen = jnp.where(task.known.weight > 0, task.known.items, 0)  # row 0 is no item
+            seen = jnp.where(task.known.weight > 0, task.known.items, 0)  # row 0 is the unknown item
             scores = scores.at[:, 0].set(-jnp.inf).at[users, seen].set(-jnp.inf)
             chosen = jnp.take_along_axis(scores, task.query.rows, 1)
             total = jax.nn.logsumexp(scores, axis=1)
@@ -173,8 +176,8 @@ def ranking_loss(
             taken = _contains(task.known, drawn) | _is_query(task, drawn)
             others = jnp.where(taken, -jnp.inf, others - log_chance - jnp.log(len(drawn)))
             chosen = score(strategy, params, items, adapted, known, task.query.rows)
-            both = jnp.concatenate([others, jnp.where(mask > 0, chosen, -jnp.inf)], 1)
-            total = jax.nn.logsumexp(both, axis=1)
+            others_and_query = jnp.concatenate([others, jnp.where(mask > 0, chosen, -jnp.inf)], 1)
+            total = jax.nn.logsumexp(others_and_query, axis=1)
         log_chosen = jnp.where(mask > 0, chosen - total[:, None], 0.0)
         count = positives(support_of(items, task.known))[:, None]
         focus = objective.focus * count / (count + FOCUSED)
@@ -187,16 +190,19 @@ def ranking_loss(
 
 
 def _each_place(task: RankingTask) -> RankingTask:
-    """A user for each place of each history, whose one positive came next; none of the items counts as seen."""
+    """Return a task with one user per position of each history.
+
+    The next item is the user's one positive, and no item counts as seen.
+    """
     users, places = task.query.rows.shape
     nothing = jnp.zeros((users * places, 1))
-    own, context = (jax.tree.map(lambda x: jnp.repeat(x, places, 0), x) for x in (task.known.user, task.known.context))
+    user, context = (jax.tree.map(lambda x: jnp.repeat(x, places, 0), x) for x in (task.known.user, task.known.context))
     query = jax.tree.map(lambda x: x.reshape(-1, 1), task.query)
-    return RankingTask(Known(nothing.astype(jnp.int32), nothing, nothing, own, context), query)
+    return RankingTask(Known(nothing.astype(jnp.int32), nothing, nothing, user, context), query)
 
 
 def _pointwise(items: dict[str, jax.Array], task: RankingTask) -> Task:
-    """Support and query as examples, every query item a positive."""
+    """Return support and query as examples; every query item is a positive."""
     known, query = task.known, {name: x[task.query.rows] for name, x in items.items()}
     return Task(
         support_of(items, known),
@@ -209,31 +215,32 @@ def _pointwise(items: dict[str, jax.Array], task: RankingTask) -> Task:
 
 
 def _contains(known: Known, rows: jax.Array) -> jax.Array:
-    """`[users, n]` whether each of `rows`, `[users, n]` or `[n]` for all users, is in a user's support."""
+    """Whether each of `rows`, `[users, n]` or `[n]` for all users, is in a user's support, `[users, n]`."""
     return _among(jnp.where(known.weight > 0, known.items, -1), rows)
 
 
 def _is_query(task: RankingTask, rows: jax.Array) -> jax.Array:
+    """Whether each of `rows` is a query item of a user, `[users, n]`."""
     return _among(jnp.where(task.query.mask > 0, task.query.rows, -1), rows)
 
 
-def _among(own: jax.Array, rows: jax.Array) -> jax.Array:
-    """`[users, n]` whether each of `rows` is one of `own` `[users, m]`, by a search in the sorted ones."""
-    if own.shape[1] == 1:
-        return own == rows
-    sorted_own = jnp.sort(own, 1)
+def _among(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """Whether each of `rows` is in `values` `[users, m]`, as `[users, n]`; by binary search in the sorted values."""
+    if values.shape[1] == 1:
+        return values == rows
+    sorted_values = jnp.sort(values, 1)
 
-    def one(own: jax.Array, rows: jax.Array) -> jax.Array:
-        place = jnp.minimum(jnp.searchsorted(own, rows), own.shape[0] - 1)
-        return own[place] == rows
+    def search(values: jax.Array, rows: jax.Array) -> jax.Array:
+        position = jnp.minimum(jnp.searchsorted(values, rows), values.shape[0] - 1)
+        return values[position] == rows
 
-    return jax.vmap(one, (0, 0 if rows.ndim == 2 else None))(sorted_own, rows)
+    return jax.vmap(search, (0, 0 if rows.ndim == 2 else None))(sorted_values, rows)
 
 
 def _drawn(
     by: str, sample: int, log_popularity: jax.Array, task: RankingTask, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Item rows `[sample]` and the log of how likely a draw is to give each."""
+    """Draw item rows `[sample]`; also return the log probability of each."""
     rows = len(log_popularity)
     if by == "uniform":
         drawn = jax.random.randint(key, (sample,), 1, rows)
@@ -241,11 +248,11 @@ def _drawn(
     log_share = log_popularity.at[0].set(-jnp.inf)
     log_share -= jax.nn.logsumexp(log_share)
     if by == "popularity":
-        cumulated = jnp.cumsum(jnp.exp(log_share))
-        drawn = jnp.searchsorted(cumulated, jax.random.uniform(key, (sample,)) * cumulated[-1]).astype(jnp.int32)
+        cumulative = jnp.cumsum(jnp.exp(log_share))
+        drawn = jnp.searchsorted(cumulative, jax.random.uniform(key, (sample,)) * cumulative[-1]).astype(jnp.int32)
     else:
         flat, weight = task.query.rows.ravel(), task.query.mask.ravel()
-        place = jax.random.choice(key, flat.shape[0], (sample,), p=weight / jnp.maximum(weight.sum(), 1e-20))
-        drawn = flat[place]
+        position = jax.random.choice(key, flat.shape[0], (sample,), p=weight / jnp.maximum(weight.sum(), 1e-20))
+        drawn = flat[position]
     drawn = jnp.clip(drawn, 1, rows - 1)
     return drawn, log_share[drawn]

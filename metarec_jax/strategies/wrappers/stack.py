@@ -1,4 +1,4 @@
-"""Stack: one ranking from several, weighed by how much is known of a user."""
+"""Stack: a weighted sum of several rankers, with weights that depend on how much is known of a user."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,12 +22,12 @@ from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 MEMBERS: dict[str, Callable[..., Strategy]] = {
     "ials": ials, "ease": ease, "content": content, "transitions": transitions, "item_knn": item_knn,
 }  # fmt: skip
-OF_SPARSE = ("transitions", "item_knn")  # members where the catalogue has more than `SMALL` rows
+OF_SPARSE = ("transitions", "item_knn")  # default members only in catalogues of more than `SMALL` rows
 SMALL = 2_000
-DENSE = 6_000  # items up to which its ease has a matrix of items by items
-RANK = 256  # components beyond
-FULL = 20_000  # items up to which its transitions compare the vectors of all pairs of items
-ENTRIES = 1 << 27  # of a member's tables of neighbours, at most
+DENSE = 6_000  # largest catalogue for which "ease" has an items x items matrix
+RANK = 256  # components of "ease" in larger catalogues
+FULL = 20_000  # largest catalogue for which "transitions" compares the vectors of all pairs of items
+ENTRIES = 1 << 27  # upper bound on the entries of a member's neighbour tables
 
 
 def stack(
@@ -37,84 +37,91 @@ def stack(
     members: Sequence[str | Strategy] | None = None,
     options: Sequence[dict[str, Any]] | None = None,
 ) -> Strategy:
-    """Sum of the members' scores, with weights that are smooth functions of the number n of positives.
+    """Weighted sum of the members' scores; the weights are smooth functions of the number n of positives.
 
         score(x) = sum_m g_m(n) score_m(x),   g_m = exp(delta_m(n)) / members
 
-    Members and weights are trained together by the loss of `Ranking`. What a member learns in closed form (its `fit`)
-    comes from the other folds of the training users, so that no weight is learned on scores of a member that has seen
-    the user. `deviation` is that of the members that know theirs.
+    Members and weights are trained together by the loss of `Ranking`. In training, what a member learns in closed form
+    (its `fit`) comes from the other folds of the training users, so that no weight is learned on scores of a member
+    that has seen the user. `deviation` is the weighted sum over the members that have one.
 
     Args:
-      model: of the members given by name.
+      model: used by the members given by name.
       loss: not used: the strategy ranks.
-      members: names ("ials", "ease", "content", "transitions", "item_knn") or strategies that rank (default: all of
-        these, without the last two below 2,000 items: in a catalogue that small most pairs of items are in many
-        histories, and nothing was gained on MovieLens-100K). One that is trained already is
-        `metarec_jax.given(strategy, params)`; its weight is learned on users whom it has seen.
-      options: keyword arguments of the members given by name, one dict a member (default: `default_options`).
+      members: names ("ials", "ease", "content", "transitions", "item_knn") or strategies that rank. Default: all of
+        these, without the last two up to 2,000 items: in a catalogue that small most pairs of items are in many
+        histories, and they did not improve MovieLens-100K. A member that is trained already is
+        `metarec_jax.given(strategy, params)`; its weight is learned on users that it has seen.
+      options: keyword arguments of the members given by name, one dict per member (default: `default_options`).
 
     Raises:
-      ValueError: an unknown name, or a member that does not rank; another number of options.
+      ValueError: an unknown name, a member that does not rank, or a number of options other than that of members.
 
     References:
       Wolpert, Stacked Generalization, Neural Networks 1992 (weights from held-out scores).
     """
-    chosen = of_catalogue(model.items or 0, members, options)
-    members, settings = chosen["members"], chosen["options"]
-    if len(settings) != len(members) or not members:
-        raise ValueError(f"need a member and a dict of options for each, got {len(members)} and {len(settings)}")
+    arguments = of_catalogue(model.items or 0, members, options)
+    members, member_options = arguments["members"], arguments["options"]
+    if len(member_options) != len(members) or not members:
+        raise ValueError(
+            f"need a member and a dict of options for each, got {len(members)} members and {len(member_options)} dicts"
+        )
     if unknown := [m for m in members if isinstance(m, str) and m not in MEMBERS]:
         raise ValueError(f"member {unknown[0]!r} is unknown; choose from {', '.join(MEMBERS)}, or give a strategy")
-    made = [MEMBERS[m](model, **o) if isinstance(m, str) else m for m, o in zip(members, settings, strict=True)]
-    if not all(m.ranks for m in made):
+    rankers = [
+        MEMBERS[m](model, **o) if isinstance(m, str) else m for m, o in zip(members, member_options, strict=True)
+    ]
+    if not all(m.ranks for m in rankers):
         raise ValueError("every member of a stack must rank; wrap others in `ranked`")
 
     def init(key: jax.Array) -> Params:
-        keys = jax.random.split(key, len(made))
-        return {"members": [m.init(k) for m, k in zip(made, keys, strict=True)], "weights": [smooth() for _ in made]}
+        keys = jax.random.split(key, len(rankers))
+        return {
+            "members": [m.init(k) for m, k in zip(rankers, keys, strict=True)],
+            "weights": [smooth() for _ in rankers],
+        }
 
     def of_members(params: Params) -> list[Params]:
-        """Each member's parameters with the tables it knows."""
+        """Return each member's parameters, with its own `fitted` among the tables."""
         tables = params["tables"]
-        fitted = tables.get("fitted", [{}] * len(made))
+        fitted = tables.get("fitted", [{}] * len(rankers))
         return [{**p, "tables": {**tables, "fitted": f}} for p, f in zip(params["members"], fitted, strict=True)]
 
     def fit(observed: Observed) -> list[Params]:
-        return [m.fit(observed) if m.fit else {} for m in made]
+        return [m.fit(observed) if m.fit else {} for m in rankers]
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:
-        count, keys = positives(support), jax.random.split(key, len(made))
-        weights = jnp.stack([jnp.exp(at(w, count)) / len(made) for w in params["weights"]], 1)
-        return [m.adapt(p, support, k) for m, p, k in zip(made, of_members(params), keys, strict=True)], weights
+        count, keys = positives(support), jax.random.split(key, len(rankers))
+        weights = jnp.stack([jnp.exp(at(w, count)) / len(rankers) for w in params["weights"]], 1)
+        return [m.adapt(p, support, k) for m, p, k in zip(rankers, of_members(params), keys, strict=True)], weights
 
-    def weighed(scores: list[jax.Array], weights: jax.Array) -> jax.Array:
+    def weighted_sum(scores: list[jax.Array], weights: jax.Array) -> jax.Array:
         return jnp.einsum("mun,um->un", jnp.stack(scores), weights)
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
-        each = zip(made, of_members(params), adapted[0], strict=True)
-        return weighed([m.predict(p, a, features) for m, p, a in each], adapted[1])
+        each = zip(rankers, of_members(params), adapted[0], strict=True)
+        return weighted_sum([m.predict(p, a, features) for m, p, a in each], adapted[1])
 
     def items(params: Params, features: Features) -> list[Any]:
-        each = zip(made, of_members(params), strict=True)
+        each = zip(rankers, of_members(params), strict=True)
         return [m.items(p, features) for m, p in each if m.items]
 
     def score(params: Params, adapted: Adapted, side: list[Any]) -> jax.Array:
-        each = zip(made, of_members(params), adapted[0], side, strict=True)
-        return weighed([m.score(p, a, s) for m, p, a, s in each if m.score], adapted[1])
+        each = zip(rankers, of_members(params), adapted[0], side, strict=True)
+        return weighted_sum([m.score(p, a, s) for m, p, a, s in each if m.score], adapted[1])
 
     def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
-        each = zip(made, of_members(params), adapted[0], adapted[1].T, strict=True)
+        each = zip(rankers, of_members(params), adapted[0], adapted[1].T, strict=True)
         return sum(g[:, None] * m.deviation(p, a, features) for m, p, a, g in each if m.deviation)  # type: ignore[return-value]
 
-    explicit = all(m.items is not None for m in made)
+    explicit = all(m.items is not None for m in rankers)
     return Strategy(
         init,
         adapt,
         predict,
         only_ranks("stack"),
-        deviation if any(m.deviation for m in made) else None,
-        labelled=any(m.labelled for m in made),
+        deviation if any(m.deviation for m in rankers) else None,
+        labelled=any(m.labelled for m in rankers),
         items=items if explicit else None,
         score=score if explicit else None,
         fit=fit,
@@ -127,9 +134,9 @@ def of_catalogue(
     members: Sequence[str | Strategy] | None = None,
     options: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `stack` with the defaults for a catalogue of so many rows filled in.
+    """Return arguments of `stack`, with defaults filled in for a catalogue of `items` rows.
 
-    A saved model keeps them, so that it can be loaded when the defaults have changed.
+    A saved model stores them, so that it can be loaded after the defaults have changed.
     """
     if members is None:
         members = [name for name in MEMBERS if name not in OF_SPARSE or items > SMALL]
@@ -140,10 +147,10 @@ def of_catalogue(
 
 
 def default_options(member: str | Strategy, items: int) -> dict[str, Any]:
-    """Keyword arguments of a member for a catalogue of so many items.
+    """Return a member's default keyword arguments for a catalogue of `items` rows.
 
     "ease" has 256 components beyond 6,000 items; "transitions" has no expert of item vectors beyond 20,000. An item has
-    200 neighbours, down to 20 where the catalogue is large.
+    200 neighbours, down to 20 in large catalogues.
     """
     if member == "ease":
         return {"rank": RANK} if items > DENSE else {}

@@ -120,7 +120,7 @@ class Recommender:
         diversity: float = 0.0,
         explore: Explore | None = None,
         strength: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int | None] | None = None,
         deviation: bool = False,
         approximate: bool = False,
         by: Literal["score", "rating"] | float = "score",
@@ -142,9 +142,10 @@ class Recommender:
           only, block: ids of the items that are available (default: all), and of those that are not.
           diversity: from 0 (the best scores) to 1 (items unlike each other): how much of an item's worth its likeness
             to those above it takes away (MMR), among the 10 k best, at least 100 and at most 1,000.
-          explore: "ucb" ranks by score + strength * deviation, "thompson" by a draw from N(score, (strength
-            deviation)^2), each item by itself; for strategies that know the deviation, as `alpaca`.
-          strength, seed: of the exploration.
+          explore: "ucb" ranks by score + strength * deviation, "thompson" by the scores of a user vector that is drawn
+            from the posterior, for strategies that have one, as `alpaca`, `ials` and `stack`.
+          strength, seed: factor of the deviation, and of the draw's difference from the mean; seed of the draw, one
+            for all users or one each (default: new ones). The draw of a user does not depend on the others.
           deviation: give `UncertainRecommendation`s.
           approximate: find the best by `jax.lax.approx_max_k`: faster on a TPU, and may miss one in twenty.
           by: "score"; "rating", the rating that `predict` expects, which favours what few know and like much; or a

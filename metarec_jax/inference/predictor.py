@@ -5,15 +5,15 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError
 from metarec_jax.inference.explain import Cause, Explanation, effects, rank_correlation
 from metarec_jax.inference.histories import History, encode_attributes, encode_history, is_one_user
-from metarec_jax.inference.ranker import BATCHES, HISTORIES, USERS, Ranked, Ranker, diversify
+from metarec_jax.inference.ranker import BATCHES, HISTORIES, USERS, Ranked, Ranker
 from metarec_jax.inference.recommendations import Choice, Recommendation, UncertainRecommendation, checked_count
+from metarec_jax.inference.rerank import diversify
 from metarec_jax.inference.stock import Stock
 from metarec_jax.tasks.ranking import LONGEST, Known
 from metarec_jax.training.trained import Trained
@@ -139,14 +139,16 @@ class Predictor:
         if choice.exclude_seen:
             for i, person in enumerate(chunk):
                 seen[i, len(blocked) : len(blocked) + len(person.rows)] = person.rows
-        users, group = len(known.items), None
+        users, group, seeds = len(known.items), None, np.zeros(len(known.items), np.uint32)
+        if choice.explore == "thompson":
+            seeds[: len(chunk)] = choice.seeds(start, len(chunk))
         if allowed is not None and len(allowed) > 1:  # a mask for each user of the batch
             allowed, group = allowed[start : start + len(chunk)], np.arange(users, dtype=np.int32)
             allowed = np.pad(allowed, ((0, users - len(chunk)), (0, 0)))
         ranked = self.ranker.top(
             known, _bucket(wanted, 16, 8), seen=seen, allowed=allowed, group=group,
             deviation=choice.deviation, explore=choice.explore, strength=choice.strength,
-            approximate=choice.approximate, key=jax.random.fold_in(jax.random.key(choice.seed), start),
+            approximate=choice.approximate, seeds=seeds,
         )  # fmt: skip
         scores = np.array(self.target.decode(ranked.scores))
         if choice.by != "score":  # a share of the rating

@@ -12,7 +12,7 @@ from metarec_jax.core.staged import Staged, staged
 from metarec_jax.data.fields import Field
 from metarec_jax.inference.stock import Stock
 from metarec_jax.strategies import Strategy
-from metarec_jax.strategies.catalogue import adapt, last, score, score_one
+from metarec_jax.strategies.catalogue import adapt, features, last, score, score_one
 from metarec_jax.tasks.ranking import LONGEST, Known
 from metarec_jax.types import Params
 
@@ -23,7 +23,6 @@ BYTES = 1 << 26  # of the largest array that scoring a tile of items for so many
 STEP = 256  # tiles are multiples of this long
 GROUP = 64  # items whose largest score is found first
 Explore = Literal["ucb", "thompson"]
-EXPLORE: dict[Explore | None, int] = {None: 0, "ucb": 1, "thompson": 2}
 
 
 class Ranked(NamedTuple):
@@ -73,7 +72,7 @@ class Ranker:
 
     def scores(self, adapted: Any, known: Known, rows: np.ndarray) -> jax.Array:
         """Score the items in `rows` `[users, n]`; returns `[users, n]`."""
-        return _score(self.strategy, self.params, self.tables, adapted, known, rows)
+        return _score(self.strategy, self.params, self.tables, adapted, known, rows, False)[0]
 
     def top(
         self,
@@ -86,7 +85,7 @@ class Ranker:
         deviation: bool = False,
         explore: Explore | None = None,
         strength: float = 1.0,
-        key: jax.Array | None = None,
+        seeds: np.ndarray | None = None,
         approximate: bool = False,
     ) -> Ranked:
         """Find the `k` best items of each user.
@@ -98,30 +97,52 @@ class Ranker:
           allowed: `[groups, rows]` which items may be recommended.
           group: `[users]` which of the groups each user belongs to (default: the first).
           deviation: return the standard deviations too.
-          explore: "ucb" ranks by score + strength * deviation, "thompson" by a draw from N(score, (strength *
-            deviation)^2), independent for each item.
+          explore: "ucb" ranks by score + strength * deviation, "thompson" by the scores of adapted values that are
+            drawn from each user's posterior (`Strategy.sample`).
           strength: of the exploration.
-          key: of the draws.
+          seeds: `[users]` uint32 of the draws (default: zeros).
           approximate: use `jax.lax.approx_max_k`, which on an accelerator may miss one in twenty.
 
         Raises:
-          ValueError: the strategy knows no deviation.
+          ValueError: the strategy has no deviation, or no posterior to draw from.
         """
-        deviation = deviation or explore is not None
-        if deviation and self.strategy.deviation is None:
+        if (deviation or explore == "ucb") and self.strategy.deviation is None:
             raise ValueError("this strategy does not know the deviation of its scores; `alpaca` does")
-        users = len(known.items)
-        adapted = self.adapt(known)
-        user = (adapted, known.user, known.context, last(known))
+        users, adapted = len(known.items), self.adapt(known)
+        if explore == "thompson":
+            if self.strategy.sample is None:
+                raise ValueError("this strategy has no posterior to draw from; `alpaca` has")
+            seeds = np.zeros(users, np.uint32) if seeds is None else seeds
+            drawn = _sample(self.strategy, self.params, adapted, seeds, strength)
+            found = self._top(drawn, known, k, False, 0.0, seen, allowed, group, approximate)
+            scores, deviations = _score(self.strategy, self.params, self.tables, adapted, known, found.rows, deviation)
+            scores = np.where(np.isfinite(found.scores), scores, -np.inf)
+            return Ranked(found.rows, scores, None if deviations is None else np.asarray(deviations))
+        spread = strength if explore == "ucb" else 0.0
+        return self._top(adapted, known, k, deviation or explore == "ucb", spread, seen, allowed, group, approximate)
+
+    def _top(
+        self,
+        adapted: Any,
+        known: Known,
+        k: int,
+        deviation: bool,
+        spread: float,
+        seen: np.ndarray | None,
+        allowed: np.ndarray | None,
+        group: np.ndarray | None,
+        approximate: bool,
+    ) -> Ranked:
+        """Find the best items by score + spread * deviation."""
+        users, user = len(known.items), (adapted, known.user, known.context, last(known))
         side = self._side(adapted, known, deviation)
         seen = np.full((users, 1), -1, np.int32) if seen is None else seen
         if allowed is not None:
             allowed = np.pad(allowed, ((0, 0), (0, side.rows - allowed.shape[1])))
         group = np.zeros(users, np.int32) if group is None else group
-        key = jax.random.key(0) if key is None else key
         rows, scores, deviations = side.programs.top(
             min(k, side.rows), approximate, side.fixed, side.tiles, len(self.stock), user, seen, allowed,
-            group, EXPLORE[explore], strength, key,
+            group, spread,
         )  # fmt: skip
         return Ranked(np.asarray(rows), np.asarray(scores), None if deviations is None else np.asarray(deviations))
 
@@ -159,10 +180,28 @@ def _adapt(strategy: Strategy, params: Params, tables: dict[str, jax.Array], kno
 
 
 @partial(jax.jit, static_argnums=0)
+def _sample(strategy: Strategy, params: Params, adapted: Any, seeds: jax.Array, strength: jax.Array) -> Any:
+    assert strategy.sample is not None
+    return strategy.sample(params, adapted, jax.vmap(jax.random.key)(seeds), strength)
+
+
+@partial(jax.jit, static_argnums=(0, 6))
 def _score(
-    strategy: Strategy, params: Params, tables: dict[str, jax.Array], adapted: Any, known: Known, rows: jax.Array
-) -> jax.Array:
-    return score(strategy, params, tables, adapted, known, rows)
+    strategy: Strategy,
+    params: Params,
+    tables: dict[str, jax.Array],
+    adapted: Any,
+    known: Known,
+    rows: jax.Array,
+    deviation: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scores `[users, n]` of the items in `rows`, and their deviations."""
+    scores = score(strategy, params, tables, adapted, known, rows)
+    if not deviation or strategy.deviation is None:
+        return scores, None
+    items = {name: table[rows] for name, table in tables.items()}
+    read = features(items, known.user, known.context, last(known)[:, None])
+    return scores, strategy.deviation(params, adapted, read)
 
 
 class _Spec(NamedTuple):
@@ -305,30 +344,6 @@ def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return value, jnp.take_along_axis(which, place // GROUP, 1) * GROUP + place % GROUP
 
 
-def diversify(rows: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int, diversity: float) -> np.ndarray:
-    """Maximal marginal relevance: positions in `rows` of up to `k` items, one after the other that with the largest
-
-        (1 - diversity) * score - diversity * (the largest cosine with an item picked before)
-
-    Args:
-      rows: `[n]` candidates, best first.
-      scores: `[n]` of them; here from 0 (the worst of them) to 1.
-      vectors: `[stock, width]` of length 1.
-      k: how many.
-      diversity: from 0 to 1.
-    """
-    spread = np.ptp(scores) if len(scores) else 0.0
-    relevance = (scores - scores.min()) / spread if spread > 0 else np.ones(len(scores))
-    alike, likeness = np.full(len(rows), -np.inf), vectors[rows]
-    picked: list[int] = []
-    for _ in range(min(k, len(rows))):
-        worth = (1 - diversity) * relevance - (diversity * alike if picked else 0.0)
-        worth[picked] = -np.inf
-        picked.append(int(worth.argmax()))
-        alike = np.maximum(alike, likeness @ likeness[picked[-1]])
-    return np.array(picked, int)
-
-
 def _top(
     stage: Staged,
     length: int,
@@ -341,9 +356,7 @@ def _top(
     seen: jax.Array,
     allowed: jax.Array | None,
     group: jax.Array,
-    explore: jax.Array,
-    strength: jax.Array,
-    key: jax.Array,
+    spread: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The top `k` rows `[users, k]`, their scores and deviations; what must not be recommended has score -inf."""
     users, count = len(seen), tiles[0].shape[0]
@@ -354,14 +367,7 @@ def _top(
         values, first = [t[number] for t in tiles], number * length
         scores, deviations = jax.vmap(lambda u: stage.second(fixed, values, u))(user)
         row = first + jnp.arange(length, dtype=jnp.int32)
-        value = scores
-        if deviations is not None:
-            noises = [
-                lambda: jnp.zeros_like(scores),
-                lambda: jnp.ones_like(scores),
-                lambda: jax.random.normal(jax.random.fold_in(key, number), scores.shape, scores.dtype),
-            ]
-            value = scores + strength * deviations * jax.lax.switch(explore, noises)
+        value = scores if deviations is None else scores + spread * deviations
         value = jnp.where((row > 0) & (row < rows) & jnp.isfinite(value), value, -jnp.inf)  # row 0 is no item
         here = jnp.where((seen >= first) & (seen < first + length), seen - first, length)
         value = value.at[jnp.arange(users)[:, None], here].set(-jnp.inf, mode="drop")

@@ -43,7 +43,7 @@ class Choice:
     diversity: float = 0.0
     explore: Explore | None = None
     strength: float = 1.0
-    seed: int = 0
+    seed: int | Sequence[int | None] | None = None
     deviation: bool = False
     approximate: bool = False
     by: Literal["score", "rating"] | float = "score"
@@ -58,6 +58,12 @@ class Choice:
             raise ValueError(f"diversity is a share from 0 to 1, got {self.diversity}")
         if self.explore not in (None, "ucb", "thompson"):
             raise ValueError(f"explore must be 'ucb' or 'thompson', got {self.explore!r}")
+
+    def seeds(self, start: int, users: int) -> np.ndarray:
+        """Seeds of the draws of users `start : start + users`; new ones where none is given."""
+        given = self.seed[start : start + users] if isinstance(self.seed, Sequence) else [self.seed] * users
+        fresh = np.random.SeedSequence().generate_state(users)
+        return np.array([new if own is None else own % 2**32 for own, new in zip(given, fresh, strict=True)], np.uint32)
 
     @property
     def reranks(self) -> bool:

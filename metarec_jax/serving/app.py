@@ -23,6 +23,7 @@ LARGEST = 4 << 20  # bytes of a request
 EXPLAIN = ("item", "user", "history", "attributes", "context")
 RECOMMEND = ("user", "history", "attributes", "k", "where", *OPTIONS)
 PAGE = Path(__file__).with_name("page")
+PARTS = ("page.css", "page.js", "service.js", "tiles.js", "list.js")
 SAFE = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -101,7 +102,20 @@ def create_app(
         return {"events": await _apart(others, service.current.forget, body["user"])}
 
     async def find(request: Request) -> Any:
-        return {"items": await _apart(others, service.find, request.query_params.get("search", "")[:200])}
+        query = _query(request, ("search", "id"), several=("id",))
+        if query.keys() == {"search", "id"}:
+            raise BadRequest(400, "search or id, not both")
+        if "id" in query:
+            return {"items": await _apart(others, service.items, query["id"])}
+        return {"items": await _apart(others, service.find, query.get("search", [""])[0][:200])}
+
+    async def start(request: Request) -> Any:
+        (k,) = _query(request, ("k",)).get("k", ["12"])
+        return await _apart(others, service.start, int(k) if k.isascii() and k.isdigit() else k)
+
+    async def fields(request: Request) -> Any:
+        _query(request, ())
+        return await _apart(others, service.fields)
 
     async def version(request: Request) -> Any:
         return service.describe()
@@ -173,7 +187,7 @@ def create_app(
         lifespan=lifespan,
         routes=[
             Route("/", file("index.html")),
-            *(Route(f"/{name}", file(name)) for name in ("page.js", "page.css")),
+            *(Route(f"/{name}", file(name)) for name in PARTS),
             Route("/health", health),
             Route("/metrics", endpoint(metrics)),
             Route("/v1/recommend", endpoint(recommend), methods=["POST"]),
@@ -182,6 +196,8 @@ def create_app(
             Route("/v1/describe", endpoint(describe), methods=["POST"]),
             Route("/v1/forget", endpoint(forget), methods=["POST"]),
             Route("/v1/items", endpoint(find)),
+            Route("/v1/start", endpoint(start)),
+            Route("/v1/fields", endpoint(fields)),
             Route("/v1/model", endpoint(version)),
             Route("/v1/model/reload", endpoint(reload), methods=["POST"]),
         ],
@@ -213,6 +229,19 @@ async def _body(request: Request, names: Collection[str]) -> dict[str, Any]:
         raise BadRequest(400, f"expected a JSON object, got {type(found).__name__}")
     if unknown := found.keys() - set(names):
         raise BadRequest(400, f"{min(unknown)[:50]!r} is unknown here; a request may hold {', '.join(names)}")
+    return found
+
+
+def _query(request: Request, names: Collection[str], several: Collection[str] = ()) -> dict[str, list[str]]:
+    """The parameters of a request's address, which may hold these names; those in `several` more than once."""
+    found: dict[str, list[str]] = {}
+    for name, value in request.query_params.multi_items():
+        if name not in names:
+            expected = ", ".join(names) or "no parameters"
+            raise BadRequest(400, f"{name[:50]!r} is unknown here; an address may hold {expected}")
+        if name in found and name not in several:
+            raise BadRequest(400, f"{name} is given twice; give it once")
+        found.setdefault(name, []).append(value)
     return found
 
 

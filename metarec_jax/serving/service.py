@@ -11,12 +11,14 @@ from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.inference.ranker import BATCHES, HISTORIES
 from metarec_jax.inference.stock import Stock
 from metarec_jax.recommender import Recommender
+from metarec_jax.serving.categories import Categories
 from metarec_jax.state.events import Store
 from metarec_jax.state.stores import open_store
 
 SIZES, LENGTHS = BATCHES[:-1], HISTORIES  # of batches and histories, compiled before the first request
 COUNTS = (10, 100, 1000)  # recommendations, one for each compiled size
 MOST = 1000  # recommendations a request
+VARIED = 0.7  # diversity of the items to start with
 TRIES = 5  # to read a model that is being replaced
 
 
@@ -45,6 +47,7 @@ class Service:
         self.users = open_store(users)
         self.current = self._load()
         self._named: tuple[Stock | None, list[str]] = (None, [])  # a stock, and what its items are found by
+        self._grouped: tuple[Stock, Categories] | None = None
         self.ready, self._reloading = False, threading.Lock()
 
     def warm(self) -> None:
@@ -73,7 +76,7 @@ class Service:
         answers: list[Any] = [None] * len(requests)
         groups: dict[Any, list[int]] = {}
         for i, request in enumerate(requests):
-            options = {name: request[name] for name in OPTIONS if name in request}
+            options = {name: request[name] for name in OPTIONS if name in request and name != "seed"}
             groups.setdefault(("user" in request, repr(sorted(options.items()))), []).append(i)
         for (known, _), members in groups.items():
             found: list[Any]
@@ -87,6 +90,8 @@ class Service:
 
     def _recommend(self, current: Recommender, requests: Sequence[Mapping[str, Any]], known: bool) -> list[Any]:
         options = {name: _typed(name, requests[0][name]) for name in OPTIONS if name in requests[0]}
+        seeds = [request.get("seed") for request in requests]
+        options["seed"] = [None if seed is None else _typed("seed", seed) for seed in seeds]
         sizes = [_count(request.get("k", 10)) for request in requests]
         wheres: Any = [_where(request.get("where")) for request in requests]
         options["where"] = wheres if any(wheres) or "only" in options else None  # one mask a user, or none
@@ -142,13 +147,57 @@ class Service:
             "ratings": list(current.limits),
         }
 
+    def start(self, k: Any = 12) -> dict[str, Any]:
+        """Varied items to begin with: the recommendations for a user about whom nothing is known, diversified."""
+        current = self.current
+        found = current.recommend([], _count(k), diversity=VARIED)
+        rows = current.stock.encode([item.item for item in found]).tolist()
+        scores = [{"score": item.score} for item in found]
+        shown = [item | score for item, score in zip(self._shown(current.stock, rows), scores, strict=True)]
+        return {"items": shown, "model": current.version}
+
+    def fields(self) -> dict[str, Any]:
+        """Fields by which items can be grouped, with their most frequent values; see `Categories.fields`."""
+        current = self.current
+        return {"fields": self._categories(current.stock).fields(), "model": current.version}
+
     def find(self, text: str, most: int = 20) -> list[dict[str, Any]]:
         """Items whose title, or id, holds the text."""
         stock = self.current.stock
         rows = [row for row, name in enumerate(self._names(stock)) if row and text.casefold() in name][:most]
+        return self._shown(stock, rows)
+
+    def items(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Items of these ids, as texts, in this order.
+
+        Raises:
+          DataError: an id is unknown, or no integer where ids are integers; too many ids.
+        """
+        if len(ids) > MOST:
+            raise DataError(f"id: got {len(ids)} ids; ask for at most {MOST} at once")
+        current, raw = self.current, list(ids)
+        if current.stock.trained.ids.dtype.kind == "i":
+            try:
+                raw = [int(own) for own in ids]
+            except ValueError as error:
+                raise DataError(f"id: ids of this model are integers ({error})") from error
+        return self._shown(current.stock, current.predictor.rows_of(raw).tolist())
+
+    def _shown(self, stock: Stock, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Items as people read them: id, title and, as `about`, categories by field."""
         raw = stock.decode(rows).tolist() if rows else []
         titles = [None] * len(rows) if stock.titles is None else [stock.titles[row] for row in rows]
-        return [{"item": item, "title": title} for item, title in zip(raw, titles, strict=True)]
+        categories = self._categories(stock)
+        return [
+            {"item": item, "title": title, "about": categories.of(row)}
+            for item, title, row in zip(raw, titles, rows, strict=True)
+        ]
+
+    def _categories(self, stock: Stock) -> Categories:
+        grouped = self._grouped
+        if grouped is None or grouped[0] is not stock:
+            self._grouped = grouped = (stock, Categories(stock))
+        return grouped[1]
 
     def _names(self, stock: Stock) -> list[str]:
         named, names = self._named
@@ -190,6 +239,8 @@ class Service:
         ways: list[dict[str, Any]] = [{}, {"only": [item]}]
         if recommender.strategy.deviation is not None:
             ways += [{"deviation": True, **way} for way in ways]
+        if recommender.strategy.sample is not None:
+            ways += [{"explore": "thompson", **way} for way in ways]
         rated = recommender.target.kind == "rating" or recommender.rater is not None
         for size in SIZES:
             for length in LENGTHS:
@@ -198,12 +249,13 @@ class Service:
                     given = way | ({"where": [None] * size} if "only" in way else {})
                     for count in COUNTS:
                         recommender.recommend(people, count, **given)
-                        if rated and "deviation" not in way:
+                        if rated and not way.keys() & {"deviation", "explore"}:
                             recommender.recommend(people, count, by=0.5, **given)
                             recommender.recommend(people, count, by="rating", **given)
         for length in LENGTHS:
             recommender.explain([(unknown, low)] * (length - 1) + [(item, low)], item)
-        recommender.recommend([], 10, diversity=0.5)
+        for count in COUNTS:
+            recommender.recommend([], count, diversity=VARIED)
         self.report(f"ready after {time.perf_counter() - start:.0f} s of compilation")
 
 

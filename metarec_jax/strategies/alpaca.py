@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from metarec_jax.core import query_loss
+from metarec_jax.core.solve import inverse_cholesky, normal_per_key
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.decoder import need_embed
 from metarec_jax.strategies.likelihood import likelihood
@@ -134,6 +135,17 @@ def alpaca(
         _, variance = moments(params, posterior, features)
         return jnp.sqrt(variance + jnp.exp(2 * params["log_noise"]) if kind == "gaussian" else variance)
 
+    def sample(params: Params, posterior: Posterior, keys: jax.Array, strength: jax.Array) -> Posterior:
+        factor = posterior.factor
+        if factor is None:
+            assert posterior.taken is not None
+            prior = cholesky(params)
+            covariance = prior @ prior.T - jnp.einsum("unf,ung->ufg", posterior.taken, posterior.taken)
+            size = jnp.trace(covariance, axis1=1, axis2=2)[:, None, None] / (width + 1)
+            factor = jnp.linalg.cholesky(covariance + 1e-5 * size * jnp.eye(width + 1))  # rounding may leave -1e-7
+        drawn = jnp.einsum("ufg,ug->uf", factor, normal_per_key(keys, width + 1))
+        return Posterior(posterior.mean + strength * drawn, jnp.zeros_like(factor), None)
+
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         posterior = adapt(params, task.support, key)
         if kind == "bernoulli":
@@ -144,7 +156,7 @@ def alpaca(
         nll = 0.5 * (jnp.square(error) / variance + jnp.log(2 * jnp.pi * variance))
         return query_loss(nll, task.query, lambda value, _: value), {}
 
-    return Strategy(init, adapt, predict, meta_loss, deviation)
+    return Strategy(init, adapt, predict, meta_loss, deviation, sample=sample)
 
 
 class _Inner(NamedTuple):
@@ -227,32 +239,3 @@ class _Inner(NamedTuple):
         decrease = 0.1 * lengths[:, None] * (gradient * step).sum(-1) + rounding
         enough = jax.vmap(value)(lengths) <= before + decrease
         return jax.lax.stop_gradient(lengths[jnp.argmax(enough, axis=0)])
-
-
-@jax.custom_jvp
-def inverse_cholesky(matrix: jax.Array) -> jax.Array:
-    """Return C = L^-1 of symmetric positive definite matrices `[..., n, n]` = L L', so that C' C is the inverse.
-
-    It uses products only: C <- C (2 I - L C) from C = diag(L)^-1. The error I - L C is strictly triangular and is
-    squared in each iteration, so log2(n) iterations are exact. The derivative, dC = -Phi(C dA C') C with Phi the lower
-    triangle and half the diagonal, uses products too. Batched triangular solves would be the usual way, but they can
-    deadlock on a CPU with two or more threads (seen with jaxlib 0.10.2).
-
-    References:
-      Murray, Differentiation of the Cholesky decomposition, 2016, equation 8.
-    """
-    factor = jnp.linalg.cholesky(matrix)
-    n = matrix.shape[-1]
-    identity = jnp.eye(n, dtype=matrix.dtype)
-    root = identity / jnp.diagonal(factor, axis1=-2, axis2=-1)[..., None, :]
-    return jax.lax.fori_loop(0, (n - 1).bit_length(), lambda _, root: root @ (2 * identity - factor @ root), root)
-
-
-@inverse_cholesky.defjvp
-def _inverse_cholesky_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (matrix,), (change,) = primals, tangents
-    root = inverse_cholesky(matrix)
-    inside = root @ change @ jnp.swapaxes(root, -1, -2)
-    n = matrix.shape[-1]
-    phi = jnp.tril(inside) * (1 - 0.5 * jnp.eye(n, dtype=matrix.dtype))
-    return root, -phi @ root

@@ -9,7 +9,7 @@ import optax
 
 from metarec_jax.collaborative import factorise
 from metarec_jax.core import query_loss
-from metarec_jax.core.solve import solve
+from metarec_jax.core.solve import inverse_cholesky, normal_per_key, solve
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import look_up
 from metarec_jax.strategies.ials import CONTENT, need_design, ridge_regression
@@ -169,6 +169,12 @@ def als(
         of_taste = jnp.einsum("unf,ufg,ung->un", z, covariance, z)
         return jnp.sqrt(params["tables"]["fitted"]["noise"] * (1 + jnp.maximum(of_taste, 0.0)))
 
+    def sample(params: Params, taste: Taste, keys: jax.Array, strength: jax.Array) -> Taste:
+        assert taste.precision is not None
+        noise = jnp.sqrt(params["tables"]["fitted"]["noise"])
+        drawn = noise * jnp.einsum("ugf,ug->uf", inverse_cholesky(taste.precision), normal_per_key(keys, width))
+        return taste._replace(value=taste.value + strength * drawn)
+
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         scores = predict(params, adapt(params, task.support, key), task.query.features)
         return query_loss(scores, task.query, loss), {}
@@ -182,6 +188,7 @@ def als(
         items=items,
         score=score,
         fit=fit,
+        sample=sample if prior == "population" else None,
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from metarec_jax.collaborative import factorise
-from metarec_jax.core.solve import solve
+from metarec_jax.core.solve import inverse_cholesky, normal_per_key, solve
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import look_up, profile_of
 from metarec_jax.strategies.observed import popularity
@@ -157,7 +157,24 @@ def ials(
         covariance = solve(adapted.precision, jnp.broadcast_to(jnp.eye(rank), adapted.precision.shape))
         return jnp.sqrt(jnp.maximum(jnp.einsum("unf,ufg,ung->un", v, covariance, v), 0.0))
 
-    return Strategy(init, adapt, predict, only_ranks("ials"), deviation, items=items, score=score, fit=fit, ranks=True)
+    def sample(params: Params, adapted: Vector, keys: jax.Array, strength: jax.Array) -> Vector:
+        root = inverse_cholesky(adapted.precision)
+        return adapted._replace(
+            mean=adapted.mean + strength * jnp.einsum("ugf,ug->uf", root, normal_per_key(keys, rank))
+        )
+
+    return Strategy(
+        init,
+        adapt,
+        predict,
+        only_ranks("ials"),
+        deviation,
+        items=items,
+        score=score,
+        fit=fit,
+        ranks=True,
+        sample=sample,
+    )
 
 
 def need_design(model: Model, name: str) -> None:

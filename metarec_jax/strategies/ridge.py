@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from metarec_jax.core import query_loss
+from metarec_jax.core.solve import solve
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
@@ -84,7 +85,7 @@ def correct(head: Head, phi: jax.Array, shared: jax.Array) -> jax.Array:
 def newton_step(
     head: Head, phi: jax.Array, shared: jax.Array, support: Examples, loss: PointwiseLoss, penalty: Head
 ) -> Head:
-    """Take one Newton step of each user's head, by Cholesky factorisation of the penalised Hessian.
+    """Take one Newton step of each user's head, by conjugate gradients in the penalised Hessian.
 
     Args:
       head: current `delta` `[users, width]` and `bias` `[users]`.
@@ -110,5 +111,5 @@ def newton_step(
     prior = jnp.concatenate([jnp.broadcast_to(penalty["delta"], phi.shape[-1:]), penalty["bias"][None]])
     hessian = jnp.einsum("unf,un,ung->ufg", x, curvature, x) + jnp.diag(prior)
     slopes = jnp.einsum("unf,un->uf", x, gradient) + prior * at
-    new = at - jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(hessian), slopes[..., None])[..., 0]
+    new = at - solve(hessian, slopes, steps=len(prior))
     return {"delta": new[:, :-1], "bias": new[:, -1]}

@@ -20,6 +20,9 @@ class Strategy(NamedTuple):
       loss: `loss(params, task, key) -> (scalar, aux)`; meta-training follows its gradient.
       deviation: `deviation(params, adapted, features) -> [users, examples]`, the predictive standard deviation of a
         rating (noise included) or of a click's logit; None if the strategy does not estimate it.
+      sample: `sample(params, adapted, keys, strength) -> adapted`: draw adapted values from each user's posterior, with
+        `keys` `[users]`; the difference from the posterior mean is multiplied by the scalar `strength`. None if the
+        strategy has no posterior.
       labelled: whether the strategy already learns labels for the grades of support targets (`with_labels`).
       items: `items(params, features) -> side`: the part of the score that depends on items alone. Features are
         `[n, ...]` without a users axis, and so are the arrays of `side`. Computed once per training step and once per
@@ -48,4 +51,5 @@ class Strategy(NamedTuple):
     fit: Callable[[Any], Params] | None = None
     ranks: bool = False
     contrast: bool = True
+    sample: Callable[[Params, Adapted, jax.Array, jax.Array], Adapted] | None = None
     outer: Literal["query", "shared", "own"] = "query"

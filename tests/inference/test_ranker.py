@@ -7,7 +7,8 @@ import pytest
 import metarec_jax as mr
 from metarec_jax.inference import ranker as ranking
 from metarec_jax.inference.predictor import Predictor
-from metarec_jax.inference.ranker import Ranker, diversify, top_k
+from metarec_jax.inference.ranker import Ranker, top_k
+from metarec_jax.inference.rerank import diversify
 from metarec_jax.inference.stock import Stock
 from metarec_jax.tasks.ranking import Known
 
@@ -89,9 +90,21 @@ def test_uncertainty_and_exploration(stocked, synthetic):
     logit = {r.item: np.log(r.score / (1 - r.score)) for r in plain}
     ucb = [r.item for r in stocked.recommend(HISTORY, k=10, explore="ucb", strength=3.0)]
     assert ucb == sorted(logit, key=lambda i: -(logit[i] + 3 * deviations[i]))[:10]
-    draws = [tuple(r.item for r in stocked.recommend(HISTORY, k=5, explore="thompson", seed=s)) for s in (1, 1, 2, 3)]
+
+    def drawn(histories, **options):
+        return [
+            tuple(r.item for r in found) for found in stocked.recommend(histories, k=5, explore="thompson", **options)
+        ]
+
+    draws = [drawn([HISTORY], seed=s)[0] for s in (1, 1, 2, 3)]
     assert draws[0] == draws[1]
     assert len(set(draws)) > 1
+    assert len({drawn([HISTORY])[0] for _ in range(8)}) > 1  # a new draw in each call
+    assert drawn([{}, HISTORY, HISTORY], seed=[2, 1, 3])[1:] == [draws[0], draws[3]]  # whoever else is in the batch
+    shown = stocked.recommend(HISTORY, k=5, explore="thompson", deviation=True)
+    scores = {r.item: r.score for r in plain}
+    np.testing.assert_allclose([r.score for r in shown], [scores[r.item] for r in shown], rtol=1e-4)
+    np.testing.assert_allclose([r.deviation for r in shown], [deviations[r.item] for r in shown], rtol=1e-4)
     options = {"objective": "click", "epochs": 1, "progress": False, "buckets": 1}
     other = mr.train(synthetic, "ridge", model_options={"width": 4}, **options)
     with pytest.raises(ValueError, match="does not know the deviation"):

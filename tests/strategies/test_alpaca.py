@@ -12,7 +12,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import DotProduct
 
 import metarec_jax as mr
-from metarec_jax.strategies.alpaca import inverse_cholesky
+from metarec_jax.core.solve import inverse_cholesky
 from metarec_jax.strategies.likelihood import likelihood
 from metarec_jax.types import Examples, Task
 

@@ -109,7 +109,19 @@ def ensemble(
             value = query_loss(predict(fixed, adapt(fixed, task.support, key), task.query.features), task.query, loss)
         return value + total - jax.lax.stop_gradient(total), aux
 
-    return Strategy(init, adapt, predict, meta_loss, deviation if group.deviations else None, group.labelled)
+    def sample(params: Params, adapted: Adapted, keys: jax.Array, strength: jax.Array) -> Adapted:
+        assert group.sample is not None
+        return {**adapted, "members": group.sample(params["members"], adapted["members"], keys, strength)}
+
+    return Strategy(
+        init,
+        adapt,
+        predict,
+        meta_loss,
+        deviation if group.deviations else None,
+        group.labelled,
+        sample=sample if group.sample else None,
+    )
 
 
 def averaged(shares: jax.Array, values: jax.Array) -> jax.Array:
@@ -218,6 +230,7 @@ def given(strategy: Strategy, params: Params) -> Strategy:
         labelled=strategy.labelled,
         items=bind(strategy.items),
         score=bind(strategy.score),
+        sample=bind(strategy.sample),
         ranks=strategy.ranks,
     )
 

@@ -33,8 +33,17 @@ def with_history(strategy: Strategy) -> Strategy:
         inner, support = adapted
         return strategy.deviation(params, inner, reading_all(support, features))
 
+    def sample(params: Params, adapted: Adapted, keys: jax.Array, strength: jax.Array) -> Adapted:
+        assert strategy.sample is not None
+        inner, support = adapted
+        return strategy.sample(params, inner, keys, strength), support
+
     return strategy._replace(
-        adapt=adapt, predict=predict, loss=loss, deviation=deviation if strategy.deviation else None
+        adapt=adapt,
+        predict=predict,
+        loss=loss,
+        deviation=deviation if strategy.deviation else None,
+        sample=sample if strategy.sample else None,
     )
 
 

@@ -65,6 +65,10 @@ def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float])
         assert strategy.deviation is not None
         return strategy.deviation(without_shifts(params), adapted, features)
 
+    def sample(params: Params, adapted: Adapted, keys: jax.Array, strength: jax.Array) -> Adapted:
+        assert strategy.sample is not None
+        return strategy.sample(without_shifts(params), adapted, keys, strength)
+
     def items(params: Params, features: Features) -> Any:
         assert strategy.items is not None
         return strategy.items(without_shifts(params), features)
@@ -82,6 +86,7 @@ def with_labels(strategy: Strategy, at: Sequence[float], start: Sequence[float])
         labelled=True,
         items=items if strategy.items else None,
         score=score if strategy.score else None,
+        sample=sample if strategy.sample else None,
     )
 
 

@@ -19,6 +19,7 @@ class Members(NamedTuple):
       scores: `scores(params, adapted, features) -> [members, users, examples]`.
       loss: `loss(params, task, key) -> ([members], aux)`; in aux, counts are summed and other values averaged.
       deviations: `deviations(params, adapted, features) -> [members, users, examples]`; None unless all have one.
+      sample: `sample(params, adapted, keys, strength) -> adapted`; None unless all have one.
       labelled: see `Strategy`; the same for all members.
     """
 
@@ -27,6 +28,7 @@ class Members(NamedTuple):
     scores: Callable[[Params, Adapted, Features], jax.Array]
     loss: Callable[[Params, Task, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     deviations: Callable[[Params, Adapted, Features], jax.Array] | None
+    sample: Callable[[Params, Adapted, jax.Array, jax.Array], Adapted] | None
     labelled: bool
 
 
@@ -47,9 +49,14 @@ def copies(strategy: Strategy, members: int) -> Members:
         values, aux = jax.vmap(strategy.loss, (0, None, 0))(params, task, jax.random.split(key, members))
         return values, jax.tree.map(_pooled, aux)
 
+    def sample(params: Params, adapted: Adapted, keys: jax.Array, strength: jax.Array) -> Adapted:
+        assert strategy.sample is not None
+        split = jax.vmap(lambda key: jax.random.split(key, members), out_axes=1)(keys)
+        return jax.vmap(strategy.sample, (0, 1, 0, None), out_axes=1)(params, adapted, split, strength)
+
     scores, deviations = (f and jax.vmap(f, (0, 1, None)) for f in (strategy.predict, strategy.deviation))
     assert scores is not None
-    return Members(init, adapt, scores, loss, deviations, strategy.labelled)
+    return Members(init, adapt, scores, loss, deviations, sample if strategy.sample else None, strategy.labelled)
 
 
 def several(strategies: Sequence[Strategy]) -> Members:
@@ -84,9 +91,22 @@ def several(strategies: Sequence[Strategy]) -> Members:
         aux = {name: _pooled(jnp.stack([aux[name] for _, aux in results if name in aux])) for name in names}
         return jnp.stack([value for value, _ in results]), aux
 
+    def sample(params: Params, adapted: Adapted, keys: jax.Array, strength: jax.Array) -> Adapted:
+        split = jax.vmap(lambda key: jax.random.split(key, len(strategies)), out_axes=1)(keys)
+        each_member = zip(strategies, params, adapted, split, strict=True)
+        return [s.sample(p, a, k, strength) for s, p, a, k in each_member if s.sample]
+
     scores, deviations = each([s.predict for s in strategies]), each([s.deviation for s in strategies])
     all_have_deviation = all(s.deviation for s in strategies)
-    return Members(init, adapt, scores, loss, deviations if all_have_deviation else None, True in labelled)
+    return Members(
+        init,
+        adapt,
+        scores,
+        loss,
+        deviations if all_have_deviation else None,
+        sample if all(s.sample for s in strategies) else None,
+        True in labelled,
+    )
 
 
 def _pooled(values: jax.Array) -> jax.Array:

@@ -77,6 +77,10 @@ def ranked(strategy: Strategy, *, negatives: int = 32, ratio: float = 1.0) -> St
         assert strategy.deviation is not None
         return strategy.deviation(of_strategy(params), adapted[0], features)
 
+    def sample(params: Params, adapted: Adapted, keys: jax.Array, strength: jax.Array) -> Adapted:
+        assert strategy.sample is not None
+        return strategy.sample(of_strategy(params), adapted[0], keys, strength), adapted[1]
+
     def prefixes(params: Params, support: Examples, key: jax.Array | None) -> Adapted:
         assert strategy.prefixes is not None
         before = jnp.pad(jnp.cumsum(counts(support), 1), ((0, 0), (1, 0)))
@@ -101,6 +105,7 @@ def ranked(strategy: Strategy, *, negatives: int = 32, ratio: float = 1.0) -> St
         items=of_items if strategy.items else None,
         score=score if strategy.score else None,
         prefixes=prefixes if strategy.prefixes else None,
+        sample=sample if strategy.sample else None,
         ranks=True,
     )
 

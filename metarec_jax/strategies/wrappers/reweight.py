@@ -67,4 +67,15 @@ def reweighted(strategy: Strategy, *, hidden: int = 16) -> Strategy:
         assert strategy.deviation is not None
         return strategy.deviation(params["strategy"], adapted, features)
 
-    return Strategy(init, adapt, predict, meta_loss, deviation if strategy.deviation else None)
+    def sample(params: Params, adapted: Adapted, keys: jax.Array, strength: jax.Array) -> Adapted:
+        assert strategy.sample is not None
+        return strategy.sample(params["strategy"], adapted, keys, strength)
+
+    return Strategy(
+        init,
+        adapt,
+        predict,
+        meta_loss,
+        deviation if strategy.deviation else None,
+        sample=sample if strategy.sample else None,
+    )

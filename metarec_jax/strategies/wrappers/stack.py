@@ -114,6 +114,11 @@ def stack(
         each = zip(rankers, of_members(params), adapted[0], adapted[1].T, strict=True)
         return sum(g[:, None] * m.deviation(p, a, features) for m, p, a, g in each if m.deviation)  # type: ignore[return-value]
 
+    def sample(params: Params, adapted: Adapted, keys: jax.Array, strength: jax.Array) -> Adapted:
+        each = enumerate(zip(rankers, of_members(params), adapted[0], strict=True))
+        fold = jax.vmap(jax.random.fold_in, (0, None))
+        return [m.sample(p, a, fold(keys, i), strength) if m.sample else a for i, (m, p, a) in each], adapted[1]
+
     explicit = all(m.items is not None for m in rankers)
     return Strategy(
         init,
@@ -126,6 +131,7 @@ def stack(
         score=score if explicit else None,
         fit=fit,
         ranks=True,
+        sample=sample if any(m.sample for m in rankers) else None,
     )
 
 

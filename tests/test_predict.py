@@ -194,7 +194,7 @@ def test_next_ratings_come_after_all_that_is_known():
 def test_another_strategy_can_predict(recommender, monkeypatch):
     monkeypatch.setitem(training.EPOCHS, "rating", 1)
     other = mr.train(recommender.catalogue, "ease", epochs=1, progress=False, buckets=1, ratings="ridge")
-    assert other.rater.recipe["strategy"]["name"] == "ridge"
+    assert other.trained.rater.recipe["strategy"]["name"] == "ridge"
     assert len(other.rater.history) == 1
     assert len(other.predict(HISTORY, [5, 9])) == 2
 

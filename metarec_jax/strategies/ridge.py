@@ -111,5 +111,5 @@ def newton_step(
     prior = jnp.concatenate([jnp.broadcast_to(penalty["delta"], phi.shape[-1:]), penalty["bias"][None]])
     hessian = jnp.einsum("unf,un,ung->ufg", x, curvature, x) + jnp.diag(prior)
     slopes = jnp.einsum("unf,un->uf", x, gradient) + prior * at
-    new = at - solve(hessian, slopes, steps=len(prior))
+    new = at - solve(hessian, slopes, steps=24 + len(prior))  # more than are exact, for rounding
     return {"delta": new[:, :-1], "bias": new[:, -1]}

@@ -3,7 +3,7 @@
 import { call, known, rated, who } from "./service.js";
 import { at, button, chips, colour, controls, likes, make, name } from "./tiles.js";
 
-export const SHOWN = 10;
+export const SHOWN = 12;
 export const COMPARED = 100; // places within which a move is known
 const CAUSES = 6; // explained in full
 const SMALLEST = 0.0005; // effect that is shown
@@ -30,6 +30,7 @@ function worth(entry, first) {
   if (known.model.predicts === "ranking") {
     const bar = make("meter");
     bar.value = Math.exp(entry.score - first);
+    bar.style.setProperty("--value", String(bar.value));
     bar.title = `${Math.round(100 * bar.value)} % as likely as the first`;
     bar.setAttribute("aria-label", bar.title);
     return bar;
@@ -43,7 +44,9 @@ function row(entry, place, score, onRate) {
   made.dataset.item = entry.item;
   const rank = colour(make("span", "rank", String(place + 1)), entry);
   const text = make("div", "text");
-  text.append(make("span", "title", name(entry)), chips(entry), make("div", "why"));
+  const brief = make("div", "why");
+  brief.hidden = !rated.size;
+  text.append(make("span", "title", name(entry)), chips(entry), brief);
   const moved = move(entry.item, place);
   const mark = make("span", "move " + (moved ? moved.kind : ""), moved ? moved.text : "");
   if (moved) {
@@ -140,11 +143,11 @@ function full(place, found, causes) {
   if (!rated.size) parts.push(make("p", "", `You have rated nothing yet: this is what most people ${ranks() ? "choose" : "like"}.`));
   else if (!causes.length) parts.push(make("p", "", "None of your ratings moved it."));
   const largest = Math.max(...causes.map((cause) => Math.abs(cause.effect)));
-  const list = make("ul", "causes");
+  const list = make("div", "causes");
   for (const cause of causes.slice(0, CAUSES)) {
     const bar = make("span", "bar " + (cause.effect > 0 ? "up" : "down"));
     bar.style.setProperty("--size", String(Math.abs(cause.effect) / largest));
-    const own = make("li");
+    const own = make("p", "reason");
     own.append(bar, make("span", "", sentence(cause)));
     list.append(own);
   }

@@ -7,7 +7,7 @@ import { at, line, make, tile } from "./tiles.js";
 
 const FOUND = 8; // of a search
 const START = 12; // items to start with
-const VALUES = 18; // of a field that are shown before "more"
+const VALUES = 16; // of a field that are shown before "more"
 
 const wanted = new Map(); // field -> set of values
 let start = [];
@@ -79,7 +79,9 @@ async function show() {
   at("recommended").setAttribute("aria-busy", "true");
   const where = Object.fromEntries([...wanted].filter(([, own]) => own.size).map(([field, own]) => [field, [...own]]));
   const filtered = Object.keys(where).length ? { where } : {};
-  const { items } = await call("v1/recommend", { user: who, k: list.COMPARED, ...filtered });
+  const { items, model } = await call("v1/recommend", { user: who, k: list.COMPARED, ...filtered });
+  if (!current()) return;
+  if (model !== known.model.model) await learn(); // another model is served now
   const entries = await describe(items.slice(0, list.SHOWN).map((entry) => entry.item));
   if (!current()) return;
   keepFocus(() => {
@@ -120,12 +122,12 @@ function drawFilters() {
       own.title = `${items} items`;
       own.dataset.value = value;
       own.setAttribute("aria-pressed", "false");
-      own.hidden = place >= VALUES + 2;
+      own.hidden = place >= VALUES;
       own.addEventListener("click", () => press(own, value));
       group.append(own);
     });
-    if (field.values.length > VALUES + 2) {
-      const more = make("button", "chip more", `${field.values.length - VALUES - 2} more`);
+    if (field.values.length > VALUES) {
+      const more = make("button", "chip more", `${field.values.length - VALUES} more`);
       more.type = "button";
       more.addEventListener("click", () => {
         const first = group.querySelector("[hidden]");
@@ -139,6 +141,16 @@ function drawFilters() {
   }));
 }
 
+async function learn() {
+  known.model = await call("v1/model");
+  known.fields = (await call("v1/fields")).fields;
+  start = (await call(`v1/start?k=${START}`)).items;
+  service.forgetEntries();
+  list.restart();
+  at("meaning").textContent = MEANING[known.model.predicts](known.model.items);
+  drawFilters();
+}
+
 let typing = 0;
 at("search").addEventListener("input", () => {
   clearTimeout(typing);
@@ -150,11 +162,7 @@ at("forget").addEventListener("click", attempt(async () => {
   await show();
 }));
 attempt(async () => {
-  known.model = await call("v1/model");
-  known.fields = (await call("v1/fields")).fields;
-  at("meaning").textContent = MEANING[known.model.predicts](known.model.items);
-  start = (await call(`v1/start?k=${START}`)).items;
+  await learn();
   await service.remind();
-  drawFilters();
   await show();
 })();

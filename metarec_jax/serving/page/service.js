@@ -81,3 +81,7 @@ export async function describe(items) {
   }
   return items.map((item) => entries.get(item));
 }
+
+export function forgetEntries() {
+  entries.clear();
+}

@@ -175,7 +175,7 @@ class Service:
         """
         if len(ids) > MOST:
             raise DataError(f"id: got {len(ids)} ids; ask for at most {MOST} at once")
-        current, raw = self.current, list(ids)
+        current, raw = self.current, list[Any](ids)
         if current.stock.trained.ids.dtype.kind == "i":
             try:
                 raw = [int(own) for own in ids]

@@ -55,7 +55,8 @@ def build(
     fields, labels = fields_of(data), None
     if target.levels is not None:
         levels = np.array(target.levels)
-        labels = tuple(target.grade(levels).tolist()), tuple(target.encode(levels).tolist())
+        grades = np.round(target.grade(levels).astype(float), 6)  # another split may differ by rounding
+        labels = tuple(grades.tolist()), tuple(target.encode(levels).tolist())
     try:
         options = json.dumps([dict(strategy_options or {}), dict(model_options or {})], sort_keys=True)
     except TypeError:  # an option that only the caller can compare

@@ -69,7 +69,8 @@ def test_feedback_is_in_the_next_answer_and_forgotten_on_demand(client, stocked)
 
 def test_items_are_found_by_title_health_and_metrics_are_there(client, service):
     found = client.get("/v1/items", params={"search": "thing 1"}).json()["items"]
-    assert {"item": 110, "title": "Thing 10"} in found
+    about = {"colour": ["green"], "tags": ["sale", "new"]}
+    assert {"item": 110, "title": "Thing 10", "about": about} in found
     assert client.get("/health").json() == {"status": "ok", "model": service.current.version}
     model = {"model": service.current.version, "items": 50, "predicts": "click", "ratings": [2.0, 5.0]}
     assert client.get("/v1/model").json() == model
@@ -79,6 +80,45 @@ def test_items_are_found_by_title_health_and_metrics_are_there(client, service):
     assert "metarec_events_total 1.0" in text
     assert 'metarec_requests_total{path="/v1/recommend",status="400"} 1.0' in text
     assert f'metarec_model{{version="{service.current.version}"}} 1.0' in text
+
+
+def test_varied_items_to_start_with_and_fields_to_group_them_by(shared_client, stocked):
+    first = shared_client.get("/v1/start", params={"k": 5}).json()["items"]
+    assert [r["item"] for r in first] == [r.item for r in stocked.recommend([], 5, diversity=0.7)]
+    assert [r["item"] for r in first] != [r.item for r in stocked.recommend([], 5)]
+    assert len(shared_client.get("/v1/start").json()["items"]) == 12
+    fields = {field["name"]: field for field in shared_client.get("/v1/fields").json()["fields"]}
+    assert list(fields) == ["colour", "tags"]  # numbers do not group
+    counts = [(own["value"], own["items"]) for own in fields["colour"]["values"]]
+    assert counts == [("green", 17), ("red", 17), ("blue", 16)]
+    for value, count in ((own["value"], own["items"]) for own in fields["tags"]["values"]):
+        assert len(stocked.recommend({}, 50, where={"tags": value})) == count
+    ids = [r["item"] for r in first]
+    described = shared_client.get("/v1/items", params={"id": ids}).json()["items"]
+    assert described == [{name: r[name] for name in ("item", "title", "about")} for r in first]
+    for r in described:
+        assert r["item"] in {own.item for own in stocked.recommend({}, 50, where=r["about"])}
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("start?k=0", "k must be an integer from 1 to 1000"),
+        ("start?k=many", "k must be an integer from 1 to 1000, got 'many'"),
+        ("start?k=", "k must be an integer from 1 to 1000"),
+        ("start?k=3&k=4", "k is given twice"),
+        ("start?count=3", "'count' is unknown here; an address may hold k"),
+        ("fields?k=3", "'k' is unknown here; an address may hold no parameters"),
+        ("items?serch=x", "'serch' is unknown here; an address may hold search, id"),
+        ("items?search=x&id=100", "search or id, not both"),
+        ("items?id=x", "ids of this model are integers"),
+        ("items?id=7", "item 7 is unknown"),
+    ],
+)
+def test_a_bad_address_is_refused_with_a_message(shared_client, address, message):
+    answer = shared_client.get(f"/v1/{address}")
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,10 @@ def test_no_request_compiles_anything_after_ready(tmp_path, monkeypatch, compile
             for answer in service.recommend([request] * company):
                 assert not isinstance(answer, Exception), (request, answer)
             assert compiled[before:] == [], f"{request}, {company} at once"
+    for k in (1, 12, 60):
+        service.start(k)
+    service.fields()
+    service.find("1")
     service.explain({"history": [3, 17], "item": 5})
     service.explain({"history": list(range(1, 45)), "item": 5})
     assert compiled[before:] == []

@@ -6,7 +6,7 @@ import { at, button, chips, colour, controls, likes, make, name } from "./tiles.
 export const SHOWN = 12;
 export const COMPARED = 100; // places within which a move is known
 const CAUSES = 6; // explained in full
-const SMALLEST = 0.0005; // effect that is shown
+const SMALLEST = { ranking: 0.0005, click: 0.0005, rating: 0.005 }; // effect that is shown
 
 let places = null; // item -> place, of the list before; null where it says nothing, as for other filters
 
@@ -35,8 +35,12 @@ function worth(entry, first) {
     bar.setAttribute("aria-label", bar.title);
     return bar;
   }
-  const click = known.model.predicts === "click";
-  return make("span", "score", click ? `${Math.round(100 * entry.score)} %` : entry.score.toFixed(2));
+  return make("span", "score", readable(entry.score));
+}
+
+// A score, or a change of one, as people read it.
+function readable(value) {
+  return known.model.predicts === "click" ? `${(100 * value).toFixed(1)} %` : value.toFixed(2);
 }
 
 function row(entry, place, score, onRate) {
@@ -106,7 +110,7 @@ export async function explain(current) {
     const item = [...places.keys()].find((one) => String(one) === own.dataset.item);
     const found = await call("v1/explain", { user: who, item });
     if (!current()) return;
-    const causes = found.causes.filter((cause) => Math.abs(cause.effect) >= SMALLEST);
+    const causes = found.causes.filter((cause) => Math.abs(cause.effect) >= SMALLEST[known.model.predicts]);
     brief(own.querySelector(".why"), causes.slice(0, 3));
     full(own.querySelector(".reasons"), found, causes);
   }
@@ -115,7 +119,7 @@ export async function explain(current) {
 const ranks = () => known.model.predicts === "ranking"; // its scores compare items, so that a change of one has no unit
 const title = (cause) => cause.title || String(cause.item);
 const given = (cause) => Number(cause.rating.toFixed(2));
-const amount = (value) => (value > 0 ? "+" : "−") + Math.abs(value).toFixed(3);
+const amount = (value) => (value > 0 ? "+" : "−") + readable(Math.abs(value));
 
 function brief(place, causes) {
   const parts = causes.map((cause) => {
@@ -134,12 +138,12 @@ function sentence(cause) {
   const did = likes() ? (rating > middle ? `You like ${title(cause)}` : `${title(cause)} is not for you`)
     : `You gave ${given(cause)} to ${title(cause)}`;
   const moved = cause.effect > 0 ? "moves it up" : "moves it down";
-  return `${did}: ${moved}${ranks() ? "" : ` by ${Math.abs(cause.effect).toFixed(3)}`}.`;
+  return `${did}: ${moved}${ranks() ? "" : ` by ${readable(Math.abs(cause.effect))}`}.`;
 }
 
 function full(place, found, causes) {
   const parts = [];
-  if (!ranks()) parts.push(make("p", "", `${found.before.toFixed(2)} before you rated anything, ${found.score.toFixed(2)} now.`));
+  if (!ranks()) parts.push(make("p", "", `${readable(found.before)} before you rated anything, ${readable(found.score)} now.`));
   if (!rated.size) parts.push(make("p", "", `You have rated nothing yet: this is what most people ${ranks() ? "choose" : "like"}.`));
   else if (!causes.length) parts.push(make("p", "", "None of your ratings moved it."));
   const largest = Math.max(...causes.map((cause) => Math.abs(cause.effect)));

@@ -2,7 +2,7 @@
 
 import { known, rated } from "./service.js";
 
-const CHIPS = 4; // shown of an item
+const CHIPS = 4; // shown of an item, at most
 const SVG = "http://www.w3.org/2000/svg";
 
 export const at = (id) => document.getElementById(id);
@@ -46,18 +46,18 @@ export function colour(element, entry) {
   return element;
 }
 
-export function chips(entry) {
+export function chips(entry, most = CHIPS) {
   const row = make("span", "chips");
   const all = known.fields.flatMap((field) => (entry.about[field.name] || []).map((value) => ({ field, value })));
-  for (const { field, value } of all.slice(0, CHIPS)) {
+  for (const { field, value } of all.slice(0, most)) {
     const chip = make("span", "chip", value);
     chip.title = field.name;
     chip.style.setProperty("--hue", hue(field, value));
     row.append(chip);
   }
-  if (all.length > CHIPS) {
-    const more = make("span", "chip", `+${all.length - CHIPS}`);
-    more.title = all.slice(CHIPS).map(({ value }) => value).join(", ");
+  if (all.length > most) {
+    const more = make("span", "chip", `+${all.length - most}`);
+    more.title = all.slice(most).map(({ value }) => value).join(", ");
     row.append(more);
   }
   return row;
@@ -113,10 +113,10 @@ export function tile(entry, onRate) {
 export function line(entry, onRate, onRemove) {
   const made = make("li", "line");
   const text = make("span", "text");
-  text.append(make("span", "title", name(entry)), chips(entry));
+  text.append(make("span", "title", name(entry)), chips(entry, onRemove ? 2 : CHIPS));
   made.append(colour(make("span", "swatch"), entry), text, controls(entry, onRate));
   if (onRemove) {
-    const remove = button(`Remove the rating of ${name(entry)}`, () => onRemove(entry.item), "Undo");
+    const remove = button(`Undo the rating of ${name(entry)}`, () => onRemove(entry.item), "Undo");
     remove.classList.add("quiet");
     made.append(remove);
   }

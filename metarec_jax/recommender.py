@@ -19,6 +19,7 @@ from metarec_jax.inference.ranker import Explore
 from metarec_jax.inference.recommendations import Choice, Recommendation, Where, as_table, checked_count
 from metarec_jax.inference.stock import Stock
 from metarec_jax.metrics.ranking import SIZES
+from metarec_jax.metrics.table import Table
 from metarec_jax.state import models
 from metarec_jax.state.events import Event, Store, UserId
 from metarec_jax.state.feedback import checked, checked_id
@@ -346,9 +347,9 @@ class Recommender:
         support: int | None = None,
         candidates: Among = "query",
         baselines: bool = True,
-    ) -> dict[str, dict[str, float]]:
-        """Metrics on the test tasks of the protocol, beside the plain baselines on the same tasks, as
-        `{learner: {metric: value}}`.
+    ) -> Table:
+        """Metrics on the test tasks of the protocol, beside the plain baselines on the same tasks, as a dict
+        `{learner: {metric: value}}` that prints itself and converts to polars and pandas.
 
         Args:
           data: the dataset of the training; may be left out unless the model was loaded.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from metarec_jax._files import write_whole
@@ -160,7 +159,6 @@ def compare(
             for baseline in BASELINES:
                 if saved_in and (baseline, seed) not in runs and (saved := _read(saved_in, baseline, seed)):
                     runs[baseline, seed] = saved
-        jax.clear_caches()  # the next strategy shares no compiled program
     return Comparison(setting, protocol.target, runs, failed, _segments(data))
 
 

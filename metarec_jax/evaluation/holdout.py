@@ -13,6 +13,7 @@ from metarec_jax.evaluation.baselines import score_baselines
 from metarec_jax.evaluation.ranking_baselines import ranking_baselines
 from metarec_jax.metrics.ranking import SIZES, Lists, by_support, rank
 from metarec_jax.metrics.scoring import Scores, score_tasks, summarise
+from metarec_jax.metrics.table import Table
 from metarec_jax.tasks.batching import batches
 from metarec_jax.tasks.candidates import Among, judged_on
 from metarec_jax.tasks.candidates import candidates as draw
@@ -28,7 +29,7 @@ def evaluate(
     support: int | None = None,
     candidates: Among = "query",
     baselines: bool = True,
-) -> dict[str, dict[str, float]]:
+) -> Table:
     """Evaluate a model and the baselines; see `metarec_jax.Recommender.evaluate`.
 
     Returns:
@@ -37,12 +38,13 @@ def evaluate(
     if trained.target.kind == "ranking":
         sizes = SIZES if support is None else (support,)
         rankings = evaluate_rankings(trained, data, sizes=sizes, baselines=baselines)
-        return {
-            learner: {name: float(np.nanmean(values)) for name, values in table.items()}
-            for learner, table in rankings.items()
+        means = {
+            learner: {name: float(np.nanmean(values)) for name, values in metrics.items()}
+            for learner, metrics in rankings.items()
         }
+        return Table(means)
     scores = evaluate_scores(trained, data, support=support, candidates=candidates, baselines=baselines)
-    return {learner: summarise(scored, trained.target.kind) for learner, scored in scores.items()}
+    return Table({learner: summarise(scored, trained.target.kind) for learner, scored in scores.items()})
 
 
 def evaluate_rankings(

@@ -98,7 +98,8 @@ def difference(
             total += sign * sums.value(sample_weights)
             mean += sign * float(sums.value())
     total, mean = total / len(comparison.seeds), mean / len(comparison.seeds)
-    low, high = np.nanquantile(total, [(1 - level) / 2, (1 + level) / 2])
+    total = total[np.isfinite(total)]  # a sample without a positive has no AUC
+    low, high = np.quantile(total, [(1 - level) / 2, (1 + level) / 2])
     side = min((total <= 0).mean(), (total >= 0).mean())
     return Difference(mean, float(low), float(high), float(min(1.0, 2 * max(side, 1 / draws))))
 

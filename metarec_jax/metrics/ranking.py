@@ -20,7 +20,6 @@ from metarec_jax.types import Params
 SIZES = (1, 3, 5, 10, None)  # support sizes; None for all
 DEPTH = 100  # length of the evaluated lists
 CELLS = 1 << 24  # users x items scored at once
-LONGEST = 512  # most support examples
 
 
 class Lists(NamedTuple):

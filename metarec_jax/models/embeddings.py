@@ -43,11 +43,16 @@ def pretrained(model: Model, arrays: Mapping[str, Any], *, freeze: bool = False)
 
     if not freeze:
         return model._replace(init=lambda key: with_values(model.init(key)))
-    embed = model.embed
+
+    def frozen(function: Any) -> Any:
+        return function and (lambda params, *rest: function(with_values(params), *rest))
+
     return model._replace(
         init=lambda key: without_values(model.init(key)),
-        apply=lambda params, features: model.apply(with_values(params), features),
-        embed=None if embed is None else lambda params, features: embed(with_values(params), features),
+        apply=frozen(model.apply),
+        embed=frozen(model.embed),
+        states=frozen(model.states),
+        vectors=frozen(model.vectors),
     )
 
 

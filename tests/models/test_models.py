@@ -179,3 +179,20 @@ def test_frozen_vectors_work_with_strategies_and_training(synthetic):
         trained = mr.train(synthetic, strategy, model, objective="click", epochs=1, progress=False, buckets=1)
         assert trained.params["model"]["embedding"]["item_id"]["embedding"] is None
         assert np.isfinite(trained.history[0]["log_loss"])
+
+
+def test_frozen_item_vectors_of_a_tied_sequence_model_are_read():
+    data = mr.data.synthetic(users=60, items=40, seed=0)
+    fields = mr.models.fields_of(data)
+    network = mr.models.gru(fields, width=4, tied=True)
+    start = network.init(jax.random.key(0))
+    ((path, table),) = [
+        (jax.tree_util.keystr(p, simple=True, separator="/"), leaf)
+        for p, leaf in jax.tree_util.tree_leaves_with_path(start)
+        if "item_id" in jax.tree_util.keystr(p)
+    ]
+    frozen = pretrained(network, {path: table}, freeze=True)
+    features = mr.tasks.features(data, np.array([1]), np.array([[2, 3]]))
+    np.testing.assert_array_equal(
+        frozen.vectors(frozen.init(jax.random.key(0)), features), network.vectors(start, features)
+    )

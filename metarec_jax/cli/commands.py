@@ -43,6 +43,7 @@ def cli() -> None:
                   metarec recommend my-model 99 588             (items that the user chose)
     In use:       metarec serve my-model
     Compare:      metarec compare ml-100k -s alpaca -s maml     (clicks and ratings)
+    Read:         metarec docs                                  (tutorials, strategies, every option)
     """
 
 
@@ -90,9 +91,9 @@ def quickstart(out: str, seed: int) -> None:
 @click.option(
     "--strategy",
     default=None,
-    help='How to adapt to a user (README\'s table).  [default: "stack" to rank, "alpaca" for clicks and ratings]',
+    help='How to adapt to a user: see `metarec docs strategies`.  [default: "stack"; for clicks and ratings "alpaca"]',
 )
-@click.option("--model", default=None, help="Network (see the README); by default the strategy's own.")
+@click.option("--model", default=None, help="Network: see `metarec docs strategies`; by default the strategy's own.")
 @click.option(
     "--threshold",
     default=4.0,
@@ -371,21 +372,25 @@ def export(model: str, out: str, k: int, longest: int) -> None:
 
 @cli.command()
 @click.argument("page", required=False)
-def docs(page: str | None) -> None:
+@click.option("--site", "folder", type=click.Path(file_okay=False), help="Write pages and API reference here as HTML.")
+def docs(page: str | None, folder: str | None) -> None:
     """Print PAGE of the documentation; without PAGE, list the pages.
 
+    \b
     Example: metarec docs shop-clicks
+             metarec docs --site site
     """
-    from importlib.resources import files
-
     from rich.console import Console
     from rich.markdown import Markdown
 
-    folder = files("metarec_jax") / "docs"
-    pages = sorted(p.name.removesuffix(".md") for p in folder.iterdir() if p.name.endswith(".md"))
-    if page is not None and page not in pages:
-        raise click.UsageError(f"there is no page {page!r}; choose from {', '.join(pages)}")
-    Console().print(Markdown((folder / f"{page or 'index'}.md").read_text(encoding="utf-8")))
+    from metarec_jax.cli.site import build, read_page
+
+    if page and folder:
+        raise click.UsageError("--site writes all pages: leave out PAGE")
+    if folder:
+        click.echo(f"{build(Path(folder))} is ready; open it in a browser")
+    else:
+        Console().print(Markdown(read_page(page)))
 
 
 def _keep_objects() -> None:

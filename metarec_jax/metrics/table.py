@@ -20,10 +20,8 @@ class Table(dict[str, dict[str, float]]):
         metrics = list(dict.fromkeys(metric for values in self.values() for metric in values))
         rows = [["", *self]] + [[m, *(f"{v[m]:.3f}" if m in v else "" for v in self.values())] for m in metrics]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows
-        ]
-        return "\n".join("  ".join(line).rstrip() for line in lines)
+        cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+        return "\n".join("  ".join(row).rstrip() for row in cells)
 
     __repr__ = __str__
 

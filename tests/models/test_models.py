@@ -186,12 +186,9 @@ def test_frozen_item_vectors_of_a_tied_sequence_model_are_read():
     fields = mr.models.fields_of(data)
     network = mr.models.gru(fields, width=4, tied=True)
     start = network.init(jax.random.key(0))
-    ((path, table),) = [
-        (jax.tree_util.keystr(p, simple=True, separator="/"), leaf)
-        for p, leaf in jax.tree_util.tree_leaves_with_path(start)
-        if "item_id" in jax.tree_util.keystr(p)
-    ]
-    frozen = pretrained(network, {path: table}, freeze=True)
+    leaves = jax.tree_util.tree_leaves_with_path(start)
+    tables = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    frozen = pretrained(network, {path: leaf for path, leaf in tables.items() if "item_id" in path}, freeze=True)
     features = mr.tasks.features(data, np.array([1]), np.array([[2, 3]]))
     np.testing.assert_array_equal(
         frozen.vectors(frozen.init(jax.random.key(0)), features), network.vectors(start, features)

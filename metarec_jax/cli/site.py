@@ -89,15 +89,16 @@ def write_api(folder: Path) -> None:
     names = page_names()
     render.configure(docformat="google", template_directory=TEMPLATES)
     render.env.globals["groups"] = _groups({name: _page(name, names) for name in names})
-    with warnings.catch_warnings():  # names that a module imports for type checkers only: shown without a link
-        warnings.filterwarnings("ignore", "Error parsing type annotation")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Error parsing type annotation")  # it is shown without links
+        warnings.filterwarnings("ignore", "The module specification .* has already been added", UserWarning)
         pdoc.pdoc(*modules, output_directory=folder / "api")
 
 
 def public_modules() -> list[str]:
-    """Modules of the API reference: the package, its rooms, all strategies, and all modules of a room without `__all__`.
+    """Names of the modules in the API reference: the package, its rooms and the modules of `strategies`.
 
-    A room with `__all__` shows what it exports on its own page.
+    A room with `__all__` shows what it exports on its own page; of a room without, all modules are listed.
     """
     modules = [metarec_jax.__name__]
     for room in pkgutil.iter_modules(metarec_jax.__path__, "metarec_jax."):

@@ -1,4 +1,4 @@
-"""The functions that make a `Recommender`: by training, from a folder, or from another one."""
+"""Functions that return a `Recommender`: by training, by loading a folder, or from another recommender."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,13 +29,14 @@ def load(
     users: str | Path | Store | None = None,
     half_life: float | None = None,
 ) -> Recommender:
-    """A recommender from a folder that `Recommender.save` wrote.
+    """Load a recommender from a folder that `Recommender.save` wrote.
 
     Args:
       path: the folder.
       users, half_life: see `Recommender.with_users` (default: an empty store in memory).
-      strategy, model: the functions given to `train`, when they were given as functions and not by name; or, where
-        a name had options that JSON cannot hold, its function with them bound (`functools.partial`).
+      strategy, model: the functions that were passed to `train`; required if they were passed as functions, not by
+        name. For a name with options that JSON cannot hold: its function with these options bound
+        (`functools.partial`).
 
     Raises:
       ModelFileError: no model, a damaged one, one of another version, or one that needs `strategy` or `model`.
@@ -48,7 +49,7 @@ def load(
 
 
 def _ready(make: Callable[P, Trained]) -> Callable[P, Recommender]:
-    """`make`, whose model is ready to recommend; with its signature and documentation."""
+    """Wrap `make` to return a `Recommender`, with its signature and documentation."""
 
     @wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> Recommender:

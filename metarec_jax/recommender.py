@@ -1,9 +1,9 @@
-"""Recommender: the facade. `metarec_jax.train` makes one; it recommends, remembers users, evaluates and explains."""
+"""Recommender: the user-facing facade that recommends, predicts, explains, evaluates and remembers users."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -37,20 +37,19 @@ from metarec_jax.types import Params
 if TYPE_CHECKING:
     import polars as pl
 
-P = ParamSpec("P")
 Context = Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, eq=False)
 class Recommender:
-    """A trained model, what serves it, and the users that it remembers.
+    """A trained model, its catalogue and the users it remembers; built by `metarec_jax.train` or `metarec_jax.load`.
 
     Attributes:
-      trained: the model: strategy, parameters, catalogue, target, protocol (`metarec_jax.training.trained.Trained`).
-      predictor: the model over the items that can be recommended.
-      users: what users did since the training, see `update` (default: kept in memory).
-      half_life: seconds in which an event of `update` loses half its weight; None: all weigh the same.
-      version: of the saved model that this was loaded from.
+      trained: the model: strategy, parameters, catalogue, target and protocol (`metarec_jax.training.trained.Trained`).
+      predictor: the model applied to the items that can be recommended.
+      users: store of the events passed to `update` (default: in memory).
+      half_life: half-life of an event's weight in seconds; None: no decay.
+      version: version of the saved model; None unless loaded.
     """
 
     trained: Trained
@@ -103,7 +102,7 @@ class Recommender:
 
     @property
     def rater(self) -> "Recommender | None":
-        """Of a ranking, the recommender of expected ratings that `predict` asks; `rater.evaluate()` judges it."""
+        """The rating model that `predict` of a ranking uses, else None; `rater.evaluate()` evaluates it."""
         predictor = self.predictor.rater
         return None if predictor is None else Recommender(predictor.trained, predictor)
 
@@ -126,46 +125,46 @@ class Recommender:
         approximate: bool = False,
         by: Literal["score", "rating"] | float = "score",
     ) -> Any:
-        """The `k` best items of the whole stock for a new user, or for each of a batch of new users.
+        """Recommend the `k` best items of the stock to one new user, or to each of a batch.
 
         Args:
-          history: what a user has rated, `{item: rating}` or `[(item, rating), ...]` with raw item ids; or a list of
-            such. An empty history gets the ranking of a user about whom nothing is known. An item rated twice counts
-            with its later rating; unknown items count as ratings of an unknown item. Of more than 512 the last 512
-            count.
-          k: how many; fewer come back when fewer items are left.
-          user: attributes of the user (or a list of them), `{"age": 30}`; what is left out is unknown.
-          context: what is around the call, for all its users, `{"device": "phone"}`; what is left out is unknown, as
-            are the contexts of the history.
-          exclude_seen: leave out what is in the history.
-          where: what an item must be, by its fields: `{"genres": ["Comedy", "Romance"], "price": (None, 20.0)}`, any of
-            the categories, between the bounds; or a list of such, one a user.
-          only, block: ids of the items that are available (default: all), and of those that are not.
-          diversity: from 0 (the best scores) to 1 (items unlike each other): how much of an item's worth its likeness
-            to those above it takes away (MMR), among the 10 k best, at least 100 and at most 1,000.
-          explore: "ucb" ranks by score + strength * deviation, "thompson" by the scores of a user vector that is drawn
-            from the posterior, for strategies that have one, as `alpaca`, `ials` and `stack`.
-          strength, seed: factor of the deviation, and of the draw's difference from the mean; seed of the draw, one
-            for all users or one each (default: new ones). The draw of a user does not depend on the others.
-          deviation: give `UncertainRecommendation`s.
-          approximate: find the best by `jax.lax.approx_max_k`: faster on a TPU, and may miss one in twenty.
-          by: "score"; "rating", the rating that `predict` expects, which favours what few know and like much; or a
-            share w from 0 to 1 of it: of the candidates, as for `diversity`, those with the largest (1 - w) z(score) +
-            w z(rating), z in standard deviations from the mean of these candidates. That is then the `score` of a
-            recommendation. `deviation` and `explore` are those of the rating with "rating", else of the score.
+          history: ratings of one user, `{item: rating}` or `[(item, rating), ...]` with raw item ids; or a list of
+            histories, one per user. An empty history is a cold start. The last rating of an item counts. Unknown items
+            count as ratings of an unknown item. Only the last 512 interactions are used.
+          k: number of items; fewer are returned if fewer are left.
+          user: attributes of the user, `{"age": 30}`, or a list, one per user. Omitted attributes are unknown.
+          context: context of the call, shared by all users, `{"device": "phone"}`. Omitted fields are unknown, as are
+            the contexts of the history.
+          exclude_seen: exclude the items of the history.
+          where: filter by item fields, `{"genres": ["Comedy", "Romance"], "price": (None, 20.0)}`: any of the
+            categories, within the bounds. Or a list of filters, one per user.
+          only, block: ids of the available items (default: all), and of unavailable items.
+          diversity: weight of the similarity penalty (MMR), from 0 (best scores) to 1 (items unlike each other). The
+            candidates are the 10 k best items, at least 100 and at most 1,000.
+          explore: "ucb" ranks by score + strength * deviation. "thompson" ranks by the scores of a user vector drawn
+            from the posterior; the strategy must have one, as `alpaca`, `ials` and `stack` do.
+          strength: factor of the deviation, or of the draw's difference from the posterior mean.
+          seed: seed of the draw, shared by all users or one per user (default: fresh seeds). A user's draw does not
+            depend on the other users.
+          deviation: return `UncertainRecommendation`s.
+          approximate: use `jax.lax.approx_max_k`: faster on a TPU, may miss one item in twenty.
+          by: "score"; "rating", the expected rating of `predict`, which favours items that few users know and like
+            much; or a share w from 0 to 1. A share ranks the candidates (those of `diversity`) by the new score
+            (1 - w) z(score) + w z(rating), where z standardises over a user's candidates. `deviation` and `explore`
+            use the rating with "rating", else the score.
 
         Returns:
-          A list of `Recommendation`, best first; for a batch a list of such lists.
+          A list of `Recommendation`, best first; for a batch, a list of such lists.
 
         Raises:
-          DataError: item ids of another type than in training; a rating that is no finite number or off the scale; an
+          DataError: an item id of another type than in training; a rating that is not finite or off the scale; an
             unknown attribute, context, field or category.
-          ValueError: the deviation is asked of a strategy that does not know it; `diversity` or `by` outside 0 to 1;
-            `by` where there is no rating to go by (see `predict`); a share together with `explore`.
+          ValueError: `deviation` or `explore` with a strategy that does not support it; `diversity` or `by` outside 0
+            to 1; `by` without a rating model (see `predict`); a share together with `explore`.
 
         References:
-          Carbonell and Goldstein, The Use of MMR, SIGIR 1998, section 2; the likeness of items is the cosine of what
-          the network computes of each alone (`Ranker.vectors`).
+          Carbonell and Goldstein, The Use of MMR, SIGIR 1998, section 2. Item similarity is the cosine of the vectors
+          that the network computes of each item alone (`Ranker.vectors`).
         """
         single, people = self.predictor.people(history, user)
         choice = Choice(
@@ -177,17 +176,17 @@ class Recommender:
     def recommend_to(
         self, users: UserId | Sequence[UserId], k: int = 10, *, context: Context = None, **choice: Any
     ) -> Any:
-        """The `k` best items for a user of the dataset or of `update`, or for each of a list of users.
+        """Recommend the `k` best items to a known user, or to each of a list of users.
 
-        Of a user of the dataset the interactions there count, and then the events of `update`. A loaded model holds no
-        interactions, and knows the users of `update` alone.
+        Known users are those of the dataset and of `update`. Their history is the interactions in the dataset, then the
+        events of `update`. A loaded model holds no interactions and knows only the users of `update`.
 
         Args:
-          users: raw id or a list of ids; one never seen gets the ranking of a user about whom nothing is known.
+          users: raw id or a list of ids; an unseen user is a cold start.
           k, context, **choice: see `recommend`.
 
         Raises:
-          DataError, ValueError: as `recommend`; an id that is no integer or string.
+          DataError, ValueError: as `recommend`; an id that is not an integer or string.
           StoreError: the store cannot be read.
         """
         single, people = self._remembered(users)
@@ -197,11 +196,11 @@ class Recommender:
     def recommend_all(
         self, k: int = 10, users: Sequence[UserId] | None = None, *, context: Context = None, **choice: Any
     ) -> "pl.DataFrame":
-        """The `k` best items of many users as a table: user_id, item_id, rank (from 1) and score.
+        """Recommend the `k` best items to many users; return a table of user_id, item_id, rank (from 1) and score.
 
         Args:
           k, context, **choice: see `recommend_to`.
-          users: raw ids of one type (default: all users of the dataset, which a loaded model does not hold).
+          users: raw ids of one type (default: all users of the dataset; required for a loaded model, which holds none).
         """
         if users is None and not len(self.catalogue.rating):
             raise DataError("a loaded model holds no users: recommend_all(k, users=[...])")
@@ -219,69 +218,67 @@ class Recommender:
         user: Attributes | Sequence[Attributes] = None,
         context: Context = None,
     ) -> Any:
-        """What a new user, or each of a batch, would think of given items: expected ratings or click probabilities.
+        """Predict ratings, or click probabilities, of given items for one new user, or for each of a batch.
 
-        `recommend` answers another question: which items the user would choose. A recommender trained for clicks or
-        ratings answers by itself, one that ranks by its `rater`. Items given alone as a history count as rated highest.
+        `recommend` ranks what the user would choose; `predict` tells how much the user would like it. Models of clicks
+        or ratings predict themselves; a ranking asks its `rater`. Bare item ids in a history count as rated highest.
 
         Args:
           history, user, context: see `recommend`.
-          items: raw ids, in any order; one may come twice.
+          items: raw ids, in any order; repeats are allowed.
 
         Returns:
-          A list of numbers in the order of `items`; for a batch a list of such lists. Ratings are within the scale of
-          the data.
+          A list of numbers in the order of `items`; a list of such lists for a batch. Ratings are clipped to the scale.
 
         Raises:
-          DataError: as `recommend`; an item that the stock does not hold.
-          ValueError: a ranking whose data had one rating only, or that was trained with `ratings=None`: nothing tells
-            how much an item is liked.
+          DataError: as `recommend`; an item that is not in the stock.
+          ValueError: a ranking without a rating model (data of a single rating value, or trained with `ratings=None`).
         """
         single, people = self.predictor.people(history, user)
         ratings = self.predictor.expected(people, items, context)
         return ratings[0] if single else ratings
 
     def predict_for(self, users: UserId | Sequence[UserId], items: Sequence[Any], *, context: Context = None) -> Any:
-        """`predict` for a user of the dataset or of `update`, or for each of a list; see `recommend_to`."""
+        """Call `predict` for a known user, or for each of a list of users; see `recommend_to`."""
         single, people = self._remembered(users)
         ratings = self.predictor.expected(people, items, context)
         return ratings[0] if single else ratings
 
     def similar_items(self, item: Any, k: int = 10) -> list[Recommendation]:
-        """The `k` items most like a given one, whatever a user's taste.
+        """Return the `k` items most similar to a given item, independent of any user.
 
-        The score is the cosine of what the network computes of each item alone (`Ranker.vectors`): of the default, who
-        chose them and what their fields say.
+        The score is the cosine of the vectors that the network computes of each item alone (`Ranker.vectors`). With the
+        default strategy these reflect who chose an item and the item's fields.
         """
         return self.predictor.similar(item, k)
 
     def explain(
         self, who: History | UserId, item: Any, *, user: Attributes = None, context: Context = None
     ) -> Explanation:
-        """Why an item has its score: what each of the user's interactions did to it, and each field.
+        """Explain an item's score by the effect of each interaction of the user and of each field.
 
         Args:
-          who: a history, as of `recommend`, or the id of a user, as of `recommend_to`.
+          who: a history, as in `recommend`, or the id of a user, as in `recommend_to`.
           item: raw id.
-          user: attributes that go with a history.
+          user: attributes of the user, only with a history.
           context: see `recommend`.
 
         Raises:
-          DataError: an unknown item, a bad history; `user` with the id of a user.
+          DataError: an unknown item; a bad history; `user` together with a user id.
         """
         if not isinstance(who, int | str | np.integer):
             return self.predictor.explain(self.predictor.person(who, user), item, context)
         if user is not None:
-            raise DataError("user: the attributes of a user of update are given to describe_user")
+            raise DataError("user: attributes go with a history only; set those of a known user with describe_user")
         _, (person,) = self._remembered(who)  # type: ignore[arg-type]
         return self.predictor.explain(person, item, context)
 
     def ask(self, k: int = 10, data: Dataset | None = None) -> list[Recommendation]:
-        """The `k` items to ask a new user about first, most telling first: MeLU's evidence candidates.
+        """Return up to `k` items to ask a new user about, most informative first: MeLU's evidence candidates.
 
-        Those that many training users have rated and whose ratings, each taken alone, move the adapted parameters the
-        most (`metarec_jax.inference.evidence`, which the scores are). Fewer come back when fewer items have ratings; a
-        `ValueError` says that the strategy adapts nothing. `data` is as of `evaluate`.
+        They have many ratings by training users, and each rating alone moves the adapted parameters far
+        (`metarec_jax.inference.evidence`, the score). Fewer are returned if fewer have ratings. `data` is as in
+        `evaluate`. Raises `ValueError` if the strategy adapts nothing.
         """
         checked_count(k)
         value = evidence(self.strategy, self.params, self.split(data, "ask(k, data)").train, self.target)
@@ -289,51 +286,49 @@ class Recommender:
         return self.predictor.readable(rows, value[rows])
 
     def update(self, events: Iterable[Event | Mapping[str, Any]]) -> int:
-        """Keep what users did; the next recommendation reflects it.
+        """Store events of users; the next recommendation reflects them.
 
-        Users and items may be new: a new item counts as an unknown one until `add_items`. Of several events of a user
-        with the same item the latest counts.
+        Users and items may be new. A new item is unknown until `add_items`. A user's latest event with an item counts.
 
         Args:
-          events: `Event`s or mappings with the same names, in any order, of any number of users. A click counts as the
-            lowest rating that is one, a purchase as the highest rating, a dismissal as the lowest.
+          events: `Event`s, or mappings with the same keys, in any order and of any users. A click counts as the lowest
+            rating that is a click, a purchase as the highest rating, a dismissal as the lowest.
 
         Returns:
-          How many were new: an event of a user with an id that was there is not. When it returns they are kept for good
-          (as far as `users` keeps them).
+          Number of new events, without repeated ids of a user. They are stored as durably as `users` stores them.
 
         Raises:
-          DataError: an event that cannot be one; none of the call's events is kept then.
+          DataError: an invalid event; none of the call's events is stored.
           StoreError: the store cannot be written.
         """
         return self.users.append(self.checked(events))[0]
 
     def checked(self, events: Iterable[Event | Mapping[str, Any]]) -> list[Event]:
-        """What `update` would keep, or the `DataError` that it would raise."""
+        """Return the events as `update` would store them; raise `DataError` if one is invalid."""
         return checked(events, str if self.stock.trained.ids.dtype.kind == "U" else int, self.limits)
 
     def describe_user(self, user: UserId, attributes: Mapping[str, Any]) -> None:
-        """Keep a user's attributes, `{"age": 30}`, in place of those before; a `DataError` names a bad one."""
+        """Replace a user's stored attributes, `{"age": 30}`; raise `DataError` for an invalid one."""
         self.predictor.attributes(attributes)
         self.users.describe(checked_id(user, None, "user"), attributes)
 
     def forget(self, user: UserId) -> int:
-        """Remove every trace of a user from `users`, not from the dataset; returns how many events there were."""
+        """Delete all data of a user from `users`, not from the dataset; return the number of deleted events."""
         return self.users.forget(checked_id(user, None, "user"))
 
     def with_users(self, users: str | Path | Store, half_life: float | None = None) -> "Recommender":
-        """The recommender with another store of what users did.
+        """Return a recommender with another store of users.
 
         Args:
-          users: the path of a file (SQLite; made when there is none), `redis://host:port/database`, or a `Store`.
-          half_life: seconds in which an event loses half its weight; None: all weigh the same.
+          users: path of a SQLite file (created if missing), `redis://host:port/database`, or a `Store`.
+          half_life: half-life of an event's weight in seconds, above 0; None: no decay.
         """
         if half_life is not None and not half_life > 0:
             raise ValueError(f"half_life must be seconds above 0, or None, got {half_life}")
         return replace(self, users=open_store(users), half_life=half_life)
 
     def add_items(self, items: Mapping[str, Sequence[Any]]) -> "Recommender":
-        """The recommender with more items, known by their attributes; nothing of the others is computed again.
+        """Return a recommender with additional items, known by their attributes; existing items are not recomputed.
 
         Args:
           items: columns, `{"item_id": [...], "title": [...], "genres": [[...], ...]}`; see `Stock.add`.
@@ -348,54 +343,57 @@ class Recommender:
         candidates: Among = "query",
         baselines: bool = True,
     ) -> Table:
-        """Metrics on the test tasks of the protocol, beside the plain baselines on the same tasks, as a dict
-        `{learner: {metric: value}}` that prints itself and converts to polars and pandas.
+        """Evaluate on the protocol's test tasks, next to simple baselines; return `{learner: {metric: value}}`.
+
+        The dict prints as a table and converts to polars and pandas.
 
         Args:
-          data: the dataset of the training; may be left out unless the model was loaded.
-          support: largest support size (default: all that a user has besides the query).
-          candidates: of clicks, among what the query is ranked: "query", its own items; a number, so many sampled
-            items besides that the user has no interaction with; "all", all such items. They count as not clicked.
-          baselines: compute two means, ALS fold-in and item-kNN too; where clicks are made from ratings, also the same
-            three of ratings.
+          data: the training dataset; required for a loaded model only.
+          support: largest support size (default: all interactions outside the query).
+          candidates: for clicks, the items to rank the query among: "query", its own items; a number, also as many
+            sampled items that the user has no interaction with; "all", all such items. They count as not clicked.
+          baselines: include two means, ALS fold-in and item-kNN; where clicks are made from ratings, also the same
+            three on ratings.
 
         Raises:
-          DataError: a loaded model without `data`, or data that do not fit.
-          ValueError: `candidates` other than "query" for ratings, or an unknown one.
+          DataError: a loaded model without `data`, or data that do not match the training.
+          ValueError: an unknown `candidates`, or one other than "query" for ratings.
         """
         return holdout.evaluate(self.trained, data, support=support, candidates=candidates, baselines=baselines)
 
     def rankings(
         self, data: Dataset | None = None, *, sizes: Sequence[int | None] = SIZES, baselines: bool = True
     ) -> dict[str, dict[str, np.ndarray]]:
-        """`[users]` of each metric of a ranking, by learner: every test user, and all items but the support.
+        """Compute each ranking metric `[users]` by learner, for every test user, among all items but the support.
 
         Args:
           data: see `evaluate`.
           sizes: support sizes, None for all; see `metarec_jax.metrics.ranking.by_support`.
-          baselines: popularity, item-kNN, EASE and iALS too, tuned on the validation users; see `ranking_baselines`.
+          baselines: include popularity, item-kNN, EASE and iALS, tuned on validation users; see `ranking_baselines`.
         """
         return holdout.evaluate_rankings(self.trained, data, sizes=sizes, baselines=baselines)
 
     def split(self, data: Dataset | None = None, call: str = "split(data)") -> Split:
-        """The split of the training; see `Trained.split`."""
+        """Return the training, validation and test split of the training; see `Trained.split`."""
         return self.trained.split(data, call)
 
     def save(self, path: str | Path) -> None:
-        """Write the model as a folder of JSON and safetensors files; an earlier model there is replaced at once, and a
-        `ModelFileError` raised where something else stands."""
+        """Write the model as a folder of JSON and safetensors files.
+
+        A model at `path` is replaced once the new one is complete; `ModelFileError` if anything else exists there.
+        """
         models.save(self.predictor, path)
 
     def export(self, folder: str | Path, **options: Any) -> None:
-        """Write adapting and recommending as a function that JAX alone can run; see `inference.export.export`."""
+        """Write adapt-and-recommend as a function that JAX alone can run; see `inference.export.export`."""
         export.export(self.predictor, folder, **options)
 
     def export_vectors(self, path: str | Path) -> None:
-        """Write the items' vectors as Parquet or npz; see `inference.export.export_vectors`."""
+        """Write the item vectors as Parquet or npz; see `inference.export.export_vectors`."""
         export.export_vectors(self.predictor, path)
 
     def _remembered(self, users: UserId | Sequence[UserId]) -> tuple[bool, list[EncodedUser]]:
-        """Whether it is one user, and what is known of the users."""
+        """Return whether one user is given, and the encoded users."""
         single = isinstance(users, str) or not isinstance(users, Iterable)
         ids = [checked_id(u, None, "user") for u in ([users] if single else users)]  # type: ignore[union-attr, list-item]
         return single, Memory(self.users, self.half_life).users(self.predictor, ids)

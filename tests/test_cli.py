@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import metarec_jax as mr
 from metarec_jax import cli
+from metarec_jax.cli import site
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,31 @@ def test_docs_lists_the_pages_and_prints_one():
     assert "StrongGeneralisation" in run("docs", "data").output
     refused = run("docs", "nothing")
     assert (refused.exit_code, "there is no page 'nothing'; choose from command-line" in refused.output) == (2, True)
+
+
+def test_links_of_the_site_lead_to_files(tmp_path):
+    """The pages alone: the API reference takes ten seconds."""
+    pytest.importorskip("pdoc")
+    first = site.write_pages(tmp_path)
+    assert {file.stem for file in tmp_path.glob("*.html")} == set(site.page_names())
+    assert (tmp_path / "page.png").exists()
+    linked = set()
+    for page in tmp_path.glob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        for target in re.findall(r'href="(?!https?:|api/)([^"]+)"', html):
+            name, _, part = target.partition("#")
+            other = tmp_path / (name or page.name)
+            assert other.exists(), f"{page.name}: {target}"
+            assert not part or f'id="{part}"' in other.read_text(encoding="utf-8"), f"{page.name}: {target}"
+            linked |= {name} if page == first else set()
+    assert len(linked) == len(site.page_names())
+    modules = site.public_modules()  # what the links to api/ lead to
+    assert {"metarec_jax", "metarec_jax.core", "metarec_jax.serving", "metarec_jax.strategies.ridge"} <= set(modules)
+
+
+def test_a_site_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pdoc", None)
+    refused = run("docs", "--site", tmp_path / "site")
+    assert (refused.exit_code, "pip install 'metarec-jax[docs]'" in refused.output) == (2, True)
+    assert not (tmp_path / "site").exists()
+    assert "leave out PAGE" in run("docs", "data", "--site", tmp_path / "site").output

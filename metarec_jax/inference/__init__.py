@@ -1,1 +1,1 @@
-"""Inference: from what is known of a user to recommendations, and why."""
+"""Inference: recommendations, predictions and explanations for known and new users."""

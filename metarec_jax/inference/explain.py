@@ -1,4 +1,4 @@
-"""Explain: which of a user's own interactions, and which fields, a score comes from."""
+"""Explain: attribute a score to a user's interactions and to fields."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,17 +16,18 @@ from metarec_jax.strategies.catalogue import adapt, features, score
 from metarec_jax.tasks.ranking import Known
 from metarec_jax.types import Params
 
-STEPS = 32  # of the integral
+STEPS = 32  # of the integral in integrated gradients
 
 
 class Cause(NamedTuple):
-    """One interaction of the user and what it does to the score.
+    """An interaction of the user and its effect on the score.
 
     Attributes:
-      item, title, rating: what the user did.
-      effect: the score minus what it would be had the user not done it, exactly: adapted again without it.
-      slope: the same by the gradient with respect to its weight: cheap, and an approximation; 0 where no gradient
-        passes through the adaptation (fomaml, reptile, fine-tuning) or the network reads the history itself.
+      item, title, rating: the interaction.
+      effect: the score minus the score after adapting without the interaction; exact.
+      slope: first-order approximation of the effect, from the gradient with respect to the interaction's weight. It is
+        0 where no gradient passes through the adaptation (fomaml, reptile, fine-tuning) or the network reads the
+        history itself.
     """
 
     item: Any
@@ -38,16 +39,16 @@ class Cause(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an item has its score for a user.
+    """An explanation of an item's score for a user.
 
     Attributes:
-      item, title: what is explained.
+      item, title: the explained item.
       score: a click probability or a rating, after adapting to the user.
-      before: the score for someone of the same attributes who has done nothing.
+      before: the score for a user with the same attributes and no history.
       causes: the user's interactions, largest effect first.
-      fields: by field, its part in the model's raw score (a logit, or a standardised rating) beyond that of an item
-        and a user of which nothing is known; largest first. They add up to the difference of the two.
-      agreement: rank correlation (Spearman) of the causes' effects and slopes; NaN with fewer than three.
+      fields: contribution of each field to the model's raw score (a logit, or a standardised rating), relative to an
+        unknown item and user; largest first. The contributions sum to the difference of the two raw scores.
+      agreement: Spearman rank correlation of the causes' effects and slopes; NaN with fewer than three causes.
     """
 
     item: Any
@@ -59,10 +60,10 @@ class Explanation:
     agreement: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, for JSON."""
-        found = {name: getattr(self, name) for name in ("item", "title", "score", "before", "fields")}
-        found["agreement"] = None if np.isnan(self.agreement) else self.agreement
-        return found | {"causes": [cause._asdict() for cause in self.causes]}
+        """Return plain dicts, lists and numbers for JSON."""
+        values = {name: getattr(self, name) for name in ("item", "title", "score", "before", "fields")}
+        values["agreement"] = None if np.isnan(self.agreement) else self.agreement
+        return values | {"causes": [cause._asdict() for cause in self.causes]}
 
     def __str__(self) -> str:
         name = self.title or self.item
@@ -76,7 +77,11 @@ class Explanation:
         return "\n".join([*lines, f"  of the model's raw score: {parts}"])
 
     def plot(self, path: str | Path, most: int = 12) -> None:
-        """Writes bars of the effects and of the fields to a PNG, SVG or PDF file.
+        """Write bar charts of the effects and the fields to a PNG, SVG or PDF file.
+
+        Args:
+          path: output file.
+          most: maximum number of interactions shown.
 
         Raises:
           ImportError: matplotlib is missing: pip install 'metarec-jax[plot]'.
@@ -103,13 +108,13 @@ class Explanation:
 
 
 class Effects(NamedTuple):
-    """Raw scores of one item for one user, and what they come from.
+    """Raw scores of one item for one user, and their attribution.
 
     Attributes:
-      after, before: with and without what the user did.
-      without: `[interactions]` without each of them.
-      slopes: `[interactions]` weight times the derivative by the weight.
-      fields: part of each field.
+      after, before: score with and without the user's interactions.
+      without: `[interactions]` score without each interaction.
+      slopes: `[interactions]` weight times the derivative of the score with respect to it.
+      fields: contribution of each field.
     """
 
     after: float
@@ -120,7 +125,7 @@ class Effects(NamedTuple):
 
 
 def effects(ranker: Ranker, known: Known, row: int) -> Effects:
-    """What the score of the item in `row` comes from, for the first user of `known`."""
+    """Attribute the score of the item in `row`, for the first user of `known`."""
     n, width = int((known.weight[0] > 0).sum()), known.items.shape[1]
     copies = jax.tree.map(lambda x: np.repeat(x[:1], width + 2, axis=0), known)
     for i in range(width):
@@ -138,7 +143,9 @@ def effects(ranker: Ranker, known: Known, row: int) -> Effects:
 def _slopes_and_parts(
     strategy: Strategy, params: Params, tables: dict[str, jax.Array], known: Known, rows: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`[examples]` weight times slope, and integrated gradients of the fields along the straight way from unknown.
+    """Return weight times slope `[examples]`, and integrated gradients of the fields.
+
+    The integration path is the straight line from the unknown value of all fields to their actual values.
 
     References:
       Sundararajan et al., Axiomatic Attribution for Deep Networks, ICML 2017, section 3.
@@ -167,7 +174,7 @@ def _slopes_and_parts(
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's; NaN with fewer than three numbers, or where all of one side are equal."""
+    """Compute Spearman's correlation; NaN with fewer than three numbers, or if one side is constant."""
     from scipy.stats import spearmanr
 
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:

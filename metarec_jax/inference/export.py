@@ -1,4 +1,4 @@
-"""Export: adapting and recommending as one serialised function that JAX alone can run, and item vectors as a table."""
+"""Export: adapt-and-recommend as one serialised function for JAX alone, and item vectors as a table."""
 
 import json
 from pathlib import Path
@@ -20,30 +20,32 @@ FUNCTION, DESCRIPTION = "recommend.jax", "recommend.json"
 def export(
     predictor: Predictor, folder: str | Path, *, k: int = 10, longest: int = 32, platforms: tuple[str, ...] = ()
 ) -> None:
-    """Writes `recommend.jax`, the adapt-and-recommend function as a serialised `jax.export` artefact for any number of
-    users, and `recommend.json`, which says how to call it and whose rows the items are. No need of this package then:
+    """Write adapt-and-recommend as a serialised `jax.export` artefact for any number of users.
+
+    The function is in `recommend.jax`; `recommend.json` describes its arguments and the ids of its item rows. It runs
+    without this package:
 
         function = jax.export.deserialize(bytearray(open("recommend.jax", "rb").read()))
         scores, rows = function.call(items, ratings, weights, user, context)
 
-    items are rows `[users, longest]` int32 of "items" in the description, ratings and weights `[users, longest]`
-    float32 (weight 0: padding); user and context are dicts of encoded attributes, zeros where unknown, whose shapes the
-    description tells. Scores are click probabilities or ratings, -inf where nothing is left; what a user has seen is
-    left out.
+    items are rows `[users, longest]` int32 of "items" in the description; ratings and weights are `[users, longest]`
+    float32 (weight 0: padding). user and context are dicts of encoded attributes, zeros where unknown; the description
+    has their shapes. Scores are click probabilities or ratings, -inf where no item is left. Items in the history are
+    excluded.
 
     Args:
       predictor: the model and its stock.
-      folder: made when there is none.
-      k: recommendations a user.
-      longest: examples a user.
-      platforms: "cpu", "cuda", "tpu" (default: that of this process).
+      folder: output folder, created if missing.
+      k: recommendations per user.
+      longest: examples per user.
+      platforms: "cpu", "cuda", "tpu" (default: the platform of this process).
 
     Raises:
       ImportError: the package flatbuffers is missing: pip install 'metarec-jax[export]'.
-      ValueError: `k` is more than there are items, or not positive.
+      ValueError: `k` is not positive or exceeds the number of items; `longest` is not positive.
     """
     try:
-        import flatbuffers  # noqa: F401  # what serialises: missed before minutes of work, not after
+        import flatbuffers  # noqa: F401  # check before minutes of tracing
     except ImportError as error:
         raise ImportError("exporting needs flatbuffers: pip install 'metarec-jax[export]'") from error
 
@@ -51,16 +53,16 @@ def export(
     if not 1 <= k < len(stock) or longest < 1:
         raise ValueError(f"need 1 <= k < {len(stock)} and longest >= 1, got {k=}, {longest=}")
     strategy, tables = predictor.trained.strategy, predictor.ranker.tables
-    params = jax.tree.map(jnp.asarray, predictor.trained.params)  # arrays of numpy cannot be read at traced places
-    everything = jnp.arange(len(stock), dtype=jnp.int32)
+    params = jax.tree.map(jnp.asarray, predictor.trained.params)  # numpy arrays do not take traced indices
+    all_rows = jnp.arange(len(stock), dtype=jnp.int32)
 
     def one(known: Known) -> tuple[jax.Array, jax.Array]:
-        alone = jax.tree.map(lambda x: x[None], known)
-        graded = alone._replace(target=target.grade(alone.target))
-        scores = score(strategy, params, tables, adapt(strategy, params, tables, graded), graded, everything[None])[0]
+        batched = jax.tree.map(lambda x: x[None], known)
+        graded = batched._replace(target=target.grade(batched.target))
+        scores = score(strategy, params, tables, adapt(strategy, params, tables, graded), graded, all_rows[None])[0]
         scores = scores.at[0].set(-jnp.inf)  # row 0 is the unknown item
-        left_out = jnp.where(known.weight > 0, known.items, 0)
-        best, rows = jax.lax.top_k(scores.at[left_out].set(-jnp.inf), k)
+        excluded = jnp.where(known.weight > 0, known.items, 0)
+        best, rows = jax.lax.top_k(scores.at[excluded].set(-jnp.inf), k)
         return jnp.where(jnp.isfinite(best), target.decode(best), -jnp.inf), rows
 
     def recommend(
@@ -76,7 +78,7 @@ def export(
         "k": k,
         "longest": longest,
         "platforms": list(exported.platforms),
-        "score": "click probability" if target.kind == "click" else "rating",
+        "score": {"click": "click probability", "ranking": "ranking score"}.get(target.kind, "rating"),
         "ratings": {"lowest": predictor.trained.limits[0], "highest": predictor.trained.limits[1]},
         "user": {f.name: _encoding(f, example.user[f.name]) for f in predictor.ranker.fields[0]},
         "context": {f.name: _encoding(f, example.context[f.name]) for f in predictor.ranker.fields[1]},
@@ -90,11 +92,13 @@ def export(
 
 
 def export_vectors(predictor: Predictor, path: str | Path) -> None:
-    """Writes what the network computes of each item alone (`Ranker.vectors`) as a Parquet file with the columns
-    `item_id`, `title` and `vector`, or as an npz file with the arrays `item_id` and `vector`, as the path ends.
+    """Write item vectors (`Ranker.vectors`) to a Parquet or npz file.
+
+    A `.parquet` file has the columns `item_id`, `title` and `vector`; an `.npz` file has the arrays `item_id` and
+    `vector`.
 
     Raises:
-      ValueError: another ending.
+      ValueError: another file extension.
     """
     path, stock = Path(path), predictor.stock
     rows = np.arange(1, len(stock))

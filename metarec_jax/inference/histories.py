@@ -1,4 +1,4 @@
-"""New users at the boundary: what callers pass as a history, checked and encoded to task arrays."""
+"""Histories: validate the histories and attributes that callers pass, and encode them as arrays."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -16,16 +16,17 @@ FORMS = "{item: rating, ...}, [(item, rating), ...] or [item, ...], or a table w
 
 
 class Rows(Protocol):
-    """What gives raw item ids rows: a `Vocabulary` or a `Stock`."""
+    """Encoder of raw item ids as rows: a `Vocabulary` or a `Stock`."""
 
     def encode(self, values: Any) -> np.ndarray:
-        """Rows `[n]` of raw ids, 0 where unknown."""
+        """Return rows `[n]` of raw ids; 0 where unknown."""
 
 
 def is_one_user(history: Any) -> bool:
-    """Whether this is one user's history: a mapping, a table, an empty sequence, item ids, or (item, rating) tuples.
+    """Return whether this is the history of one user, not a batch of histories.
 
-    A batch is a sequence of histories. Its entries must not be tuples of two, which are (item, rating) pairs.
+    One user's history is a mapping, a table, an empty sequence, item ids, or (item, rating) tuples. A batch is a
+    sequence of histories. Its entries must not be tuples of length two, which are read as (item, rating) pairs.
 
     Raises:
       DataError: neither a mapping nor a sequence.
@@ -41,18 +42,18 @@ def is_one_user(history: Any) -> bool:
 def encode_history(
     history: History, items: Rows, limits: tuple[float, float], who: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Item rows `[n]` and ratings `[n]` of one user.
+    """Encode one user's history as item rows `[n]` and ratings `[n]`.
 
-    An item that comes twice counts once, with the later rating. An unknown item becomes the unknown row: it still tells
-    how high the user rates.
+    A repeated item counts once, with its last rating. An unknown item is encoded as the unknown row: it still shows how
+    high the user rates.
 
     Args:
-      history: `{item: rating}`, `[(item, rating), ...]`, or item ids alone, `[item, ...]`, which are positives: their
-        rating is `limits[1]`; also an array or a column of ids, or a pandas, polars or Arrow table with the column
-        item_id and, where there is one, rating.
-      items: rows of raw ids.
+      history: `{item: rating}`, `[(item, rating), ...]`, or item ids alone, `[item, ...]`, which are positives with the
+        rating `limits[1]`. Also an array or a column of ids, or a pandas, polars or Arrow table with the column item_id
+        and optionally rating.
+      items: encoder of raw ids as rows.
       limits: lowest and highest rating of the training.
-      who: begins the message of an error.
+      who: prefix of error messages.
 
     Raises:
       DataError: another form, or ids mixed with pairs; an id of another type than in training; a rating that is not
@@ -63,16 +64,16 @@ def encode_history(
         raise DataError(f"{who}: expected {FORMS}, got {_shown(history)}")
     if not entries:
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
-    alone = [_is_id(entry) for entry in entries]
-    pairs = [isinstance(entry, list | tuple) and len(entry) == 2 for entry in entries]
-    if bad := [entry for entry, one, pair in zip(entries, alone, pairs, strict=True) if not (one or pair)]:
+    is_ids = [_is_id(entry) for entry in entries]
+    is_pairs = [isinstance(entry, list | tuple) and len(entry) == 2 for entry in entries]
+    if bad := [entry for entry, is_id, pair in zip(entries, is_ids, is_pairs, strict=True) if not (is_id or pair)]:
         raise DataError(f"{who}: every entry must be (item, rating), or every entry an item id; got {_shown(bad[0])}")
-    if any(alone) and any(pairs):
+    if any(is_ids) and any(is_pairs):
         raise DataError(
-            f"{who}: item id {entries[alone.index(True)]!r} and pair {entries[pairs.index(True)]!r} are mixed; give "
-            "item ids alone (positives), or (item, rating) for each"
+            f"{who}: item id {entries[is_ids.index(True)]!r} and pair {entries[is_pairs.index(True)]!r} are mixed; "
+            "give item ids alone (positives), or (item, rating) for each"
         )
-    if all(alone):
+    if all(is_ids):
         rows, ratings = items.encode(as_objects(entries)), np.full(len(entries), limits[1], np.float32)
     else:
         rows = items.encode(as_objects([item for item, _ in entries]))
@@ -85,7 +86,7 @@ def encode_history(
 
 
 def _sequence(history: Any) -> list[Any] | None:
-    """The entries of a sequence, an array or a column of ids, or a table; None where it is neither."""
+    """Return the entries of a sequence, an array or column of ids, or a table; None for other types."""
     if isinstance(history, np.ndarray) and history.ndim == 1:
         return history.tolist()
     if _is_table(history):
@@ -94,7 +95,7 @@ def _sequence(history: Any) -> list[Any] | None:
             raise DataError(f"history: a table needs the column item_id; it has {', '.join(table.columns)}")
         items = table["item_id"].to_list()
         return list(zip(items, table["rating"].to_list(), strict=True)) if "rating" in table.columns else items
-    if hasattr(history, "to_list"):  # a column of theirs
+    if hasattr(history, "to_list"):  # a pandas or polars column
         return history.to_list()
     if isinstance(history, str | bytes) or not isinstance(history, Sequence):
         return None
@@ -102,7 +103,7 @@ def _sequence(history: Any) -> list[Any] | None:
 
 
 def _is_table(history: Any) -> bool:
-    """Whether it is a pandas, polars or Arrow table."""
+    """Return whether this is a pandas, polars or Arrow table."""
     return hasattr(type(history), "columns")
 
 
@@ -115,20 +116,22 @@ def _is_pair(entry: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """What an error says was given."""
+    """Return a short representation of a value for error messages."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no boolean."""
+    """Return whether this is a finite number, and not a boolean."""
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return number and bool(np.isfinite(value))
 
 
 def checked_rating(rating: Any, limits: tuple[float, float], what: str) -> float:
-    """A finite number that is, to catch another scale, no further outside the training range `limits` than half its
-    width; `what` begins the message of the `DataError`."""
+    """Validate a rating: a finite number within `limits`, extended by half their width on both sides.
+
+    Ratings further outside are taken to be on another scale. `what` is the prefix of the `DataError`.
+    """
     slack = (limits[1] - limits[0]) / 2
     if not is_number(rating):
         raise DataError(f"{what} is {rating!r}; it must be a finite number")
@@ -143,7 +146,7 @@ def checked_rating(rating: Any, limits: tuple[float, float], what: str) -> float
 def encode_attributes(
     attributes: Mapping[str, Any] | None, fields: tuple[Field, ...], what: str = "user attribute"
 ) -> dict[str, np.ndarray]:
-    """Encoded attributes of one user, or one context, each `[...]`; a field that is not given is unknown."""
+    """Encode the attributes of one user, or one context, each `[...]`; omitted fields are unknown."""
     attributes = dict(attributes or {})
     if unknown := set(attributes) - {f.name for f in fields}:
         raise DataError(

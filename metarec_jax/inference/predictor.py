@@ -1,4 +1,4 @@
-"""Predictor: a trained model over the items that can be recommended, for users as they are known now."""
+"""Predictor: apply a trained model to encoded users and to all items that can be recommended."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,12 +19,12 @@ from metarec_jax.tasks.ranking import LONGEST, Known
 from metarec_jax.training.trained import Trained
 
 CELLS = 1 << 20  # users x items scored at once
-CANDIDATES = 100, 1000  # that are ranked again, at least and at most
+CANDIDATES = 100, 1000  # minimum and maximum number of candidates for re-ranking
 Attributes = Mapping[str, Any] | None
 
 
 class EncodedUser(NamedTuple):
-    """One user, encoded: item rows, ratings and weights `[n]`, and attributes."""
+    """An encoded user: item rows, ratings and weights, each `[n]`, and attributes."""
 
     rows: np.ndarray
     ratings: np.ndarray
@@ -33,13 +33,13 @@ class EncodedUser(NamedTuple):
 
 
 class Predictor:
-    """Answers for users who are given as `EncodedUser`s; holds what the network computes of the items alone.
+    """Recommends, predicts and explains for `EncodedUser`s; caches what the network computes of the items alone.
 
     Attributes:
       trained: the model.
-      stock: the items that can be recommended, later ones included.
+      stock: the items that can be recommended, including added ones.
       ranker: ranks the stock.
-      rater: the predictor of expected ratings of a ranking, or None.
+      rater: for a ranking, the predictor of expected ratings, or None.
     """
 
     def __init__(
@@ -62,41 +62,43 @@ class Predictor:
         return Ranker(self.trained.strategy, self.trained.params, self.stock, *fields)
 
     def extended(self, items: Mapping[str, Sequence[Any]]) -> "Predictor":
-        """The predictor of a stock with more items, see `Stock.add`; what was computed of the others stays."""
+        """Return a predictor with additional items, see `Stock.add`; existing items are not recomputed."""
         stock, rater = self.stock.add(items), self.rater and self.rater.extended(items)
         ranker = self.ranker.extended(stock) if "ranker" in self.__dict__ else None
         return Predictor(self.trained, stock, rater, ranker)
 
     def people(self, history: Any, user: Any) -> tuple[bool, list[EncodedUser]]:
-        """Whether it is one user, and the users encoded; see `metarec_jax.Recommender.recommend`."""
+        """Return whether one user is given, and the encoded users; see `metarec_jax.Recommender.recommend`."""
         single = is_one_user(history)
         histories: list[Any] = [history] if single else list(history)
         attributes: Sequence[Any] = [user] if single else [None] * len(histories) if user is None else user
         if isinstance(attributes, Mapping) or len(attributes) != len(histories):
             raise DataError(f"user: got attributes of {len(attributes)} users for {len(histories)} histories")
         names = ["history"] if single else [f"history {i}" for i in range(len(histories))]
-        given = zip(histories, attributes, names, strict=True)
-        return single, [self.person(history, own, name) for history, own, name in given]
+        users = zip(histories, attributes, names, strict=True)
+        return single, [self.person(history, attributes_of_user, name) for history, attributes_of_user, name in users]
 
     def person(self, history: History, attributes: Attributes = None, name: str = "history") -> EncodedUser:
-        """One user from a history; `name` begins the message of an error."""
+        """Encode one user from a history; `name` is the prefix of error messages."""
         rows, ratings = encode_history(history, self.stock, self.trained.limits, name)
         return EncodedUser(rows, ratings, np.ones(len(rows), np.float32), self.attributes(attributes))
 
     def attributes(self, given: Attributes) -> dict[str, np.ndarray]:
-        """Encoded attributes of one user."""
+        """Encode the attributes of one user."""
         return encode_attributes(given, self.catalogue.user_fields)
 
     def top(
         self, people: Sequence[EncodedUser], k: int, context: Mapping[str, Any] | None, choice: Choice
     ) -> list[list[Any]]:
-        """Of each user the recommendations, best first."""
+        """Return the recommendations of each user, best first."""
         if choice.by != "score" and self.target.kind == "click":
-            raise ValueError(f'by={choice.by!r} needs ratings, and this recommender predicts clicks: by="score"')
+            raise ValueError(f'by={choice.by!r} needs ratings, but this recommender predicts clicks; use by="score"')
         if choice.by == "rating":
             rater = self.needed_rater()
             lists, (low, high) = rater.top(people, k, context, replace(choice, by="score")), rater.trained.limits
-            return [[r._replace(score=min(max(r.score, low), high)) for r in own] for own in lists]
+            return [
+                [r._replace(score=min(max(r.score, low), high)) for r in recommendations] for recommendations in lists
+            ]
         checked_count(k)
         allowed = self._allowed(choice, len(people))
         wanted = max(k, min(max(10 * k, CANDIDATES[0]), CANDIDATES[1])) if choice.reranks else k
@@ -111,7 +113,7 @@ class Predictor:
         return lists
 
     def _allowed(self, choice: Choice, users: int) -> np.ndarray | None:
-        """`[1 or users, rows]` which items each user may get; None where all may."""
+        """Return masks `[1 or users, rows]` of the items each user may get; None if all may."""
         where = choice.where
         wheres: list[Any] = [where] if where is None or isinstance(where, Mapping) else list(where)
         if len(wheres) not in (1, users):
@@ -130,7 +132,7 @@ class Predictor:
         choice: Choice,
         allowed: np.ndarray | None,
     ) -> tuple[Ranked, np.ndarray]:
-        """The best of the stock for some users, and the scores to rank by again."""
+        """Rank the stock for a chunk of users; return the candidates and the scores for re-ranking."""
         blocked = self.stock.encode(list(choice.block)) if len(choice.block) else np.zeros(0, np.int32)
         known = self.batch(chunk, context)
         longest = _bucket(max(len(p.rows) for p in chunk) + len(blocked), 1024)
@@ -142,7 +144,7 @@ class Predictor:
         users, group, seeds = len(known.items), None, np.zeros(len(known.items), np.uint32)
         if choice.explore == "thompson":
             seeds[: len(chunk)] = choice.seeds(start, len(chunk))
-        if allowed is not None and len(allowed) > 1:  # a mask for each user of the batch
+        if allowed is not None and len(allowed) > 1:  # one mask per user of the batch
             allowed, group = allowed[start : start + len(chunk)], np.arange(users, dtype=np.int32)
             allowed = np.pad(allowed, ((0, users - len(chunk)), (0, 0)))
         ranked = self.ranker.top(
@@ -151,7 +153,7 @@ class Predictor:
             approximate=choice.approximate, seeds=seeds,
         )  # fmt: skip
         scores = np.array(self.target.decode(ranked.scores))
-        if choice.by != "score":  # a share of the rating
+        if choice.by != "score":  # mix in the rating
             share, rater = float(choice.by), self.needed_rater()
             rated = rater.batch(chunk, context)
             ratings = np.asarray(rater.ranker.scores(rater.ranker.adapt(rated), rated, ranked.rows))
@@ -161,7 +163,7 @@ class Predictor:
         return ranked, scores
 
     def _reranked(self, rows: np.ndarray, scores: np.ndarray, kept: np.ndarray, k: int, choice: Choice) -> np.ndarray:
-        """Places of the `k` recommendations among the candidates `kept` of one user."""
+        """Return positions of the `k` recommendations among one user's candidates `kept`."""
         if choice.by != "score":
             kept = kept[np.argsort(-scores[kept], kind="stable")]
         if not choice.diversity:
@@ -178,7 +180,7 @@ class Predictor:
     def expected(
         self, people: Sequence[EncodedUser], items: Sequence[Any], context: Mapping[str, Any] | None
     ) -> list[list[float]]:
-        """Of each user the expected ratings, or click probabilities, of the items."""
+        """Return the expected ratings, or click probabilities, of the items for each user."""
         if not isinstance(items, Sequence | np.ndarray) or isinstance(items, str | bytes):
             raise DataError(f"items: expected a list of item ids, got {items!r}")
         rows = self.rows_of(list(items))
@@ -189,28 +191,28 @@ class Predictor:
             known = rater.batch(chunk, context)
             adapted, scores = rater.ranker.adapt(known), np.zeros((len(chunk), len(rows)), np.float32)
             for first in range(0, len(rows), CELLS // USERS):
-                some = rows[first : first + CELLS // USERS]
-                padded = np.zeros((len(known.items), _bucket(len(some), 16)), np.int32)
-                padded[:, : len(some)] = some
+                tile_rows = rows[first : first + CELLS // USERS]
+                padded = np.zeros((len(known.items), _bucket(len(tile_rows), 16)), np.int32)
+                padded[:, : len(tile_rows)] = tile_rows
                 tile = np.asarray(rater.ranker.scores(adapted, known, padded))
-                scores[:, first : first + len(some)] = tile[: len(chunk), : len(some)]
+                scores[:, first : first + len(tile_rows)] = tile[: len(chunk), : len(tile_rows)]
             values = target.decode(scores)
             answers += (np.clip(values, *limits) if target.kind == "rating" else values).tolist()
         return answers
 
     def needed_rater(self) -> "Predictor":
-        """The predictor that knows how much an item is liked."""
+        """Return the predictor of ratings or clicks; raise `ValueError` for a ranking without one."""
         rater = self if self.target.kind != "ranking" else self.rater
         if rater is None:
             raise ValueError(
-                "this recommender knows what users choose, not how much they like it: its data held one rating only, "
-                "or it was trained with ratings=None; train on data with ratings of several values, "
+                "this recommender predicts what users choose, not how much they like it: its data had one rating "
+                "value, or it was trained with ratings=None; train on data with ratings of several values, "
                 'mr.train(data, ratings="als")'
             )
         return rater
 
     def similar(self, item: Any, k: int) -> list[Recommendation]:
-        """The `k` items with the largest cosine of what the network computes of each alone."""
+        """Return the `k` items with the largest cosine similarity of item vectors (`Ranker.vectors`)."""
         checked_count(k)
         (row,) = self.rows_of([item])
         likeness = self._likeness @ self._likeness[row]
@@ -219,42 +221,46 @@ class Predictor:
         return self.readable(rows, likeness[rows])
 
     def explain(self, person: EncodedUser, item: Any, context: Mapping[str, Any] | None) -> Explanation:
-        """Why an item has its score for a user."""
+        """Explain an item's score for a user."""
         (row,) = self.rows_of([item])
         person = person._replace(**{name: getattr(person, name)[-LONGEST:] for name in ("rows", "ratings", "weights")})
-        found = effects(self.ranker, self.batch([person], context), int(row))
-        after, before, *without = self.target.decode(np.array([found.after, found.before, *found.without])).tolist()
-        above, below = self.target.decode(found.after + np.array([1e-3, -1e-3]))
-        slopes = found.slopes * (above - below) / 2e-3
+        raw_scores = effects(self.ranker, self.batch([person], context), int(row))
+        after, before, *without = self.target.decode(
+            np.array([raw_scores.after, raw_scores.before, *raw_scores.without])
+        ).tolist()
+        above, below = self.target.decode(raw_scores.after + np.array([1e-3, -1e-3]))
+        slopes = raw_scores.slopes * (above - below) / 2e-3
         causes = []
-        for i, (own, rating) in enumerate(zip(person.rows.tolist(), person.ratings.tolist(), strict=True)):
-            raw, _, title = self.readable(np.array([own]), np.zeros(1))[0] if own != UNKNOWN else (None, 0, None)
+        for i, (own_row, rating) in enumerate(zip(person.rows.tolist(), person.ratings.tolist(), strict=True)):
+            raw, _, title = (
+                self.readable(np.array([own_row]), np.zeros(1))[0] if own_row != UNKNOWN else (None, 0, None)
+            )
             causes.append(Cause(raw, title, rating, after - without[i], float(slopes[i])))
-        agreement = rank_correlation(after - np.array(without), found.slopes)
+        agreement = rank_correlation(after - np.array(without), raw_scores.slopes)
         causes.sort(key=lambda cause: -abs(cause.effect))
-        fields = dict(sorted(found.fields.items(), key=lambda part: -abs(part[1])))
+        fields = dict(sorted(raw_scores.fields.items(), key=lambda part: -abs(part[1])))
         ((raw, _, title),) = self.readable(np.array([row]), np.zeros(1))
         return Explanation(raw, title, after, before, causes, fields, agreement)
 
     def rows_of(self, items: Sequence[Any]) -> np.ndarray:
-        """Rows of raw ids; a `DataError` names one that the stock does not hold."""
+        """Return rows of raw ids; raise `DataError` for an id that is not in the stock."""
         rows = self.stock.encode(items)
         if (rows == UNKNOWN).any():
             raise DataError(
-                f"item {items[int((rows == UNKNOWN).argmax())]!r} is unknown; name one of the stock, or add it with "
+                f"item {items[int((rows == UNKNOWN).argmax())]!r} is unknown; use an item of the stock, or add it with "
                 "add_items"
             )
         return rows
 
     def readable(self, rows: np.ndarray, scores: np.ndarray) -> list[Recommendation]:
-        """Item rows `[k]` with their scores as people read them."""
+        """Return item rows `[k]` and scores as `Recommendation`s."""
         titles = [None] * len(rows) if self.stock.titles is None else self.stock.titles[rows]
         raw = self.stock.decode(rows).tolist()
         return [Recommendation(*r) for r in zip(raw, scores.tolist(), titles, strict=True)]
 
     def batch(self, people: Sequence[EncodedUser], context: Mapping[str, Any] | None) -> Known:
-        """The users as arrays of a few fixed shapes."""
-        data, around = self.catalogue, encode_attributes(context, self.catalogue.context_fields, "context")
+        """Pack users into arrays, padded to one of a few fixed shapes."""
+        data, encoded_context = self.catalogue, encode_attributes(context, self.catalogue.context_fields, "context")
         longest = min(max(len(p.rows) for p in people), LONGEST)
         width, users = (
             next(b for b in buckets if b >= n) for buckets, n in ((HISTORIES, longest), (BATCHES, len(people)))
@@ -266,19 +272,19 @@ class Predictor:
             known.weight[i, : len(rows)] = weights
             for name, value in person.attributes.items():
                 known.user[name][i] = value
-        for name, value in around.items():
+        for name, value in encoded_context.items():
             known.context[name][:] = value
         return known
 
     @cached_property
     def _likeness(self) -> np.ndarray:
-        """`[rows, width]` vectors of length 1, whose products say how alike items are."""
+        """Unit item vectors `[rows, width]`, whose products are cosine similarities."""
         vectors = self.ranker.vectors()
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _bucket(n: int, smallest: int, factor: int = 4) -> int:
-    """The smallest of `smallest`, `smallest * factor`, ... that is at least `n`: few shapes, few compilations."""
+    """Return the smallest of `smallest`, `smallest * factor`, ... that is at least `n`, to limit compilations."""
     size = smallest
     while size < n:
         size *= factor

@@ -1,4 +1,4 @@
-"""Ranker: the best items of the whole stock for each user, exactly, in bounded memory, the item side computed once."""
+"""Ranker: exact top-k of the whole stock for each user, in bounded memory, with the item side computed once."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -16,12 +16,12 @@ from metarec_jax.strategies.catalogue import adapt, features, last, score, score
 from metarec_jax.tasks.ranking import LONGEST, Known
 from metarec_jax.types import Params
 
-USERS = 256  # users ranked at once, at most
-BATCHES = (1, 8, 64, USERS)  # users in a compiled batch
-HISTORIES = (32, 128, LONGEST)  # interactions in a compiled history
-BYTES = 1 << 26  # of the largest array that scoring a tile of items for so many users makes
-STEP = 256  # tiles are multiples of this long
-GROUP = 64  # items whose largest score is found first
+USERS = 256  # maximum number of users ranked at once
+BATCHES = (1, 8, 64, USERS)  # compiled batch sizes
+HISTORIES = (32, 128, LONGEST)  # compiled history lengths
+BYTES = 1 << 26  # limit of the largest array when a tile of items is scored for `USERS` users
+STEP = 256  # tile lengths are multiples of this
+GROUP = 64  # items per group in `top_k`
 Explore = Literal["ucb", "thompson"]
 
 
@@ -30,7 +30,7 @@ class Ranked(NamedTuple):
 
     Attributes:
       rows: `[users, k]` rows of the stock.
-      scores: `[users, k]`, -inf where fewer than k items are left.
+      scores: `[users, k]`; -inf where fewer than k items are left.
       deviations: `[users, k]` standard deviations of the scores, or None.
     """
 
@@ -40,13 +40,12 @@ class Ranked(NamedTuple):
 
 
 class Ranker:
-    """Adapts to users and ranks a stock for them; keeps what the network computes of the items alone.
+    """Adapts to users and ranks a stock for them; caches what the network computes of the items alone.
 
-    A strategy may say what that is (`Strategy.items`). For the others it is read from the jaxpr of `predict`
-    (`metarec_jax.core.staged`): of a factorisation all but one product a user, of an MLP over joined fields the
-    look-ups only. Compiled programs depend on the strategy and on shapes, not on the `Ranker`: another one of the same
-    strategy finds them again. Tables have a capacity beyond the stock, so that new items change no shape until it is
-    used up.
+    A strategy may define this item side itself (`Strategy.items`). Otherwise it is read from the jaxpr of `predict`
+    (`metarec_jax.core.staged`): for a factorisation everything but one product per user, for an MLP over joined fields
+    only the look-ups. Compiled programs depend on the strategy and on shapes, so rankers of the same strategy share
+    them. Tables have spare capacity, so that new items change no shape until it is used up.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Ranker:
         context: Sequence[Field] = (),
     ) -> None:
         self.strategy, self.stock, self.fields = strategy, stock, (tuple(user), tuple(context))
-        self.params: Params = jax.device_put(params)  # those of a loaded model would be copied in each call
+        self.params: Params = jax.device_put(params)  # else numpy arrays of a loaded model are copied in each call
         tables = {"item_id": stock.code} | {f"item/{name}": table for name, table in stock.features.items()}
         room = capacity(len(stock)) - len(stock)
         self.tables: dict[str, jax.Array] = jax.device_put(
@@ -67,11 +66,11 @@ class Ranker:
         self._sides: dict[Any, _ItemSide] = {}
 
     def adapt(self, known: Known) -> Any:
-        """Adapt to each user; returns a pytree of arrays `[users, ...]`."""
+        """Adapt to each user; return a pytree of arrays `[users, ...]`."""
         return _adapt(self.strategy, self.params, self.tables, known)
 
     def scores(self, adapted: Any, known: Known, rows: np.ndarray) -> jax.Array:
-        """Score the items in `rows` `[users, n]`; returns `[users, n]`."""
+        """Score the items in `rows` `[users, n]`; return `[users, n]`."""
         return _score(self.strategy, self.params, self.tables, adapted, known, rows, False)[0]
 
     def top(
@@ -92,32 +91,32 @@ class Ranker:
 
         Args:
           known: the users.
-          k: number of items, at most that of the stock.
-          seen: `[users, n]` rows that are left out; -1 is none.
-          allowed: `[groups, rows]` which items may be recommended.
-          group: `[users]` which of the groups each user belongs to (default: the first).
+          k: number of items, at most the size of the stock.
+          seen: `[users, n]` rows to exclude; -1 is padding.
+          allowed: `[groups, rows]` masks of items that may be recommended.
+          group: `[users]` index of each user's mask (default: the first).
           deviation: return the standard deviations too.
-          explore: "ucb" ranks by score + strength * deviation, "thompson" by the scores of adapted values that are
-            drawn from each user's posterior (`Strategy.sample`).
-          strength: of the exploration.
-          seeds: `[users]` uint32 of the draws (default: zeros).
-          approximate: use `jax.lax.approx_max_k`, which on an accelerator may miss one in twenty.
+          explore: "ucb" ranks by score + strength * deviation, "thompson" by scores of adapted values drawn from each
+            user's posterior (`Strategy.sample`).
+          strength: exploration strength.
+          seeds: `[users]` uint32 seeds of the draws (default: zeros).
+          approximate: use `jax.lax.approx_max_k`, which on an accelerator may miss one item in twenty.
 
         Raises:
           ValueError: the strategy has no deviation, or no posterior to draw from.
         """
         if (deviation or explore == "ucb") and self.strategy.deviation is None:
-            raise ValueError("this strategy does not know the deviation of its scores; `alpaca` does")
+            raise ValueError("this strategy does not know the deviation of its scores; use one that does, as `alpaca`")
         users, adapted = len(known.items), self.adapt(known)
         if explore == "thompson":
             if self.strategy.sample is None:
-                raise ValueError("this strategy has no posterior to draw from; `alpaca` has")
+                raise ValueError("this strategy has no posterior to draw from; use one that has, as `alpaca`")
             seeds = np.zeros(users, np.uint32) if seeds is None else seeds
             drawn = _sample(self.strategy, self.params, adapted, seeds, strength)
-            found = self._top(drawn, known, k, False, 0.0, seen, allowed, group, approximate)
-            scores, deviations = _score(self.strategy, self.params, self.tables, adapted, known, found.rows, deviation)
-            scores = np.where(np.isfinite(found.scores), scores, -np.inf)
-            return Ranked(found.rows, scores, None if deviations is None else np.asarray(deviations))
+            ranked = self._top(drawn, known, k, False, 0.0, seen, allowed, group, approximate)
+            scores, deviations = _score(self.strategy, self.params, self.tables, adapted, known, ranked.rows, deviation)
+            scores = np.where(np.isfinite(ranked.scores), scores, -np.inf)
+            return Ranked(ranked.rows, scores, None if deviations is None else np.asarray(deviations))
         spread = strength if explore == "ucb" else 0.0
         return self._top(adapted, known, k, deviation or explore == "ucb", spread, seen, allowed, group, approximate)
 
@@ -147,14 +146,14 @@ class Ranker:
         return Ranked(np.asarray(rows), np.asarray(scores), None if deviations is None else np.asarray(deviations))
 
     def vectors(self) -> np.ndarray:
-        """`[rows, width]` everything that the network computes of each item alone and reads when it scores it."""
+        """Return item vectors `[rows, width]`: all values that scoring reads and that depend on the item alone."""
         known = Known.blank(1, HISTORIES[0], *self.fields)
         return self._side(self.adapt(known), known, False).by_row(len(self.stock))
 
     def extended(self, stock: Stock) -> "Ranker":
-        """The ranker of a stock with more items; computes the item side of the new tiles alone."""
+        """Return the ranker of a stock with more items; only tiles with new items are recomputed."""
         other = Ranker(self.strategy, self.params, stock, *self.fields)
-        if len(other.tables["item_id"]) == len(self.tables["item_id"]):  # else the shapes are new
+        if len(other.tables["item_id"]) == len(self.tables["item_id"]):  # else shapes changed
             first = len(self.stock)
             other._sides = {key: side.updated(self.params, other.tables, first) for key, side in self._sides.items()}
         return other
@@ -169,7 +168,7 @@ class Ranker:
 
 
 def capacity(rows: int) -> int:
-    """Rows of the tables of so many items: at least `STEP` and at most an eighth more."""
+    """Return the number of table rows allocated for `rows` items: at least `STEP`, at most an eighth more."""
     step = max(STEP, 1 << max(rows.bit_length() - 4, 0))
     return -(-rows // step) * step
 
@@ -195,7 +194,7 @@ def _score(
     rows: jax.Array,
     deviation: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Scores `[users, n]` of the items in `rows`, and their deviations."""
+    """Return scores `[users, n]` of the items in `rows`, and their deviations."""
     scores = score(strategy, params, tables, adapted, known, rows)
     if not deviation or strategy.deviation is None:
         return scores, None
@@ -205,7 +204,7 @@ def _score(
 
 
 class _Spec(NamedTuple):
-    """Structure and shapes of a pytree, as a key."""
+    """Structure and shapes of a pytree, as a hashable key."""
 
     structure: Any
     leaves: tuple[Any, ...]
@@ -226,8 +225,8 @@ class _Programs(NamedTuple):
     Attributes:
       length: items in a tile.
       total: number of tiles.
-      fixed: `fixed(params, tables)`, values that no item enters.
-      tile: `tile(params, tables, number)`, the values of one tile of items.
+      fixed: `fixed(params, tables)`, values that do not depend on items.
+      tile: `tile(params, tables, number)`, values of one tile of items.
       top: see `_top`.
     """
 
@@ -242,15 +241,15 @@ class _Programs(NamedTuple):
 def _programs(strategy: Strategy, deviation: bool, params: _Spec, tables: _Spec, user: _Spec) -> _Programs:
     like: dict[str, Any] = tables.tree
     rows = like["item_id"].shape[0]
-    own = (*user.tree, jax.ShapeDtypeStruct((), jnp.int32))  # and the user's place in time
+    user_specs = (*user.tree, jax.ShapeDtypeStruct((), jnp.int32))  # with the user's position in time
 
     def stage_of(length: int) -> Staged:
         items = {name: jax.ShapeDtypeStruct((length, *t.shape[1:]), t.dtype) for name, t in like.items()}
         if strategy.items is not None and not deviation:
             return _explicit(strategy, params.tree, items)
-        return staged(partial(score_one, strategy, deviation), params.tree, items, own)
+        return staged(partial(score_one, strategy, deviation), params.tree, items, user_specs)
 
-    widest = -(-stage_of(STEP).widest // STEP)  # values an item and user
+    widest = -(-stage_of(STEP).widest // STEP)  # elements per item and user
     longest = max(BYTES // (4 * USERS * widest) // STEP * STEP, STEP)
     length = min(longest, -(-rows // STEP) * STEP)
     stage = stage_of(length)
@@ -276,7 +275,7 @@ def _programs(strategy: Strategy, deviation: bool, params: _Spec, tables: _Spec,
 
 
 class _ItemSide(NamedTuple):
-    """What is computed of the items alone: `fixed` values, and `tiles`, each `[tiles, ...]`."""
+    """Values computed of the items alone: `fixed`, and `tiles`, each `[tiles, ...]`."""
 
     programs: _Programs
     fixed: list[jax.Array]
@@ -292,7 +291,7 @@ class _ItemSide(NamedTuple):
         return self.programs.length * self.programs.total
 
     def updated(self, params: Params, tables: dict[str, jax.Array], row: int) -> "_ItemSide":
-        """The side of tables that have changed from a row on."""
+        """Return the item side after the tables changed from `row` on."""
         start = row // self.programs.length
         tiles = [self.programs.tile(params, tables, number) for number in range(start, self.programs.total)]
         new = [jnp.stack(values) for values in zip(*tiles, strict=True)]
@@ -301,7 +300,7 @@ class _ItemSide(NamedTuple):
         return self._replace(tiles=new)
 
     def by_row(self, rows: int) -> np.ndarray:
-        """`[rows, width]` of the values that have an axis of items, one after the other."""
+        """Concatenate the values that have an items axis as `[rows, width]`."""
         columns, length = [], self.programs.length
         for value in map(np.asarray, self.tiles):
             axes = [a for a in (1, 2) if value.ndim > a and value.shape[a] == length]
@@ -312,7 +311,7 @@ class _ItemSide(NamedTuple):
 
 
 def _explicit(strategy: Strategy, params: Params, items: Any) -> Staged:
-    """The two stages of a strategy that says itself what it computes of the items alone."""
+    """Build the two stages of a strategy that defines its own item side."""
     make, score_side = strategy.items, strategy.score
     assert make is not None
     assert score_side is not None
@@ -331,17 +330,21 @@ def _explicit(strategy: Strategy, params: Params, items: Any) -> Staged:
 
 
 def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """As `jax.lax.top_k` of `[users, n]`, and on a CPU several times as fast where n is large: the k largest lie in the
-    k groups of 64 with the largest maxima."""
+    """Compute `jax.lax.top_k` of `[users, n]`, several times faster on a CPU for large n.
+
+    The k largest values lie in the k groups of `GROUP` values with the largest maxima.
+    """
     users, n = values.shape
     groups = n // GROUP
     if n % GROUP or groups < 4 * k:
         return jax.lax.top_k(values, k)
     grouped = values.reshape(users, groups, GROUP)
-    _, which = jax.lax.top_k(grouped.max(-1), k)
-    which = jnp.sort(which, 1)  # of equal values the first comes first
-    value, place = jax.lax.top_k(jnp.take_along_axis(grouped, which[..., None], 1).reshape(users, k * GROUP), k)
-    return value, jnp.take_along_axis(which, place // GROUP, 1) * GROUP + place % GROUP
+    _, best_groups = jax.lax.top_k(grouped.max(-1), k)
+    best_groups = jnp.sort(best_groups, 1)  # ties keep their order
+    value, position = jax.lax.top_k(
+        jnp.take_along_axis(grouped, best_groups[..., None], 1).reshape(users, k * GROUP), k
+    )
+    return value, jnp.take_along_axis(best_groups, position // GROUP, 1) * GROUP + position % GROUP
 
 
 def _top(
@@ -358,30 +361,30 @@ def _top(
     group: jax.Array,
     spread: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The top `k` rows `[users, k]`, their scores and deviations; what must not be recommended has score -inf."""
+    """Return the top `k` rows `[users, k]`, their scores (-inf for excluded items) and deviations."""
     users, count = len(seen), tiles[0].shape[0]
     best = partial(jax.lax.approx_max_k, recall_target=0.95) if approximate else top_k
 
     def tile(number: Any) -> list[jax.Array]:
-        """The best of one tile: value to rank by, row, score and deviation, each `[users, k]`."""
+        """Return the best of one tile: ranking value, row, score and deviation, each `[users, k]`."""
         values, first = [t[number] for t in tiles], number * length
         scores, deviations = jax.vmap(lambda u: stage.second(fixed, values, u))(user)
         row = first + jnp.arange(length, dtype=jnp.int32)
         value = scores if deviations is None else scores + spread * deviations
-        value = jnp.where((row > 0) & (row < rows) & jnp.isfinite(value), value, -jnp.inf)  # row 0 is no item
-        here = jnp.where((seen >= first) & (seen < first + length), seen - first, length)
-        value = value.at[jnp.arange(users)[:, None], here].set(-jnp.inf, mode="drop")
+        value = jnp.where((row > 0) & (row < rows) & jnp.isfinite(value), value, -jnp.inf)  # row 0 is the unknown item
+        seen_in_tile = jnp.where((seen >= first) & (seen < first + length), seen - first, length)
+        value = value.at[jnp.arange(users)[:, None], seen_in_tile].set(-jnp.inf, mode="drop")
         if allowed is not None:
             mask = jax.lax.dynamic_slice_in_dim(allowed, first, length, 1)
             value = jnp.where(mask[group], value, -jnp.inf)
-        value, place = best(value, min(k, length))
+        value, position = best(value, min(k, length))
         others = [scores] if deviations is None else [scores, deviations]
-        return [value, first + place, *(jnp.take_along_axis(x, place, 1) for x in others)]
+        return [value, first + position, *(jnp.take_along_axis(x, position, 1) for x in others)]
 
     def merge(number: jax.Array, before: list[jax.Array]) -> list[jax.Array]:
         both = [jnp.concatenate(pair, 1) for pair in zip(before, tile(number), strict=True)]
-        value, place = jax.lax.top_k(both[0], k)
-        return [value, *(jnp.take_along_axis(x, place, 1) for x in both[1:])]
+        value, position = jax.lax.top_k(both[0], k)
+        return [value, *(jnp.take_along_axis(x, position, 1) for x in both[1:])]
 
     result = tile(0)
     if count > 1:

@@ -1,4 +1,4 @@
-"""Recommendations: what a caller gets, and what may be recommended in which order."""
+"""Recommendations: the returned items, and the options that select and order them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,13 @@ Where = Mapping[str, Any]
 
 
 class Recommendation(NamedTuple):
-    """One item: raw id, score (a click probability or a rating; of `ask`, how much it tells) and title, where known."""
+    """A recommended item.
+
+    Attributes:
+      item: raw id.
+      score: a click probability or a rating; of `ask`, the evidence value.
+      title: the item's title, or None.
+    """
 
     item: Any
     score: float
@@ -24,7 +30,7 @@ class Recommendation(NamedTuple):
 
 
 class UncertainRecommendation(NamedTuple):
-    """A `Recommendation` with the standard deviation of a rating (its noise included) or of a click's logit."""
+    """A `Recommendation` with the standard deviation of its rating (including noise) or click logit."""
 
     item: Any
     score: float
@@ -34,7 +40,7 @@ class UncertainRecommendation(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """What may be recommended and in which order; see `metarec_jax.Recommender.recommend`."""
+    """Options that select and order recommendations; see `metarec_jax.Recommender.recommend`."""
 
     exclude_seen: bool = True
     where: Where | Sequence[Where] | None = None
@@ -53,40 +59,42 @@ class Choice:
         if self.by not in ("score", "rating") and not (share and 0 <= float(self.by) <= 1):
             raise ValueError(f'by is "score", "rating" or a share from 0 to 1, got {self.by!r}')
         if share and self.explore is not None:
-            raise ValueError(f'explore goes with by="score" or by="rating", got by={self.by!r}, which orders anew')
+            raise ValueError(f'explore goes with by="score" or by="rating", not with a share; got by={self.by!r}')
         if not 0 <= self.diversity <= 1:
             raise ValueError(f"diversity is a share from 0 to 1, got {self.diversity}")
         if self.explore not in (None, "ucb", "thompson"):
             raise ValueError(f"explore must be 'ucb' or 'thompson', got {self.explore!r}")
 
     def seeds(self, start: int, users: int) -> np.ndarray:
-        """Seeds of the draws of users `start : start + users`; new ones where none is given."""
-        given = self.seed[start : start + users] if isinstance(self.seed, Sequence) else [self.seed] * users
+        """Return seeds of the draws for users `start : start + users`; fresh seeds where none is given."""
+        seeds = self.seed[start : start + users] if isinstance(self.seed, Sequence) else [self.seed] * users
         fresh = np.random.SeedSequence().generate_state(users)
-        return np.array([new if own is None else own % 2**32 for own, new in zip(given, fresh, strict=True)], np.uint32)
+        return np.array(
+            [new if seed is None else seed % 2**32 for seed, new in zip(seeds, fresh, strict=True)], np.uint32
+        )
 
     @property
     def reranks(self) -> bool:
-        """Whether more candidates are needed than recommendations."""
+        """Whether more candidates are ranked than are recommended."""
         return bool(self.diversity) or self.by not in ("score", "rating")
 
 
 def checked_count(k: Any) -> None:
-    """Raise a `DataError` unless `k` is a positive integer."""
+    """Raise `DataError` unless `k` is a positive integer."""
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise DataError(f"k must be a positive integer, got {k!r}")
 
 
 def as_table(users: Sequence[Any], lists: Sequence[Sequence[Recommendation]], text_items: bool) -> "pl.DataFrame":
-    """A table of lists: user_id, item_id, rank (from 1) and score.
+    """Build a table of recommendations: user_id, item_id, rank (from 1) and score.
 
     Args:
-      users: raw ids, one a list.
-      lists: of recommendations.
-      text_items: whether ids of items are strings.
+      users: raw ids, one per list.
+      lists: recommendations of each user, best first.
+      text_items: whether item ids are strings.
 
     Raises:
-      DataError: ids of users of several types.
+      DataError: user ids of several types.
     """
     import polars as pl
 
@@ -94,7 +102,11 @@ def as_table(users: Sequence[Any], lists: Sequence[Sequence[Recommendation]], te
         raise DataError("users: integers and strings are mixed; a column holds ids of one type")
     text = [isinstance(users[0], str) if users else False, text_items]
     of_user, of_item = (pl.String if t else pl.Int64 for t in text)
-    rows = [(user, rank, r) for user, own in zip(users, lists, strict=True) for rank, r in enumerate(own, 1)]
+    rows = [
+        (user, rank, r)
+        for user, recommendations in zip(users, lists, strict=True)
+        for rank, r in enumerate(recommendations, 1)
+    ]
     return pl.DataFrame(
         {
             "user_id": pl.Series([user for user, _, _ in rows], dtype=of_user),

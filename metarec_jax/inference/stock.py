@@ -1,4 +1,4 @@
-"""Stock: the items that can be recommended, those of the training and those that came later, as rows of arrays."""
+"""Stock: the items that can be recommended, from training and added later, as rows of arrays."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +16,15 @@ from metarec_jax.tasks.statistics import NAME as STATISTICS
 
 @dataclass(frozen=True, eq=False)
 class Stock:
-    """Items as rows; row 0 is the unknown item, rows of the training come first, later ones in the order they came.
+    """Items as rows: row 0 is the unknown item, then the items of the training, then added items in order.
 
     Attributes:
-      trained: ids of the training's items.
-      added: ids of later items, as they came.
-      code: `[rows]` int32 what the model knows an item by; 0 (unknown) for later items, which their attributes tell.
+      trained: ids of the training items.
+      added: ids of added items, in order of addition.
+      code: `[rows]` int32 item code in the model; 0 (unknown) for added items, which are known by their attributes.
       features: encoded attributes, each `[rows, ...]`.
-      titles: `[rows]` or None.
-      fields: how attributes are encoded.
+      titles: `[rows]`, or None.
+      fields: encoders of the attributes.
     """
 
     trained: Vocabulary
@@ -36,27 +36,27 @@ class Stock:
 
     @classmethod
     def of(cls, data: Dataset) -> "Stock":
-        """The items of a dataset."""
+        """Build the stock of a dataset's items."""
         code = np.arange(len(data.items), dtype=np.int32)
         return cls(data.items, data.items.ids[:0], code, data.item_features, data.titles, data.item_fields)
 
     def __len__(self) -> int:
-        """Number of rows, the unknown row included."""
+        """Number of rows, including the unknown row."""
         return len(self.code)
 
     def encode(self, values: Any) -> np.ndarray:
-        """Rows `[n]` int32 of raw ids; 0 where an id is unknown. Ids of another type raise `DataError`."""
+        """Return rows `[n]` int32 of raw ids, 0 where unknown; raise `DataError` for ids of another type."""
         rows = self.trained.encode(values)
         if not len(self.added) or (rows != UNKNOWN).all():
             return rows
         order = np.argsort(self.added)
         ids = as_ids(values, self.trained.name)
-        place = np.minimum(np.searchsorted(self.added, ids, sorter=order), len(order) - 1)
-        found = self.added[order[place]] == ids
-        return np.where((rows == UNKNOWN) & found, len(self.trained) + order[place], rows).astype(np.int32)
+        position = np.minimum(np.searchsorted(self.added, ids, sorter=order), len(order) - 1)
+        is_added = self.added[order[position]] == ids
+        return np.where((rows == UNKNOWN) & is_added, len(self.trained) + order[position], rows).astype(np.int32)
 
     def decode(self, rows: ArrayLike) -> np.ndarray:
-        """Raw ids of `rows`, none of which may be 0."""
+        """Return raw ids of `rows`, none of which may be 0."""
         rows = np.asarray(rows)
         if not len(self.added):
             return self.trained.decode(rows)
@@ -65,14 +65,14 @@ class Stock:
         return np.concatenate([self.trained.ids, self.added])[rows - 1]
 
     def add(self, items: Mapping[str, Sequence[Any]]) -> "Stock":
-        """The stock with more items.
+        """Return a stock with additional items.
 
         Args:
-          items: columns: `item_id`, and any of the item fields and `title`; a field that is left out is unknown.
+          items: columns: `item_id`, and any of the item fields and `title`. Values of omitted fields are unknown.
 
         Raises:
-          DataError: no `item_id`; an id that is there already, or twice; an unknown column; columns of several lengths;
-            a value that its field does not take.
+          DataError: no `item_id`; an existing or repeated id; an unknown column; columns of different lengths; a value
+            that its field does not accept.
         """
         columns = {name: list(values) for name, values in items.items()}
         if "item_id" not in columns:
@@ -88,9 +88,9 @@ class Stock:
                 raise DataError(f"column {name!r} has {len(values)} values, item_id {len(ids)}")
         if not len(ids):
             return self
-        if (there := self.encode(ids) != UNKNOWN).any():
+        if (exists := self.encode(ids) != UNKNOWN).any():
             raise DataError(
-                f"item_id: row {int(there.argmax())} holds {ids[there.argmax()].item()!r}, which is there already"
+                f"item_id: row {int(exists.argmax())} holds {ids[exists.argmax()].item()!r}, which is there already"
             )
         if len(np.unique(ids)) < len(ids):
             row = next(i for i, x in enumerate(ids.tolist()) if x in ids[:i].tolist())
@@ -107,32 +107,32 @@ class Stock:
     def with_rows(
         self, ids: np.ndarray, features: Mapping[str, np.ndarray], titles: Sequence[str | None] | None
     ) -> "Stock":
-        """The stock with more items whose attributes are encoded already."""
+        """Return a stock with additional items whose attributes are already encoded."""
         if self.titles is None and titles is None:
-            shown = None
+            all_titles = None
         else:
-            before = np.full(len(self), None, object) if self.titles is None else self.titles
-            shown = np.append(before, np.full(len(ids), None, object))
-            shown[len(self) :] = [None] * len(ids) if titles is None else titles
+            old_titles = np.full(len(self), None, object) if self.titles is None else self.titles
+            all_titles = np.append(old_titles, np.full(len(ids), None, object))
+            all_titles[len(self) :] = [None] * len(ids) if titles is None else titles
         return replace(
             self,
             added=np.concatenate([self.added, ids]),
             code=np.append(self.code, np.zeros(len(ids), np.int32)),
             features={name: np.concatenate([table, features[name]]) for name, table in self.features.items()},
-            titles=shown,
+            titles=all_titles,
         )
 
     def allowed(self, where: Mapping[str, Any] | None = None, only: Sequence[Any] | None = None) -> np.ndarray | None:
-        """`[rows]` which items may be recommended; None where all may.
+        """Return a mask `[rows]` of the items that may be recommended; None if all may.
 
         Args:
-          where: by item field: a value or a collection of values, one of which the item must have (categories), or
-            `(lowest, highest)`, either of which may be None (numbers). An item of which a number is missing counts as
-            the mean, as it does for the model.
-          only: ids of the items that are available.
+          where: by item field. For categories: a value or a collection of values, of which the item must have one. For
+            numbers: `(lowest, highest)`, either of which may be None; a missing number counts as the mean, as it does
+            for the model.
+          only: ids of the available items.
 
         Raises:
-          DataError: an unknown field; bounds where there are categories, or the other way round.
+          DataError: an unknown field or category; bounds for categories, or values for numbers.
         """
         if not where and only is None:
             return None
@@ -149,20 +149,20 @@ class Stock:
         return keep
 
 
-def _matches(field: Field, table: np.ndarray, wanted: Any) -> np.ndarray:
+def _matches(field: Field, table: np.ndarray, condition: Any) -> np.ndarray:
     if field.vocabulary is None:
-        if field.width != 1 or not isinstance(wanted, tuple) or len(wanted) != 2:
+        if field.width != 1 or not isinstance(condition, tuple) or len(condition) != 2:
             raise DataError(f"where: {field.name!r} holds numbers; give bounds (lowest, highest) of a single number")
-        low, high = (None if bound is None else field.encode([bound])[0, 0] for bound in wanted)
+        low, high = (None if bound is None else field.encode([bound])[0, 0] for bound in condition)
         keep = np.ones(len(table), bool)
         if low is not None:
             keep &= table[:, 0] >= low - 1e-6 * abs(low)
         if high is not None:
             keep &= table[:, 0] <= high + 1e-6 * abs(high)
         return keep
-    if isinstance(wanted, tuple):
+    if isinstance(condition, tuple):
         raise DataError(f"where: {field.name!r} holds categories, not numbers; give a value or a list of values")
-    values = list(wanted) if isinstance(wanted, list | set | frozenset | np.ndarray) else [wanted]
+    values = list(condition) if isinstance(condition, list | set | frozenset | np.ndarray) else [condition]
     codes = field.vocabulary.encode([str(value) for value in values])
     if (codes == UNKNOWN).any():
         raise DataError(f"where: no item has {field.name} {values[int((codes == UNKNOWN).argmax())]!r}")

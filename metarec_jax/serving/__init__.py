@@ -1,4 +1,4 @@
-"""Serving: the recommender over HTTP (`metarec serve`), with a page to try it."""
+"""Serving: the recommender over HTTP (`metarec serve`), with a demo page."""
 
 from metarec_jax.serving.app import create_app
 from metarec_jax.serving.service import Service

@@ -1,4 +1,4 @@
-"""App: the service over HTTP (ASGI), as `metarec serve` runs it."""
+"""App: the service over HTTP (ASGI), as run by `metarec serve`."""
 
 import asyncio
 import hmac
@@ -19,7 +19,7 @@ from metarec_jax.errors import DataError, ModelFileError, StoreError
 from metarec_jax.serving.batcher import Batcher, Overloaded
 from metarec_jax.serving.service import OPTIONS, Service
 
-LARGEST = 4 << 20  # bytes of a request
+LARGEST = 4 << 20  # maximum bytes of a request
 EXPLAIN = ("item", "user", "history", "attributes", "context")
 RECOMMEND = ("user", "history", "attributes", "k", "where", *OPTIONS)
 PAGE = Path(__file__).with_name("page")
@@ -32,7 +32,7 @@ SAFE = {
 
 
 class BadRequest(Exception):
-    """A request that cannot be answered; `status` says why for machines, the message for people."""
+    """A rejected request: `status` is the HTTP status, the message is for people."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -48,15 +48,15 @@ def create_app(
     waiting: int = 512,
     ready: Callable[[], None] = lambda: None,
 ) -> Starlette:
-    """The ASGI application; from its start on it compiles what requests need, beside answering them.
+    """Create the ASGI application; it compiles the model's programs in the background from its start.
 
     Args:
-      service: what it serves.
-      token: what requests must carry as `Authorization: Bearer TOKEN`; None asks nothing (for loopback only).
-      budget: seconds that a request may wait for others to be answered with it.
-      largest: requests answered together.
-      waiting: requests that may wait; more are refused with 503.
-      ready: called when all is compiled.
+      service: the service behind the endpoints.
+      token: token required as `Authorization: Bearer TOKEN`; None: no authentication (for loopback only).
+      budget: seconds that a request may wait to be batched with others.
+      largest: maximum number of requests per batch.
+      waiting: maximum number of waiting requests; further ones get status 503.
+      ready: called when all programs are compiled.
     """
     options: dict[str, Any] = {"largest": largest, "budget": budget, "waiting": waiting}
     recommending = Batcher(service.recommend, **options)
@@ -68,7 +68,7 @@ def create_app(
         "metarec_request_seconds", "Time to answer.", ["path"], registry=registry,
         buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
     )  # fmt: skip
-    kept = Counter("metarec_events", "Events kept.", registry=registry)
+    stored_events = Counter("metarec_events", "Events kept.", registry=registry)
     Gauge("metarec_waiting", "Requests that wait.", registry=registry).set_function(
         lambda: len(recommending) + len(updating)
     )
@@ -81,41 +81,41 @@ def create_app(
         events = (await _body(request, ("events",))).get("events")
         if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
             raise BadRequest(400, 'expected {"events": [{"user": ..., "item": ..., "kind": ...}, ...]}')
-        found = await updating.submit(events)
-        kept.inc(found["new"])
-        return found
+        result = await updating.submit(events)
+        stored_events.inc(result["new"])
+        return result
 
     async def explain(request: Request) -> Any:
-        return await _apart(others, service.explain, await _body(request, EXPLAIN))
+        return await _in_thread(others, service.explain, await _body(request, EXPLAIN))
 
     async def describe(request: Request) -> Any:
         body = await _body(request, ("user", "attributes"))
         if "user" not in body or not isinstance(body.get("attributes"), dict):
             raise BadRequest(400, 'expected {"user": ..., "attributes": {...}}')
-        await _apart(others, service.current.describe_user, body["user"], body["attributes"])
+        await _in_thread(others, service.current.describe_user, body["user"], body["attributes"])
         return {}
 
     async def forget(request: Request) -> Any:
         body = await _body(request, ("user",))
         if "user" not in body:
             raise BadRequest(400, 'expected {"user": ...}')
-        return {"events": await _apart(others, service.current.forget, body["user"])}
+        return {"events": await _in_thread(others, service.current.forget, body["user"])}
 
     async def find(request: Request) -> Any:
         query = _query(request, ("search", "id"), several=("id",))
         if query.keys() == {"search", "id"}:
             raise BadRequest(400, "search or id, not both")
         if "id" in query:
-            return {"items": await _apart(others, service.items, query["id"])}
-        return {"items": await _apart(others, service.find, query.get("search", [""])[0][:200])}
+            return {"items": await _in_thread(others, service.items, query["id"])}
+        return {"items": await _in_thread(others, service.find, query.get("search", [""])[0][:200])}
 
     async def start(request: Request) -> Any:
         (k,) = _query(request, ("k",)).get("k", ["12"])
-        return await _apart(others, service.start, int(k) if k.isascii() and k.isdigit() else k)
+        return await _in_thread(others, service.start, int(k) if k.isascii() and k.isdigit() else k)
 
     async def fields(request: Request) -> Any:
         _query(request, ())
-        return await _apart(others, service.fields)
+        return await _in_thread(others, service.fields)
 
     async def version(request: Request) -> Any:
         return service.describe()
@@ -133,8 +133,8 @@ def create_app(
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     def allowed(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        authorization = request.headers.get("authorization", "")
+        if token is not None and not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
             raise BadRequest(401, "send the token: Authorization: Bearer TOKEN")
 
     def endpoint(answer: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
@@ -142,8 +142,8 @@ def create_app(
             begun, status, path = time.perf_counter(), 200, request.url.path
             try:
                 allowed(request)
-                found = await answer(request)
-                return found if isinstance(found, Response) else JSONResponse(found)
+                content = await answer(request)
+                return content if isinstance(content, Response) else JSONResponse(content)
             except BadRequest as error:
                 status = error.status
                 return _refusal(status, error, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
@@ -180,7 +180,7 @@ def create_app(
         warming = asyncio.get_running_loop().run_in_executor(None, prepare)
         yield
         await warming
-        await recommending.close()  # what was accepted is answered, what was acknowledged is kept
+        await recommending.close()  # accepted requests are answered, accepted events stored
         await updating.close()
 
     return Starlette(
@@ -204,8 +204,8 @@ def create_app(
     )
 
 
-async def _apart(limit: asyncio.Semaphore, work: Callable[..., Any], *args: Any) -> Any:
-    """`work` in a thread, so many at once at most."""
+async def _in_thread(limit: asyncio.Semaphore, work: Callable[..., Any], *args: Any) -> Any:
+    """Run `work` in a thread; raise `Overloaded` if the limit of concurrent calls is reached."""
     if limit.locked():
         raise Overloaded
     async with limit:
@@ -213,36 +213,36 @@ async def _apart(limit: asyncio.Semaphore, work: Callable[..., Any], *args: Any)
 
 
 async def _body(request: Request, names: Collection[str]) -> dict[str, Any]:
-    """The JSON object of a request, which may hold these names."""
+    """Return the JSON object of a request; reject keys not in `names`."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise BadRequest(415, "send JSON, with Content-Type: application/json")
     content = bytearray()
     async for part in request.stream():
         content += part
         if len(content) > LARGEST:
-            raise BadRequest(413, f"a request has at most {LARGEST} bytes; send several")
+            raise BadRequest(413, f"a request has at most {LARGEST} bytes; split it")
     try:
-        found = json.loads(content, parse_constant=_no_number)
+        body = json.loads(content, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise BadRequest(400, f"this is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadRequest(400, f"expected a JSON object, got {type(found).__name__}")
-    if unknown := found.keys() - set(names):
+    if not isinstance(body, dict):
+        raise BadRequest(400, f"expected a JSON object, got {type(body).__name__}")
+    if unknown := body.keys() - set(names):
         raise BadRequest(400, f"{min(unknown)[:50]!r} is unknown here; a request may hold {', '.join(names)}")
-    return found
+    return body
 
 
 def _query(request: Request, names: Collection[str], several: Collection[str] = ()) -> dict[str, list[str]]:
-    """The parameters of a request's address, which may hold these names; those in `several` more than once."""
-    found: dict[str, list[str]] = {}
+    """Return the query parameters of a request; only those in `several` may be repeated."""
+    parameters: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         if name not in names:
             expected = ", ".join(names) or "no parameters"
             raise BadRequest(400, f"{name[:50]!r} is unknown here; an address may hold {expected}")
-        if name in found and name not in several:
+        if name in parameters and name not in several:
             raise BadRequest(400, f"{name} is given twice; give it once")
-        found.setdefault(name, []).append(value)
-    return found
+        parameters.setdefault(name, []).append(value)
+    return parameters
 
 
 def _no_number(name: str) -> float:

@@ -1,4 +1,4 @@
-"""Batcher: requests that come one by one, worked off together."""
+"""Batcher: combine concurrent requests into batches."""
 
 import asyncio
 import contextlib
@@ -8,18 +8,18 @@ from typing import Any
 
 
 class Overloaded(Exception):
-    """More is waiting than can be worked off in time; try again later."""
+    """Too many requests are waiting; try again later."""
 
 
 class Batcher:
-    """Gathers what is submitted while the worker is busy, and `budget` seconds longer, into one call.
+    """Collects requests while the worker is busy, and up to `budget` seconds longer, into one call.
 
     Args:
-      work: `work(requests) -> results`, one a request; a result that is an exception is raised by its `submit`. Runs in
-        a thread of its own, one call at a time.
-      largest: requests a call.
-      budget: seconds that the first request of a call waits for company.
-      waiting: requests that may wait; more are refused with `Overloaded`.
+      work: `work(requests) -> results`, one result per request, run in its own thread, one call at a time. A result
+        that is an exception is raised by its `submit`.
+      largest: maximum number of requests per call.
+      budget: seconds that the first request of a call waits for others.
+      waiting: maximum number of waiting requests; further ones raise `Overloaded`.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Number of waiting requests."""
         return self._queue.qsize()
 
     async def submit(self, request: Any) -> Any:
-        """The result of one request.
+        """Return the result of one request.
 
         Raises:
-          Overloaded: too many are waiting; nothing was done with this one.
+          Overloaded: too many requests are waiting; this one was not processed.
         """
         if self._queue.qsize() >= self.waiting:
             raise Overloaded
@@ -49,7 +49,7 @@ class Batcher:
         return await future
 
     async def close(self) -> None:
-        """Works off what waits, then stops."""
+        """Process the waiting requests, then stop."""
         await self._queue.join()
         if self._task is not None:
             self._task.cancel()
@@ -65,7 +65,7 @@ class Batcher:
                         batch.append(await self._queue.get())
             try:
                 results = await loop.run_in_executor(self._thread, self.work, [request for request, _ in batch])
-            except Exception as error:  # whatever it is, each waiting request is told
+            except Exception as error:  # each request of the batch gets the error
                 results = [error] * len(batch)
             for (_, future), result in zip(batch, results, strict=True):
                 self._queue.task_done()

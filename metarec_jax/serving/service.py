@@ -1,4 +1,4 @@
-"""Service: a recommender in use, whose model can be replaced while it answers; knows no HTTP."""
+"""Service: a recommender whose model can be replaced while it answers; independent of HTTP."""
 
 import threading
 import time
@@ -15,21 +15,20 @@ from metarec_jax.serving.categories import Categories
 from metarec_jax.state.events import Store
 from metarec_jax.state.stores import open_store
 
-SIZES, LENGTHS = BATCHES[:-1], HISTORIES  # of batches and histories, compiled before the first request
-COUNTS = (10, 100, 1000)  # recommendations, one for each compiled size
-MOST = 1000  # recommendations a request
-VARIED = 0.7  # diversity of the items to start with
-TRIES = 5  # to read a model that is being replaced
+SIZES, LENGTHS = BATCHES[:-1], HISTORIES  # batch sizes and history lengths compiled by `warm`
+COUNTS = (10, 100, 1000)  # values of k, one per compiled size
+MOST = 1000  # maximum number of recommendations or ids per request
+VARIED = 0.7  # diversity of the start items
+TRIES = 5  # attempts to read a model that is being replaced
 
 
 class Service:
-    """What the endpoints do.
+    """The operations behind the endpoints.
 
     Args:
       model: folder of a saved model.
-      users: see `Recommender.with_users`.
-      half_life: see `Recommender.with_users`.
-      report: told what goes on, a line at a time.
+      users, half_life: see `Recommender.with_users`.
+      report: called with log lines.
 
     Raises:
       ModelFileError, StoreError: the model or the store cannot be opened.
@@ -46,21 +45,22 @@ class Service:
         self.path, self.half_life, self.report = Path(model), half_life, report
         self.users = open_store(users)
         self.current = self._load()
-        self._named: tuple[Stock | None, list[str]] = (None, [])  # a stock, and what its items are found by
+        self._named: tuple[Stock | None, list[str]] = (None, [])  # search text of each row
         self._grouped: tuple[Stock, Categories] | None = None
         self.ready, self._reloading = False, threading.Lock()
 
     def warm(self) -> None:
-        """Compiles what requests need; the first may be answered before it is done."""
+        """Compile the programs that requests need; requests are answered meanwhile too."""
         self._warm(self.current)
         self.ready = True
 
     def reload(self) -> str:
-        """Reads the model folder again and serves what is there now; returns its version. Requests that are being
-        answered, and all until the new model is compiled, get the old one.
+        """Reload the model folder and return the version in use.
+
+        Requests get the old model until the new one is compiled.
 
         Raises:
-          ModelFileError: there is no whole model; the old one stays in use.
+          ModelFileError: no complete model; the old one stays in use.
         """
         with self._reloading:
             new = self._load()
@@ -71,7 +71,7 @@ class Service:
             return str(self.current.version)
 
     def recommend(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Of each request its answer, or the exception that it caused; those of the same options in one batch."""
+        """Return the answer or the exception of each request; requests with equal options form a batch."""
         current = self.current
         answers: list[Any] = [None] * len(requests)
         groups: dict[Any, list[int]] = {}
@@ -79,12 +79,12 @@ class Service:
             options = {name: request[name] for name in OPTIONS if name in request and name != "seed"}
             groups.setdefault(("user" in request, repr(sorted(options.items()))), []).append(i)
         for (known, _), members in groups.items():
-            found: list[Any]
+            results: list[Any]
             try:
-                found = self._recommend(current, [requests[i] for i in members], known)
-            except ValueError as error:  # one of them was bad: each alone
-                found = [error] if len(members) == 1 else [self.recommend([requests[i]])[0] for i in members]
-            for i, answer in zip(members, found, strict=True):
+                results = self._recommend(current, [requests[i] for i in members], known)
+            except ValueError as error:  # answer each alone, so that only the bad one fails
+                results = [error] if len(members) == 1 else [self.recommend([requests[i]])[0] for i in members]
+            for i, answer in zip(members, results, strict=True):
                 answers[i] = answer
         return answers
 
@@ -94,7 +94,7 @@ class Service:
         options["seed"] = [None if seed is None else _typed("seed", seed) for seed in seeds]
         sizes = [_count(request.get("k", 10)) for request in requests]
         wheres: Any = [_where(request.get("where")) for request in requests]
-        options["where"] = wheres if any(wheres) or "only" in options else None  # one mask a user, or none
+        options["where"] = wheres if any(wheres) or "only" in options else None  # one mask per user, or none
         if known:
             lists = current.recommend_to([request["user"] for request in requests], max(sizes), **options)
         else:
@@ -102,12 +102,15 @@ class Service:
             attributes = [_attributes(request) for request in requests]
             lists = current.recommend(histories, max(sizes), user=attributes, **options)
         return [
-            {"items": [item._asdict() for item in found[:k]], "model": current.version}
-            for found, k in zip(lists, sizes, strict=True)
+            {"items": [item._asdict() for item in recommendations[:k]], "model": current.version}
+            for recommendations, k in zip(lists, sizes, strict=True)
         ]
 
     def update(self, requests: Sequence[Sequence[Mapping[str, Any]]]) -> list[Any]:
-        """Of each request how many of its events were new, or the exception; all that are good in one transaction."""
+        """Store events; return the number of new events, or the exception, of each request.
+
+        All valid requests are stored in one transaction.
+        """
         recommender = self.current
         checked: list[Any] = []
         for events in requests:
@@ -120,7 +123,7 @@ class Service:
         return [events if isinstance(events, Exception) else {"new": next(counts)} for events in checked]
 
     def explain(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Why an item has its score."""
+        """Explain an item's score; see `Recommender.explain`."""
         current = self.current
         if "item" not in request:
             raise DataError("explain: an item is missing")
@@ -135,7 +138,7 @@ class Service:
         return current.explain(who, request["item"], **options).as_dict() | {"model": current.version}
 
     def describe(self) -> dict[str, Any]:
-        """The model in use: version, number of items, what it predicts and the lowest and highest rating.
+        """Describe the model in use: version, number of items, target, and lowest and highest rating.
 
         `predicts` is "ranking" (scores compare items for one user), "click" (scores are probabilities) or "rating".
         """
@@ -148,43 +151,43 @@ class Service:
         }
 
     def start(self, k: Any = 12) -> dict[str, Any]:
-        """Varied items to begin with: the recommendations for a user about whom nothing is known, diversified."""
+        """Return diversified recommendations for a cold-start user without history."""
         current = self.current
-        found = current.recommend([], _count(k), diversity=VARIED)
-        rows = current.stock.encode([item.item for item in found]).tolist()
-        scores = [{"score": item.score} for item in found]
-        shown = [item | score for item, score in zip(self._shown(current.stock, rows), scores, strict=True)]
-        return {"items": shown, "model": current.version}
+        recommended = current.recommend([], _count(k), diversity=VARIED)
+        rows = current.stock.encode([item.item for item in recommended]).tolist()
+        scores = [{"score": item.score} for item in recommended]
+        items = [item | score for item, score in zip(self._shown(current.stock, rows), scores, strict=True)]
+        return {"items": items, "model": current.version}
 
     def fields(self) -> dict[str, Any]:
-        """Fields by which items can be grouped, with their most frequent values; see `Categories.fields`."""
+        """Return the fields that group items, with their most frequent values; see `Categories.fields`."""
         current = self.current
         return {"fields": self._categories(current.stock).fields(), "model": current.version}
 
     def find(self, text: str, most: int = 20) -> list[dict[str, Any]]:
-        """Items whose title, or id, holds the text."""
+        """Return up to `most` items whose title or id contains the text, ignoring case."""
         stock = self.current.stock
         rows = [row for row, name in enumerate(self._names(stock)) if row and text.casefold() in name][:most]
         return self._shown(stock, rows)
 
     def items(self, ids: Sequence[str]) -> list[dict[str, Any]]:
-        """Items of these ids, as texts, in this order.
+        """Return the items of these ids, given as strings, in order.
 
         Raises:
-          DataError: an id is unknown, or no integer where ids are integers; too many ids.
+          DataError: an unknown id; an id that is not an integer where ids are integers; too many ids.
         """
         if len(ids) > MOST:
             raise DataError(f"id: got {len(ids)} ids; ask for at most {MOST} at once")
         current, raw = self.current, list[Any](ids)
         if current.stock.trained.ids.dtype.kind == "i":
             try:
-                raw = [int(own) for own in ids]
+                raw = [int(text) for text in ids]
             except ValueError as error:
                 raise DataError(f"id: ids of this model are integers ({error})") from error
         return self._shown(current.stock, current.predictor.rows_of(raw).tolist())
 
     def _shown(self, stock: Stock, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Items as people read them: id, title and, as `about`, categories by field."""
+        """Return items for display: id, title and, as `about`, categories by field."""
         raw = stock.decode(rows).tolist() if rows else []
         titles = [None] * len(rows) if stock.titles is None else [stock.titles[row] for row in rows]
         categories = self._categories(stock)
@@ -208,25 +211,25 @@ class Service:
             self._named = (stock, names)
         return names
 
-    def _history(self, given: Any) -> Any:
-        """A history of JSON, whose mappings have strings as keys even where ids are integers."""
-        if isinstance(given, Mapping):
+    def _history(self, history: Any) -> Any:
+        """Convert a JSON history; keys of JSON objects are strings, even where ids are integers."""
+        if isinstance(history, Mapping):
             if self.current.stock.trained.ids.dtype.kind == "i":
                 try:
-                    return {int(item): rating for item, rating in given.items()}
+                    return {int(item): rating for item, rating in history.items()}
                 except ValueError as error:
                     raise DataError(f"history: ids of this model are integers ({error})") from error
-            return given
-        if not isinstance(given, list):
-            raise DataError(f"history: expected a list of [item, rating] or a list of items, got {given!r}")
-        return [tuple(pair) if isinstance(pair, list) else pair for pair in given]
+            return history
+        if not isinstance(history, list):
+            raise DataError(f"history: expected a list of [item, rating] or a list of items, got {history!r}")
+        return [tuple(pair) if isinstance(pair, list) else pair for pair in history]
 
     def _load(self) -> Recommender:
         for _ in range(TRIES - 1):
             try:
                 return load(self.path, users=self.users, half_life=self.half_life)
             except ModelFileError:
-                time.sleep(0.2)  # it may be about to be replaced
+                time.sleep(0.2)  # it may be being replaced
         return load(self.path, users=self.users, half_life=self.half_life)
 
     def _warm(self, recommender: Recommender) -> None:
@@ -236,22 +239,22 @@ class Service:
         start = time.perf_counter()
         item, low = recommender.stock.decode([1]).tolist()[0], recommender.limits[0]
         unknown = "\0" if isinstance(item, str) else -1
-        ways: list[dict[str, Any]] = [{}, {"only": [item]}]
+        option_sets: list[dict[str, Any]] = [{}, {"only": [item]}]
         if recommender.strategy.deviation is not None:
-            ways += [{"deviation": True, **way} for way in ways]
+            option_sets += [{"deviation": True, **options} for options in option_sets]
         if recommender.strategy.sample is not None:
-            ways += [{"explore": "thompson", **way} for way in ways]
+            option_sets += [{"explore": "thompson", **options} for options in option_sets]
         rated = recommender.target.kind == "rating" or recommender.rater is not None
         for size in SIZES:
             for length in LENGTHS:
                 people = [[(unknown, low)] * length] * size
-                for way in ways:
-                    given = way | ({"where": [None] * size} if "only" in way else {})
+                for options in option_sets:
+                    arguments = options | ({"where": [None] * size} if "only" in options else {})
                     for count in COUNTS:
-                        recommender.recommend(people, count, **given)
-                        if rated and not way.keys() & {"deviation", "explore"}:
-                            recommender.recommend(people, count, by=0.5, **given)
-                            recommender.recommend(people, count, by="rating", **given)
+                        recommender.recommend(people, count, **arguments)
+                        if rated and not options.keys() & {"deviation", "explore"}:
+                            recommender.recommend(people, count, by=0.5, **arguments)
+                            recommender.recommend(people, count, by="rating", **arguments)
         for length in LENGTHS:
             recommender.explain([(unknown, low)] * (length - 1) + [(item, low)], item)
         for count in COUNTS:
@@ -275,8 +278,8 @@ OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {  # of `Recommender.recommen
 
 def _typed(name: str, value: Any) -> Any:
     types, expected = OPTIONS[name]
-    unfit = isinstance(value, int) and not -(2**31) <= value < 2**31  # an integer that JAX cannot take
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or unfit:
+    overflows = isinstance(value, int) and not -(2**31) <= value < 2**31  # JAX integers have 32 bits
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or overflows:
         raise DataError(f"{name}: expected {expected}, got {value!r}")
     return value
 
@@ -288,19 +291,19 @@ def _count(k: Any) -> int:
 
 
 def _attributes(request: Mapping[str, Any]) -> Any:
-    given = request.get("attributes")
-    if given is not None and not isinstance(given, Mapping):
-        raise DataError(f"attributes: expected an object, got {given!r}")
-    return given
+    attributes = request.get("attributes")
+    if attributes is not None and not isinstance(attributes, Mapping):
+        raise DataError(f"attributes: expected an object, got {attributes!r}")
+    return attributes
 
 
-def _where(given: Any) -> Any:
-    """Conditions of JSON, in which bounds are written {"from": 10, "to": 20}."""
-    if given is None:
+def _where(where: Any) -> Any:
+    """Convert filters of JSON, where bounds are `{"from": 10, "to": 20}`."""
+    if where is None:
         return None
-    if not isinstance(given, Mapping):
-        raise DataError(f"where: expected an object by field, got {given!r}")
+    if not isinstance(where, Mapping):
+        raise DataError(f"where: expected an object by field, got {where!r}")
     return {
-        name: (wanted.get("from"), wanted.get("to")) if isinstance(wanted, Mapping) else wanted
-        for name, wanted in given.items()
+        name: (condition.get("from"), condition.get("to")) if isinstance(condition, Mapping) else condition
+        for name, condition in where.items()
     }

@@ -1,1 +1,1 @@
-"""State: what users did since the training, and saved models."""
+"""State: stores of user events, and saved models."""

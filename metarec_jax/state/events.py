@@ -1,21 +1,22 @@
-"""Events: what users did, and what a store of them must do."""
+"""Events: user events and the interface of their stores."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-VERSION = 1  # of what stores hold
+VERSION = 1  # of the stores' format
 UserId = int | str
 
 
 class Event(NamedTuple):
-    """What a user did with an item.
+    """An interaction of a user with an item.
 
     Attributes:
       user, item: raw ids, integers of up to 64 bits or strings.
-      kind: "rating", "click", "purchase", "dismiss" (not interested) or "remove" (forget what was before).
-      value: of a rating.
+      kind: "rating", "click", "purchase", "dismiss" (not interested) or "remove" (discard earlier events with the
+        item).
+      value: the rating; None for other kinds.
       time: seconds since 1970 (default: now).
-      id: an event of a user that comes again with the same id counts once (default: a new one).
+      id: events of a user with the same id count once (default: a new id).
     """
 
     user: UserId
@@ -27,7 +28,7 @@ class Event(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """One event of a user as a store gives it back."""
+    """One event of a user as returned by a store."""
 
     item: UserId
     kind: str
@@ -36,33 +37,37 @@ class Stored(NamedTuple):
 
 
 class StoredUser(NamedTuple):
-    """What a store knows of a user: attributes as they were given, and events in the order of time."""
+    """A stored user: attributes as they were given, and events in order of time."""
 
     attributes: dict[str, Any]
     events: list[Stored]
 
 
 class Store(Protocol):
-    """What `Recommender` needs of a store; every method is atomic and may be called from several threads."""
+    """Interface of a store of users; every method is atomic and thread-safe."""
 
     def append(self, *groups: Iterable[Event]) -> list[int]:
-        """Keeps all events for good before it returns; returns how many of each group were new."""
+        """Store all events durably before returning; return the number of new events of each group."""
 
     def describe(self, user: UserId, attributes: Mapping[str, Any]) -> None:
-        """Keeps a user's attributes, in place of those before."""
+        """Replace a user's attributes."""
 
     def read(self, users: Sequence[UserId], longest: int) -> list[StoredUser]:
-        """What is known of each user, the latest `longest` events at most; nothing of one never seen."""
+        """Return each user's attributes and latest `longest` events; both are empty for an unseen user."""
 
     def forget(self, user: UserId) -> int:
-        """Removes every trace of a user; returns how many events there were."""
+        """Delete all data of a user; return the number of deleted events."""
 
     def evict(self, *, before: float | None = None, users: int | None = None) -> int:
-        """Forgets users whose last event is before a time, and the longest idle ones beyond so many; returns how
-        many."""
+        """Delete inactive users; return their number.
+
+        Args:
+          before: delete users whose last event is earlier than this time.
+          users: keep at most this many users, the most recently active ones.
+        """
 
     def size(self) -> dict[str, float]:
-        """`users`, `events`, `bytes` and `bytes_per_user`."""
+        """Return `users`, `events`, `bytes` and `bytes_per_user`."""
 
     def close(self) -> None:
-        """Frees the file or connection."""
+        """Close the file or connection."""

@@ -1,4 +1,4 @@
-"""Feedback: events as people send them, checked at the boundary, and what they say of a user's taste."""
+"""Feedback: validation of user events and their conversion to ratings and weights."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -11,12 +11,15 @@ from metarec_jax.inference.histories import checked_rating, is_number
 from metarec_jax.state.events import Event, Stored
 
 KINDS = ("rating", "click", "purchase", "dismiss", "remove")
-AHEAD = 300.0  # seconds that a sender's clock may be ahead
+AHEAD = 300.0  # tolerated clock skew of senders, in seconds
 
 
 def worth(kind: str, value: float | None, limits: tuple[float, float], threshold: float) -> float:
-    """The rating that an event stands for: a click the lowest rating that is one, a purchase the highest there is, a
-    dismissal the lowest."""
+    """Return the rating that an event stands for.
+
+    A click counts as the lowest rating that is a click (`threshold`), a purchase as the highest rating, a dismissal as
+    the lowest.
+    """
     if kind == "rating":
         assert value is not None
         return value
@@ -25,24 +28,24 @@ def worth(kind: str, value: float | None, limits: tuple[float, float], threshold
 
 
 def checked(events: Iterable[Event | Mapping[str, Any]], kind: type, limits: tuple[float, float]) -> list[Event]:
-    """The events, each as an `Event` that may be kept.
+    """Validate events and return them as `Event`s.
 
     Args:
-      events: `Event`s, or mappings with the same names.
-      kind: what ids of items must be, `int` or `str`.
+      events: `Event`s, or mappings with the same keys.
+      kind: type of item ids, `int` or `str`.
       limits: lowest and highest rating of the training.
 
     Raises:
-      DataError: an event that cannot be one, by its place and what to do.
+      DataError: an invalid event; the message tells its position and what is expected.
     """
-    found, latest = [], time.time() + AHEAD
-    for place, given in enumerate(events):
-        where = f"event {place}"
+    valid, latest = [], time.time() + AHEAD
+    for position, raw in enumerate(events):
+        where = f"event {position}"
         try:
-            event = given if isinstance(given, Event) else Event(**given)
+            event = raw if isinstance(raw, Event) else Event(**raw)
         except TypeError as error:
             raise DataError(
-                f"{where}: expected an Event or a mapping with {', '.join(Event._fields)}; got {given!r}"
+                f"{where}: expected an Event or a mapping with {', '.join(Event._fields)}; got {raw!r}"
             ) from error
         user = checked_id(event.user, None, f"{where}: user")
         item = checked_id(event.item, kind, f"{where}: item")
@@ -57,18 +60,18 @@ def checked(events: Iterable[Event | Mapping[str, Any]], kind: type, limits: tup
         if event.time is not None and event.time > latest:
             raise DataError(
                 f"{where}: its time {event.time:.0f} is {event.time - latest + AHEAD:.0f} s in the future; send "
-                "seconds (not milliseconds) of a clock that is right"
+                "seconds, not milliseconds, and check the clock"
             )
         if event.id is not None and not (isinstance(event.id, str) and 0 < len(event.id) <= 256):
             raise DataError(f"{where}: id must be a string of 1 to 256 characters, got {event.id!r}")
         value = None if event.value is None else float(event.value)
         at = None if event.time is None else float(event.time)
-        found.append(event._replace(user=user, item=item, value=value, time=at))
-    return found
+        valid.append(event._replace(user=user, item=item, value=value, time=at))
+    return valid
 
 
 def checked_id(value: Any, kind: type | None, what: str) -> Any:
-    """A raw id as a plain `int` or `str`."""
+    """Validate a raw id and return it as a plain `int` or `str`."""
     plain = value.item() if isinstance(value, np.generic) else value
     if isinstance(plain, bool) or not isinstance(plain, int | str):
         raise DataError(f"{what}: an id is an integer or a string, got {value!r}")
@@ -84,16 +87,17 @@ def checked_id(value: Any, kind: type | None, what: str) -> Any:
 def taste(
     events: list[Stored], limits: tuple[float, float], threshold: float, half_life: float | None
 ) -> tuple[list[Any], np.ndarray, np.ndarray]:
-    """What events say: items, ratings `[n]` and weights `[n]`, in the order of time.
+    """Convert a user's events to items, ratings `[n]` and weights `[n]`, in order of time.
 
-    Of several events with an item the latest counts, and after "remove" none before it. An event weighs
+    The latest event with an item counts; a "remove" discards the events with its item before it. An event has the
+    weight
 
         2 ** -((time of the user's latest event - its time) / half-life)
 
     Args:
-      events: of one user, in the order of time.
+      events: events of one user, in order of time.
       limits, threshold: see `worth`.
-      half_life: seconds; None where all weigh the same.
+      half_life: in seconds; None: all weights are 1.
     """
     latest: dict[Any, Stored] = {}
     for event in events:
@@ -103,5 +107,5 @@ def taste(
     ratings = np.array([worth(e.kind, e.value, limits, threshold) for e in kept], np.float32)
     times = np.array([e.time for e in kept], float)
     weights = np.ones(len(kept)) if half_life is None else 0.5 ** ((times.max(initial=0) - times) / half_life)
-    weights = np.maximum(weights, np.finfo(np.float32).tiny)  # 0 would mean that there is no such event
+    weights = np.maximum(weights, np.finfo(np.float32).tiny)  # weight 0 is padding
     return [e.item for e in kept], ratings, weights.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Memory: what is known of the users of the dataset and of the store, encoded for the model."""
+"""Memory: encode known users from the dataset and the store."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,23 +12,22 @@ from metarec_jax.inference.predictor import EncodedUser, Predictor
 from metarec_jax.state.events import Store, Stored, UserId
 from metarec_jax.state.feedback import taste
 
-EVENTS = 1 << 20  # latest events of a user that are read, so that what was seen long ago is left out too
+EVENTS = 1 << 20  # events read per user: many, so that items seen long ago are excluded too
 
 
 class Memory(NamedTuple):
-    """Users by their raw ids.
+    """Known users by their raw ids.
 
     Attributes:
-      store: what users did since the training.
-      half_life: seconds in which an event loses half its weight, counted back from its user's latest one; None: all
-        weigh the same.
+      store: events of users since the training.
+      half_life: half-life of an event's weight in seconds, counted back from its user's latest event; None: no decay.
     """
 
     store: Store
     half_life: float | None = None
 
     def users(self, predictor: Predictor, ids: Sequence[UserId]) -> list[EncodedUser]:
-        """The users, encoded: interactions in the dataset come before those in the store."""
+        """Encode users; interactions in the dataset come before events in the store."""
         trained, catalogue, encoded = predictor.trained, predictor.catalogue, []
         for user, stored in zip(ids, self.store.read(ids, EVENTS), strict=True):
             row = _row(catalogue, user)
@@ -40,25 +39,25 @@ class Memory(NamedTuple):
                     attributes = {name: table[row] for name, table in catalogue.user_features.items()}
                 encoded.append(EncodedUser(predictor.stock.encode(items), ratings, weights, attributes))
             except DataError as error:
-                raise DataError(f"user {user!r}, as kept by the store: {error}") from error
+                raise DataError(f"user {user!r} in the store: {error}") from error
         return encoded
 
 
 def _row(data: Dataset, user: UserId) -> int:
-    """The row of a user of the dataset, 0 where there is none or the interactions are not at hand."""
-    ids = data.users
-    same_type = ids.ids.dtype.kind == ("U" if isinstance(user, str) else "i")
-    if not len(data.rating) or ids.buckets is not None or not same_type:
+    """Return a user's row in the dataset; 0 if unknown or if the dataset holds no interactions."""
+    vocabulary = data.users
+    same_type = vocabulary.ids.dtype.kind == ("U" if isinstance(user, str) else "i")
+    if not len(data.rating) or vocabulary.buckets is not None or not same_type:
         return UNKNOWN
-    return int(ids.encode([user])[0])
+    return int(vocabulary.encode([user])[0])
 
 
 def _interactions(data: Dataset, row: int) -> list[Stored]:
-    """What a user of the dataset did, in the order of time."""
+    """Return a user's interactions in the dataset, in order of time."""
     if row == UNKNOWN:
         return []
     span = np.searchsorted(data.user, np.array([row, row + 1], data.user.dtype), sorter=data.by_user)
     index = data.by_user[slice(*span)]
     items = data.items.decode(data.item[index]).tolist()
-    each = zip(items, data.rating[index].tolist(), data.timestamp[index].tolist(), strict=True)
-    return [Stored(item, "rating", rating, float(time)) for item, rating, time in each]
+    interactions = zip(items, data.rating[index].tolist(), data.timestamp[index].tolist(), strict=True)
+    return [Stored(item, "rating", rating, float(time)) for item, rating, time in interactions]

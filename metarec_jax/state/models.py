@@ -1,4 +1,4 @@
-"""Models: a trained model and its stock as a folder of files, and back."""
+"""Models: write a trained model and its stock to a folder, and read them."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,14 +22,16 @@ from metarec_jax.tasks.target import Target
 from metarec_jax.training.build import build
 from metarec_jax.training.trained import Trained
 
-RATER = "rater"  # folder of the model of expected ratings in that of a ranking
+RATER = "rater"  # subfolder of a ranking's rating model
 
 
 def save(predictor: Predictor, path: str | Path) -> None:
-    """Write a model as a folder of JSON and safetensors files; an earlier model there is replaced at once.
+    """Write a model as a folder of JSON and safetensors files.
+
+    An existing model is replaced once the new one is complete.
 
     Raises:
-      ModelFileError: something that is no model stands there.
+      ModelFileError: `path` exists and is not a model.
     """
     trained, rater = predictor.trained, predictor.rater
     config = {
@@ -49,7 +51,7 @@ def load(
     strategy: Callable[..., Strategy] | None = None,
     model: Callable[..., Model] | None = None,
 ) -> tuple[Predictor, str]:
-    """The predictor from a folder that `save` wrote, and the model's version.
+    """Load a folder that `save` wrote; return the predictor and the model's version.
 
     Args:
       path: the folder.
@@ -70,33 +72,33 @@ def load(
         params = {**params, TABLES: saving.restore_tree(arrays, f"params[{TABLES!r}]", path)}
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["protocol"].items()}
     protocol = PROTOCOLS[settings.pop("name", "ColdUsers")](**settings)
-    part, rater = config.get("parts", {}).get(RATER), None
-    if part is not None:
+    rater_checksum, rater = config.get("parts", {}).get(RATER), None
+    if rater_checksum is not None:
         rater, version = load(Path(path) / RATER)
-        if not part.startswith(version):
+        if not rater_checksum.startswith(version):
             raise ModelFileError(f"{path}: it was replaced while it was read; load it again")
     limits = tuple(config["limits"])
-    of_rater = None if rater is None else rater.trained
+    trained_rater = None if rater is None else rater.trained
     trained = Trained(
-        built, params, catalogue, target, protocol, config["seed"], recipe, limits, config["history"], of_rater
+        built, params, catalogue, target, protocol, config["seed"], recipe, limits, config["history"], trained_rater
     )
     return Predictor(trained, stock, rater), config["version"]
 
 
 def _choices(recipe: dict[str, Any], strategy: Any, model: Any, arrays: Any, path: str | Path) -> dict[str, Any]:
-    """Strategy and model with their options, as `build` takes them."""
+    """Return strategy and model with their options, as `build` takes them."""
     chosen: dict[str, Any] = {}
     known: list[Any] = [("strategy", strategy, STRATEGIES | RANKING | RATING), ("model", model, MODELS)]
-    for what, given, names in known:
+    for what, function, names in known:
         name = recipe[what]["name"]
-        if given is None and name not in names:
+        if function is None and name not in names:
             raise ModelFileError(
-                f"{path}: its {what} is {name or 'a function of the caller, or had options that no file holds'}; "
+                f"{path}: its {what} is {name or 'a function of the caller, or had options that JSON cannot hold'}; "
                 f"load it with load(path, {what}=...)"
             )
-        options = recipe[what]["options"] if given is None else None
-        if given is None and name == "stack" and "members" not in (options or {}):  # saved before they were kept
+        options = recipe[what]["options"] if function is None else None
+        if function is None and name == "stack" and "members" not in (options or {}):  # models saved by older versions
             weights = [key for key in arrays if key.startswith("params['weights']")]
             options = {**(options or {}), "members": list(MEMBERS)[: len(weights)]}
-        chosen |= {what: given or name, f"{what}_options": options}
+        chosen |= {what: function or name, f"{what}_options": options}
     return chosen

@@ -11,17 +11,17 @@ from metarec_jax.state.events import VERSION, Event, Stored, StoredUser, UserId
 
 
 class RedisStore:
-    """The same over a Redis server, for several processes that serve the same users.
+    """A store in a Redis server, for several processes that serve the same users.
 
-    What an acknowledged event survives is the server's to say: with `appendonly yes` and `appendfsync always` a crash,
-    with Redis' defaults not.
+    Durability depends on the server. Acknowledged events survive a crash with `appendonly yes` and `appendfsync
+    always`, but not with Redis' defaults.
 
     Args:
       url: `redis://host:port/database`.
-      prefix: of the keys.
+      prefix: prefix of the keys.
 
     Raises:
-      StoreError: the package `redis` is missing, no server answers, or the keys are of a newer version.
+      StoreError: the package `redis` is missing, no server answers, or the keys were written by a newer version.
     """
 
     def __init__(self, url: str, prefix: str = "metarec") -> None:
@@ -42,11 +42,11 @@ class RedisStore:
 
     def append(self, *groups: Iterable[Event]) -> list[int]:
         now, packed = time.time(), []
-        for place, events in enumerate(groups):
+        for group, events in enumerate(groups):
             for e in events:
                 at = now if e.time is None else e.time
                 event = json.dumps([e.item, e.kind, e.value, at])
-                packed.append(json.dumps([self._name(e.user), e.id or uuid.uuid4().hex, f"{at:.6f}", event, place + 1]))
+                packed.append(json.dumps([self._name(e.user), e.id or uuid.uuid4().hex, f"{at:.6f}", event, group + 1]))
         return self._call(lambda: self._append(keys=[self.prefix], args=[len(groups), *packed]))
 
     def describe(self, user: UserId, attributes: Mapping[str, Any]) -> None:
@@ -69,12 +69,12 @@ class RedisStore:
                 return pipe.execute()
 
         answers = self._call(fetch)
-        found = []
+        stored_users = []
         for attributes, events in zip(answers[::2], answers[1::2], strict=True):
             numbered = [(Stored(*event), number) for event, number in map(json.loads, events.values())]
             numbered.sort(key=lambda pair: (pair[0].time, pair[1]))
-            found.append(StoredUser(json.loads(attributes or "{}"), [event for event, _ in numbered[-longest:]]))
-        return found
+            stored_users.append(StoredUser(json.loads(attributes or "{}"), [event for event, _ in numbered[-longest:]]))
+        return stored_users
 
     def forget(self, user: UserId) -> int:
         name = self._name(user)
@@ -89,15 +89,15 @@ class RedisStore:
         return self._call(remove)
 
     def evict(self, *, before: float | None = None, users: int | None = None) -> int:
-        last, gone = f"{self.prefix}:last", []
+        last, evicted = f"{self.prefix}:last", []
         if before is not None:
-            gone += self._call(lambda: self._db.zrangebyscore(last, "-inf", f"({before}"))
+            evicted += self._call(lambda: self._db.zrangebyscore(last, "-inf", f"({before}"))
         if users is not None:
             total = self._call(lambda: self._db.zcard(last))
-            gone += self._call(lambda: self._db.zrange(last, 0, total - users - 1)) if total > users else []
-        for name in set(gone):
+            evicted += self._call(lambda: self._db.zrange(last, 0, total - users - 1)) if total > users else []
+        for name in set(evicted):
             self.forget(int(name[2:]) if name[0] == "i" else name[2:])
-        return len(set(gone))
+        return len(set(evicted))
 
     def size(self) -> dict[str, float]:
         def measure() -> dict[str, float]:
@@ -122,7 +122,7 @@ class RedisStore:
         try:
             return do()
         except self._errors as error:
-            raise StoreError(f"{self.path}: the Redis server did not answer as it should ({error})") from error
+            raise StoreError(f"{self.path}: the request to the Redis server failed ({error})") from error
 
 
 _APPEND = """

@@ -1,4 +1,4 @@
-"""Saving: a folder of JSON and safetensors (no pickle, no code), written whole or not at all, checked on reading."""
+"""Saving: model folders of JSON and safetensors (no pickle, no code), written atomically, verified on reading."""
 
 import hashlib
 import json
@@ -36,12 +36,12 @@ def write(
     stock: Stock,
     parts: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
-    """Write a model folder. What stands at `path` is replaced only when it is a model, and only by a complete one.
+    """Write a model folder; an existing model at `path` is replaced once the new one is complete.
 
-    `parts` write models in it, folders by name; the config holds the checksum of each one's own config.
+    `parts` write nested models, by subfolder name. The config holds the checksum of each nested config.
 
     Raises:
-      ModelFileError: something that is no model stands at `path`.
+      ModelFileError: `path` exists and is not a model.
     """
     path = Path(path)
     if path.exists() and not (path / CONFIG).is_file():
@@ -82,7 +82,7 @@ def write(
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Dataset, Stock, dict[str, np.ndarray]]:
-    """The config with its `version`, the catalogue (without interactions), the stock and the arrays of a model folder.
+    """Read a model folder: config with its `version`, catalogue (without interactions), stock and arrays.
 
     Raises:
       ModelFileError: no model, a damaged or incomplete one, or one of another format version.
@@ -120,38 +120,38 @@ def read(path: str | Path) -> tuple[dict[str, Any], Dataset, Stock, dict[str, np
 
 
 def restore_params(arrays: Mapping[str, np.ndarray], like: Params, path: str | Path) -> Params:
-    """The parameters in the structure of `like` (shapes from `jax.eval_shape`)."""
+    """Return the parameters in the structure of `like` (shapes from `jax.eval_shape`)."""
 
-    def one(where: tuple[Any, ...], wanted: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = f"params{jax.tree_util.keystr(where)}"
+    def restore(key_path: tuple[Any, ...], wanted: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = f"params{jax.tree_util.keystr(key_path)}"
         if name not in arrays or arrays[name].shape != wanted.shape:
             found = arrays[name].shape if name in arrays else "nothing"
             raise ModelFileError(
-                f"{path}: {name} should be {wanted.shape} and is {found}; the strategy and the model must be those of "
-                "the training"
+                f"{path}: expected {name} of shape {wanted.shape}, got {found}; the strategy and the model must be "
+                "those of the training"
             )
         return arrays[name]
 
-    return jax.tree_util.tree_map_with_path(one, like)
+    return jax.tree_util.tree_map_with_path(restore, like)
 
 
 def restore_tree(arrays: Mapping[str, np.ndarray], name: str, path: str | Path) -> Params:
-    """The dicts and lists of arrays that `write` kept under `name`."""
-    found: Any = {}
+    """Return the dicts and lists of arrays that `write` stored under `name`."""
+    tree: Any = {}
     for key, value in arrays.items():
         if not key.startswith(name):
             continue
-        at, keys = found, [json.loads(k.replace("'", '"')) for k in re.findall(r"\[([^\]]*)\]", key[len(name) :])]
+        node, keys = tree, [json.loads(k.replace("'", '"')) for k in re.findall(r"\[([^\]]*)\]", key[len(name) :])]
         for k in keys[:-1]:
-            at = at.setdefault(k, {})
-        at[keys[-1]] = value
-    if not found:
+            node = node.setdefault(k, {})
+        node[keys[-1]] = value
+    if not tree:
         raise ModelFileError(f"{path}: holds no {name}; train and save the model again")
-    return _lists(found)
+    return _lists(tree)
 
 
 def _lists(tree: Any) -> Any:
-    """Dicts whose keys are 0, 1, ... as lists."""
+    """Convert dicts with the keys 0, 1, ... to lists."""
     if not isinstance(tree, dict):
         return tree
     values = {k: _lists(v) for k, v in tree.items()}
@@ -215,10 +215,10 @@ def _field_from_json(described: dict[str, Any]) -> Field:
 
 def _json(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        parsed = json.loads(content)
     except ValueError as error:
-        raise ModelFileError(f"{path}: damaged or no model of metarec_jax ({error})") from error
-    return found if isinstance(found, dict) else {}
+        raise ModelFileError(f"{path}: damaged, or not a model of metarec_jax ({error})") from error
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def _bytes(path: Path) -> bytes:

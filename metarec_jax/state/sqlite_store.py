@@ -1,4 +1,4 @@
-"""SqliteStore: users in a file; an acknowledged event survives a crash, a deleted user leaves nothing."""
+"""SqliteStore: users in a file; acknowledged events survive a crash, and deleted users leave no data."""
 
 import json
 import sqlite3
@@ -17,13 +17,13 @@ APPLICATION = 0x6D726A78  # "mrjx", in the file's header
 
 
 class SqliteStore:
-    """A file of SQLite in write-ahead mode: a transaction is on the disk (fsync) when a call returns.
+    """A store in a SQLite file in write-ahead mode; transactions are on disk (fsync) when a call returns.
 
     Args:
-      path: of the file, made when there is none; ":memory:" for a store that ends with the process.
+      path: path of the file, created if missing; ":memory:" for a store that ends with the process.
 
     Raises:
-      StoreError: a file that is no store, is damaged, or was written by a newer version.
+      StoreError: a file that is not a store, is damaged, or was written by a newer version.
     """
 
     def __init__(self, path: str | Path = ":memory:") -> None:
@@ -84,19 +84,19 @@ class SqliteStore:
             db.execute("UPDATE user SET attributes = ? WHERE key = ?", (json.dumps(dict(attributes)), key))
 
     def read(self, users: Sequence[UserId], longest: int) -> list[StoredUser]:
-        found = []
+        stored_users = []
         with self._reading() as db:
             for user in users:
                 row = db.execute("SELECT key, attributes FROM user WHERE id = ?", (user,)).fetchone()
                 if row is None:
-                    found.append(StoredUser({}, []))
+                    stored_users.append(StoredUser({}, []))
                     continue
                 events = db.execute(
                     "SELECT item, kind, value, time FROM event WHERE user = ? ORDER BY time DESC, number DESC LIMIT ?",
                     (row[0], longest),
                 ).fetchall()
-                found.append(StoredUser(json.loads(row[1] or "{}"), [Stored(*e) for e in reversed(events)]))
-        return found
+                stored_users.append(StoredUser(json.loads(row[1] or "{}"), [Stored(*e) for e in reversed(events)]))
+        return stored_users
 
     def forget(self, user: UserId) -> int:
         with self._transaction() as db:
@@ -107,17 +107,19 @@ class SqliteStore:
 
     def evict(self, *, before: float | None = None, users: int | None = None) -> int:
         with self._transaction() as db:
-            gone = db.execute("SELECT key FROM user WHERE last < ?", (before,)).fetchall() if before is not None else []
-            for (key,) in gone:
+            evicted = (
+                db.execute("SELECT key FROM user WHERE last < ?", (before,)).fetchall() if before is not None else []
+            )
+            for (key,) in evicted:
                 self._remove(db, key)
             if users is not None:
-                more = db.execute("SELECT key FROM user ORDER BY last DESC LIMIT -1 OFFSET ?", (users,)).fetchall()
-                for (key,) in more:
+                idle = db.execute("SELECT key FROM user ORDER BY last DESC LIMIT -1 OFFSET ?", (users,)).fetchall()
+                for (key,) in idle:
                     self._remove(db, key)
-                gone += more
-        if gone:
+                evicted += idle
+        if evicted:
             self._wipe()
-        return len(gone)
+        return len(evicted)
 
     def size(self) -> dict[str, float]:
         with self._reading() as db:
@@ -144,7 +146,7 @@ class SqliteStore:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        """The connection, alone; errors of SQLite become `StoreError`."""
+        """Lock the connection; convert errors of SQLite to `StoreError`."""
         with self._lock:
             try:
                 yield self._db
@@ -152,7 +154,7 @@ class SqliteStore:
                 raise StoreError(f"{self.path}: cannot be read ({error})") from error
 
     def _key(self, db: sqlite3.Connection, user: UserId, at: float) -> tuple[int, int]:
-        """The user's key, and how many changes there were of that user, this one included."""
+        """Return the user's key and number of changes, including this one."""
         return db.execute(
             "INSERT INTO user (id, last, changes) VALUES (?, ?, 1) ON CONFLICT (id) DO UPDATE SET "
             "last = max(last, excluded.last), changes = changes + 1 RETURNING key, changes",
@@ -165,18 +167,21 @@ class SqliteStore:
         return removed
 
     def _wipe(self) -> None:
-        """Writes the log back and empties it: deleted rows are zeros in the file (`secure_delete`), not in the log."""
+        """Write the log back and empty it.
+
+        `secure_delete` overwrites deleted rows with zeros in the file, but not in the log.
+        """
         with self._reading() as db:
             busy, *_ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
             raise StoreError(
-                f"{self.path}: the user is deleted, but another process reads the file, so that its log still holds "
-                "what was written before; delete again when that process is done"
+                f"{self.path}: the user is deleted, but another process reads the file, so the log still holds "
+                "the deleted data; delete again when that process is done"
             )
 
 
 class _Transaction:
-    """All or nothing, on the disk at the end; errors of SQLite become `StoreError`."""
+    """An atomic transaction, on disk at the end; errors of SQLite become `StoreError`."""
 
     def __init__(self, store: SqliteStore) -> None:
         self.store = store

@@ -1,4 +1,4 @@
-"""Stores: where users are kept, by a path or an address."""
+"""Stores: open a store by path or address."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from metarec_jax.state.sqlite_store import SqliteStore
 
 
 def open_store(where: "str | Path | Store") -> Store:
-    """The store at a file's path or a `redis://` address; a store is itself."""
+    """Open the store at a file path or `redis://` address; return a `Store` unchanged."""
     if isinstance(where, str) and where.startswith(("redis://", "rediss://", "unix://")):
         return RedisStore(where)
     return SqliteStore(where) if isinstance(where, str | Path) else where

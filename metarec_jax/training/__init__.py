@@ -1,4 +1,4 @@
-"""Training: a strategy on its network, the training loop, checkpoints, transfer between datasets."""
+"""Training: strategy construction, training loop, checkpoints, transfer between datasets."""
 
 from metarec_jax.training.loop import Fitted, default_optimizer, fit
 

@@ -1,4 +1,4 @@
-"""Build: a strategy on its model, from names or functions."""
+"""Build: construct a strategy on its model, from names or functions."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,13 +18,13 @@ from metarec_jax.strategies.wrappers.labels import with_labels
 from metarec_jax.strategies.wrappers.ranked import ranked
 from metarec_jax.tasks.target import Target
 
-LOSSES = {  # of a user's own examples
+LOSSES = {  # per example
     "click": optax.losses.sigmoid_binary_cross_entropy,
     "ranking": optax.losses.sigmoid_binary_cross_entropy,
     "rating": optax.losses.squared_error,
 }
 Options = Mapping[str, Any] | None
-Labels = tuple[tuple[float, ...], tuple[float, ...]] | None  # knots of `with_labels` and the values there
+Labels = tuple[tuple[float, ...], tuple[float, ...]] | None  # grades and their encoded targets, for `with_labels`
 
 
 def build(
@@ -35,16 +35,15 @@ def build(
     data: Dataset,
     target: Target,
 ) -> Strategy:
-    """The strategy on its model, with labels where the target has levels and histories where the model reads them.
+    """Build a strategy on its model, with label encoding and history input where they apply.
 
-    What is chosen by name depends on the shapes of the fields alone: the same choices and shapes give the same value
-    again, so that what `jit` has compiled for it serves the next training (another seed, another split) and a loaded
-    model too.
+    Choices by name are cached by their options and the shapes of the fields. Another training (another seed or split)
+    or a loaded model therefore reuses what `jit` has compiled.
 
     Args:
-      strategy, model: names in `STRATEGIES` and `MODELS`, or functions as `metarec_jax.train` takes them.
-      strategy_options, model_options: keyword arguments of the two.
-      data: whose fields the model reads.
+      strategy, model: names in `STRATEGIES` and `MODELS`, or functions as in `metarec_jax.train`.
+      strategy_options, model_options: keyword arguments of the strategy and of the model.
+      data: dataset whose fields the model reads.
       target: what is predicted.
 
     Raises:
@@ -55,11 +54,11 @@ def build(
     fields, labels = fields_of(data), None
     if target.levels is not None:
         levels = np.array(target.levels)
-        grades = np.round(target.grade(levels).astype(float), 6)  # another split may differ by rounding
+        grades = np.round(target.grade(levels).astype(float), 6)  # rounding may differ between splits
         labels = tuple(grades.tolist()), tuple(target.encode(levels).tolist())
     try:
         options = json.dumps([dict(strategy_options or {}), dict(model_options or {})], sort_keys=True)
-    except TypeError:  # an option that only the caller can compare
+    except TypeError:  # not JSON, so that it cannot be a cache key
         options = None
     if options and isinstance(strategy, str) and isinstance(model, str):
         shapes = tuple((key, f.name, f.kind, f.size, f.width) for key, f in fields.items())
@@ -69,8 +68,10 @@ def build(
 
 
 def default_model(strategy: str | Callable[..., Strategy]) -> str:
-    """The name of the network that a strategy has unless another is chosen: that of its name, or of the function in
-    `STRATEGIES` that it is or binds arguments of by `functools.partial`."""
+    """Return the name of a strategy's default network, "mlp" if it has no other.
+
+    A function is looked up by its name in `STRATEGIES`, `RANKING` or `RATING`; `functools.partial` is unwrapped.
+    """
     while isinstance(strategy, partial):
         strategy = strategy.func
     names = (
@@ -82,7 +83,7 @@ def default_model(strategy: str | Callable[..., Strategy]) -> str:
 
 
 def recipe_of(strategy: Any, strategy_options: Options, model: Any, model_options: Options) -> dict[str, Any]:
-    """How strategy and model were chosen, as JSON; a choice that has no name or no JSON form is None."""
+    """Return the choice of strategy and model as JSON; None for a choice without a name or a JSON form."""
     return {"strategy": _part(strategy, strategy_options), "model": _part(model, model_options)}
 
 
@@ -105,7 +106,7 @@ def _once(
     kind: str,
     labels: Labels,
 ) -> Strategy:
-    """`_built` from values that can be compared."""
+    """Call `_built` with hashable arguments, cached."""
     of_strategy, of_model = json.loads(options)
     fields = {key: Field(name, of_field, size, width) for key, name, of_field, size, width in shapes}
     return _built(partial(strategy, **of_strategy), partial(model, **of_model), fields, kind, labels)
@@ -121,7 +122,7 @@ def _built(
     network = model(fields)
     built = strategy(network, loss=LOSSES[kind])
     built = with_history(built) if network.history else built
-    if kind == "ranking":  # a history holds what a user did, and no negatives
+    if kind == "ranking":  # a history holds interactions only, no negatives
         built = ranked(built._replace(contrast=built.contrast and not network.history))
     elif built.ranks:
         raise ValueError(f'a strategy that ranks cannot predict a {kind}: objective="ranking"')

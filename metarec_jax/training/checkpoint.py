@@ -1,4 +1,4 @@
-"""Checkpoint: a training between two epochs as one file, so that a killed one goes on as if nothing had been."""
+"""Checkpoint: the state of a training between two epochs as one file, from which it resumes exactly."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from metarec_jax.errors import ModelFileError
 
 
 def write(path: str | Path, arrays: Any, state: dict[str, Any], setting: dict[str, Any]) -> None:
-    """Write arrays (any pytree), plain values and the setting that they belong to; the file appears whole."""
+    """Write arrays (any pytree), plain values and the training's setting to a file, atomically."""
     leaves = {str(i): np.array(leaf, order="C") for i, leaf in enumerate(jax.tree.leaves(arrays))}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +22,7 @@ def write(path: str | Path, arrays: Any, state: dict[str, Any], setting: dict[st
 
 
 def read(path: str | Path, like: Any, setting: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """The arrays, in the structure of `like`, and the plain values; None where there is no such file yet.
+    """Read the arrays, in the structure of `like`, and the plain values; return None if there is no file yet.
 
     Raises:
       ModelFileError: a damaged file, or one of a training with another setting, strategy, model or optimiser.
@@ -32,18 +32,19 @@ def read(path: str | Path, like: Any, setting: dict[str, Any]) -> tuple[Any, dic
     try:
         with safe_open(path, "np") as file:
             head = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        state, before = json.loads(head["state"]), json.loads(head["setting"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        state, saved_setting = json.loads(head["state"]), json.loads(head["setting"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModelFileError(f"{path}: no checkpoint, or a damaged one ({error}); delete it to start anew") from error
-    if before != (now := json.loads(json.dumps(setting))):
-        other = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+        raise ModelFileError(f"{path}: not a checkpoint, or damaged ({error}); delete it to start anew") from error
+    if saved_setting != (current := json.loads(json.dumps(setting))):
+        different = sorted(k for k in {*saved_setting, *current} if saved_setting.get(k) != current.get(k))
         raise ModelFileError(
-            f"{path} is of a training with another {', '.join(other)}; give the same, another file, or delete it"
+            f"{path} belongs to a training with another {', '.join(different)}; use the same, another file, "
+            "or delete it"
         )
     leaves, tree = jax.tree.flatten(like)
-    arrays = [found.get(str(i)) for i in range(len(leaves))]
+    arrays = [tensors.get(str(i)) for i in range(len(leaves))]
     fits = all(a is not None and a.shape == np.shape(leaf) for a, leaf in zip(arrays, leaves, strict=True))
-    if len(found) != len(leaves) or not fits:
-        raise ModelFileError(f"{path} is of another strategy, model or optimiser; give another file, or delete it")
+    if len(tensors) != len(leaves) or not fits:
+        raise ModelFileError(f"{path} belongs to another strategy, model or optimiser; use another file, or delete it")
     return jax.tree.unflatten(tree, arrays), state

@@ -1,4 +1,4 @@
-"""Training: meta-train a strategy on the training users, keep the parameters that the validation users like best."""
+"""Training loop: meta-train on the training users and keep the parameters with the best validation metric."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -34,20 +34,20 @@ from metarec_jax.types import Params, Task
 
 EPOCHS = {"click": 60, "rating": 60, "ranking": 20}
 AVERAGE = {"click": 0.9, "rating": 0.9, "ranking": 0.8}
-SHORT = {"click": 0.0, "rating": 0.8}  # share of short support sets in training
-SELECT = {"click": "log_loss", "rating": "rmse", "ranking": "ndcg@100"}  # what validation looks at
-HIGHEST = ("ranking",)  # targets of which that is to be high
-FOLDS = 4  # of the training users, where a strategy for clicks or ratings learns in closed form and by gradients
-VALIDATED = 1024  # validation users of a ranking that are looked at after each epoch
+SHORT = {"click": 0.0, "rating": 0.8}  # share of truncated support sets in training
+SELECT = {"click": "log_loss", "rating": "rmse", "ranking": "ndcg@100"}  # validation metric
+HIGHEST = ("ranking",)  # targets whose metric is maximised
+FOLDS = 4  # folds of training users for click and rating strategies with tables fitted in closed form
+VALIDATED = 1024  # validation users evaluated after each epoch of a ranking
 
 
 class Fitted(NamedTuple):
-    """The outcome of `fit`.
+    """The result of `fit`.
 
     Attributes:
-      params: the best epoch's parameters.
-      epoch: that epoch.
-      history: one dict an epoch: `loss` (mean over the epoch's batches) and the validation metrics.
+      params: parameters of the best epoch.
+      epoch: the best epoch; -1 if all parameters are fitted in closed form.
+      history: one dict per epoch: `loss` (mean over the epoch's batches) and the validation metrics.
     """
 
     params: Params
@@ -57,11 +57,11 @@ class Fitted(NamedTuple):
 
 @cache
 def default_optimizer(learning_rate: float = 3e-3, penalty: float = 2e-3) -> optax.GradientTransformation:
-    """Adam on the meta-loss plus `penalty / 2 * |params|^2`.
+    """Build Adam on the meta-loss plus `penalty / 2 * |params|^2`.
 
-    The penalty is part of the gradient, not decoupled as in AdamW: rarely rated items must shrink to the prior in
-    proportion to how little is known about them, and a decoupled decay shrinks all items alike. Cached, because a new
-    value is a new function to `jit`, and every call of `fit` would compile anew.
+    The penalty is part of the gradient, not decoupled as in AdamW. Rarely rated items must shrink to the prior in
+    proportion to how little is known about them; decoupled decay shrinks all items alike. Cached, because `jit`
+    recompiles for every new optimiser value.
     """
     return optax.chain(optax.add_decayed_weights(penalty), optax.adam(learning_rate))
 
@@ -92,48 +92,49 @@ def fit(
     told: Mapping[str, Any] | None = None,
     report: Callable[[int, dict[str, float]], Any] | None = None,
 ) -> Fitted:
-    """Meta-train with early stopping. Support and query sets are drawn anew in each epoch.
+    """Meta-train with early stopping; support and query sets are resampled in each epoch.
 
-    One program is compiled for each bucket of support sizes, none in the loop after that.
+    One program is compiled for each support width.
 
     Args:
-      strategy: what to train.
+      strategy: strategy to train.
       split: training and validation users.
-      target: ratings to targets.
+      target: maps ratings to targets.
       query: query size of a training task.
-      optimizer: outer optimiser (default `default_optimizer()`).
-      epochs: at most so many passes over the training users (default: 60, to rank 20).
-      min_epochs: the first epoch whose parameters may be kept (default: a third of `epochs`, to rank a tenth). With
-        long support sets the validation loss is low from the first epochs on, before the shared part has been learned.
-      patience: stop after so many epochs without a better validation loss.
-      batch_size: users a meta-step.
-      chunk: users differentiated at a time; bounds the memory of a large batch and changes nothing else, but for draws
-        of noise (anp, tanp) and tanp's grouping of users, which is each chunk's own.
-      max_support: longest support set; longer histories are sampled anew in each epoch.
-      buckets: number of padded support widths, chosen to waste the least; or the widths themselves.
-      average: what is validated and kept is a running average of the parameters that keeps this share of itself at each
-        epoch (0: the last parameters; Polyak and Juditsky, 1992; default: 0.9, to rank 0.8).
+      optimizer: outer optimiser (default: `default_optimizer()`).
+      epochs: maximum number of passes over the training users (default: 60; 20 for rankings).
+      min_epochs: first epoch whose parameters may be kept (default: a third of `epochs`; a tenth for rankings). With
+        long support sets the validation loss is low from the first epochs on, before the shared parameters have been
+        learned.
+      patience: stop after this many epochs without a better validation metric.
+      batch_size: users per meta-step.
+      chunk: users differentiated at a time, which bounds the memory of a large batch. The result is the same, except
+        for noise draws (anp, tanp) and tanp's grouping of users, which are per chunk.
+      max_support: largest support set; longer histories are resampled in each epoch.
+      buckets: number of padded support widths, chosen to minimise padding; or the widths themselves.
+      average: decay per epoch of the running average of the parameters, which is validated and returned (0: the last
+        parameters; default: 0.9; 0.8 for rankings; Polyak and Juditsky, 1992).
       unknown: share of users and items whose identity is hidden in training, which trains the unknown rows.
-      short: share of users whose support set is cut to a random length in training; where there are any, validation
-        means over 3 and all support examples. Default: 0.8 for ratings, where it is much better for new users with few
-        of them; strategies with inner gradient steps want a `count` with it, or lose with many. 0 for clicks, where it
-        helps only those strategies (0.5).
-      noise: share of the support ratings that are replaced by random ones in training, so that adaptation learns how
-        far to trust them; queries stay as they are.
-      statistics: takes a training user's own interactions out of the item field that it made, when the data has it.
-      seed: of the initial parameters and of the sampling.
-      params: initial parameters (default: those of `strategy.init`).
-      objective: of a ranking (default `Ranking()`), whose own `query`, `unknown` and `short` count; `noise` is for
-        clicks and ratings. An epoch has 4,096 training users at most and looks at the nDCG@100 of 1,024 validation
-        users among all items, a mean over 1, 3, 5, 10 and all support positives.
-      checkpoint: a file that holds the training after each epoch; the same call goes on from it, with the same result
-        as one that was never stopped. Of the optimiser only the shapes of its state are compared: give the same.
-      told: what else tells this training from others, kept in the checkpoint and compared, as JSON holds it.
-      report: called after each epoch with its number and its entry in `history`.
+      short: share of users whose support set is cut to a random length in training. If positive, validation averages
+        over 3 and all support examples. Default: 0.8 for ratings, where it is much better for new users with few
+        ratings; strategies with inner gradient steps also need a `count`, or they lose accuracy with many ratings. 0
+        for clicks, where it helps only those strategies (0.5).
+      noise: share of support ratings replaced by random ones in training, so that adaptation learns how far to trust
+        them. Queries are unchanged.
+      statistics: removes a training user's own interactions from the item statistics field, if the data have it.
+      seed: seed of the initial parameters and of the sampling.
+      params: initial parameters (default: `strategy.init`).
+      objective: settings of a ranking (default: `Ranking()`). Its `query`, `unknown` and `short` replace those above,
+        and `noise` is not used. An epoch has at most 4,096 training users. Validation is the nDCG@100 among all items
+        of 1,024 validation users, averaged over 1, 3, 5, 10 and all support positives.
+      checkpoint: file that holds the training after each epoch. The same call resumes from it, with the result of an
+        uninterrupted run. Pass the same optimiser: only the shapes of its state are compared.
+      told: extra run metadata, stored in the checkpoint as JSON and compared on resume.
+      report: called after each epoch with its number and its entry of `history`.
 
     Raises:
-      FloatingPointError: the loss is no longer finite.
-      ModelFileError: `checkpoint` is damaged or of another training.
+      FloatingPointError: the loss is not finite.
+      ModelFileError: `checkpoint` is damaged or belongs to another training.
     """
     kind = target.kind
     optimizer = default_optimizer() if optimizer is None else optimizer
@@ -147,24 +148,26 @@ def fit(
         short = SHORT[target.kind] if short is None else short
         sampling = {"query": query, "batch_size": batch_size, "unknown": unknown, "short": short, "noise": noise}
         source = _pointwise(strategy, split, target, sampling, max_support, buckets, statistics, seed)
-    # a copy, because steps write over what they are given
+    # copied, because `_step` donates its arguments
     params = jax.jit(strategy.init)(key) if params is None else jax.tree.map(jnp.array, params)
     start = jax.device_get(params)
-    if strategy.fit and not jax.tree.leaves({n: x for n, x in start.items() if n != SHIFTS}):  # fitted in closed form
+    if strategy.fit and not jax.tree.leaves({n: x for n, x in start.items() if n != SHIFTS}):  # all closed form
         return Fitted(source.whole(start), -1, [])
-    at = _State(params, jax.jit(optimizer.init)(params), start, Fitted(start, -1, []), np.random.default_rng(seed), key)
+    current = _State(
+        params, jax.jit(optimizer.init)(params), start, Fitted(start, -1, []), np.random.default_rng(seed), key
+    )
     setting = source.setting | {"seed": seed, "average": average, "target": asdict(target)}
     setting |= {"params": [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]}
     setting |= {"users": sha256(split.train.users.tobytes()).hexdigest()} | dict(told or {})
     if checkpoint is not None:
-        at = at.restored(checkpoint, setting)
+        current = current.restored(checkpoint, setting)
     share = 10 if target.kind == "ranking" else 3
     first = min(epochs // share if min_epochs is None else min_epochs, epochs - 1)
-    judged, sign = SELECT[target.kind], -1 if target.kind in HIGHEST else 1
-    for epoch in range(len(at.best.history), epochs):
-        if epoch - 1 > first and epoch - 1 - at.best.epoch >= patience:
+    metric, sign = SELECT[target.kind], -1 if target.kind in HIGHEST else 1
+    for epoch in range(len(current.best.history), epochs):
+        if epoch - 1 > first and epoch - 1 - current.best.epoch >= patience:
             break
-        params, state, averaged, best, rng, key = at
+        params, state, averaged, best, rng, key = current
         losses = []
         for task, shared in source.batches(rng):
             key, step_key = jax.random.split(key)
@@ -183,23 +186,23 @@ def fit(
         if report is not None:
             report(epoch, entry)
         history = [*best.history, entry]
-        if epoch <= first or sign * entry[judged] < sign * history[best.epoch][judged]:
+        if epoch <= first or sign * entry[metric] < sign * history[best.epoch][metric]:
             best = Fitted(jax.device_get(averaged), epoch, history)
-        at = _State(params, state, averaged, best._replace(history=history), rng, key)
+        current = _State(params, state, averaged, best._replace(history=history), rng, key)
         if checkpoint is not None:
-            at.save(checkpoint, setting)
-    return at.best._replace(params=source.whole(at.best.params))
+            current.save(checkpoint, setting)
+    return current.best._replace(params=source.whole(current.best.params))
 
 
 class _Source(NamedTuple):
-    """What a training of one kind of target draws and looks at.
+    """Sampling, loss and validation of one kind of target.
 
     Attributes:
-      batches: `batches(rng)`, one epoch of tasks, each with the tables that its loss reads.
-      loss: `loss(params, task, key) -> (scalar, aux)`, where `params` hold the tables.
+      batches: `batches(rng)`, the tasks of one epoch, each with the tables that its loss reads.
+      loss: `loss(params, task, key) -> (scalar, aux)`, where `params` include the tables.
       validate: `validate(params)`, metrics of the validation users.
       whole: `whole(params)`, the parameters with the tables of all training users.
-      setting: what a checkpoint compares.
+      setting: settings compared when a checkpoint is resumed.
     """
 
     batches: Callable[[np.random.Generator], Iterator[tuple[Any, Params]]]
@@ -219,26 +222,31 @@ def _pointwise(
     statistics: ItemStatistics | None,
     seed: int,
 ) -> _Source:
-    """Clicks and ratings: tasks of support and query, the loss of the strategy; tables, where it makes any, of the
-    other folds of the training users."""
+    """Build the source of clicks and ratings: support and query tasks with the strategy's loss.
+
+    If the strategy fits tables in closed form, each fold of training users gets those fitted on the other folds.
+    """
     lengths = np.clip(split.train.lengths - sampling["query"], 1, max_support)
     widths = bucket_sizes(lengths, buckets) if isinstance(buckets, int) else buckets
-    observed = everybody = None
+    observed = full_tables = None
     if strategy.fit is not None:
         observed = observe(split.train, target)
         with one_thread():
-            everybody = {"fitted": strategy.fit(observed)}
+            full_tables = {"fitted": strategy.fit(observed)}
 
     @cache
     def folds() -> list[tuple[Histories, Params]]:
-        """The users of each fold and the tables of the others; one fold where there are no tables."""
+        """Return the users of each fold with the tables of the other folds; one fold without tables."""
         if observed is None or strategy.fit is None:
             return [(split.train, {})]
-        users, place = np.unique(split.train.users, return_inverse=True)
+        users, user_rows = np.unique(split.train.users, return_inverse=True)
         fold_of = np.random.default_rng([seed, 1]).permutation(len(users)) % FOLDS
         with one_thread():
-            made = [{"fitted": strategy.fit(observed.of(np.flatnonzero(fold_of != k)))} for k in range(FOLDS)]
-        return [(split.train.take(np.flatnonzero(fold_of[place] == k)), jax.device_put(made[k])) for k in range(FOLDS)]
+            fold_tables = [{"fitted": strategy.fit(observed.of(np.flatnonzero(fold_of != k)))} for k in range(FOLDS)]
+        return [
+            (split.train.take(np.flatnonzero(fold_of[user_rows] == k)), jax.device_put(fold_tables[k]))
+            for k in range(FOLDS)
+        ]
 
     def epoch(rng: np.random.Generator) -> Iterator[tuple[Any, Params]]:
         for histories, tables in folds():
@@ -246,7 +254,7 @@ def _pointwise(
                 yield batch.task, tables
 
     def whole(params: Params) -> Params:
-        return params if everybody is None else {**params, TABLES: everybody}
+        return params if full_tables is None else {**params, TABLES: full_tables}
 
     def validate(params: Params) -> dict[str, float]:
         shape = {"query": sampling["query"], "batch_size": sampling["batch_size"], "buckets": widths[-1:]}
@@ -271,14 +279,14 @@ def _ranking(
     statistics: ItemStatistics | None,
     seed: int,
 ) -> _Source:
-    """A ranking: supports and queries among all items, tables of the other folds of the training users."""
+    """Build the source of a ranking: tasks over all items, with tables fitted on the other folds of users."""
     widths = widths_of(split.train, max_support, buckets) if isinstance(buckets, int) else buckets
-    users, place = np.unique(split.train.users, return_inverse=True)
+    users, user_rows = np.unique(split.train.users, return_inverse=True)
     fold_of = np.random.default_rng([seed, 1]).permutation(len(users)) % objective.folds
-    fold, observed = fold_of[place], observe(split.train, target)
+    fold, observed = fold_of[user_rows], observe(split.train, target)
 
-    def without(k: int) -> Params:
-        """The tables of the users outside a fold."""
+    def tables_without(k: int) -> Params:
+        """Fit the tables on the users outside fold `k`."""
         kept = np.flatnonzero(fold_of != k)
         part = observed.of(kept)
         if statistics is not None:
@@ -287,32 +295,34 @@ def _ranking(
         return fitted_tables(strategy, part)
 
     @cache
-    def everybody() -> Params:
+    def full_tables() -> Params:
         return jax.device_put(fitted_tables(strategy, observed))
 
     @cache
     def folds() -> list[Params]:
         with one_thread(), ThreadPoolExecutor(os.cpu_count()) as threads:
-            first = threads.submit(everybody)
-            made = [jax.device_put(found) for found in threads.map(without, range(objective.folds))]
-            first.result()
-        return made
+            full = threads.submit(full_tables)
+            fold_tables = [jax.device_put(tables) for tables in threads.map(tables_without, range(objective.folds))]
+            full.result()
+        return fold_tables
 
     following = strategy.prefixes is not None and split.train.ordered
     loss = _ranking_loss(strategy, objective, following)
     draw = partial(drawn, batch_size=batch_size, widths=widths, fold=fold, following=following)
-    some = split.validation.take(np.arange(min(len(split.validation), VALIDATED)))
+    validation_users = split.validation.take(np.arange(min(len(split.validation), VALIDATED)))
 
     def epoch(rng: np.random.Generator) -> Iterator[tuple[Any, Params]]:
         for task, k in draw(split.train, target, objective, rng=rng):
             yield task, folds()[k]
 
     def whole(params: Params) -> Params:
-        return {**params, TABLES: everybody()}
+        return {**params, TABLES: full_tables()}
 
     def validate(params: Params) -> dict[str, float]:
-        found = by_support(lambda size: rank(strategy, whole(params), some, target, query=query, support=size))
-        ndcg = [float(np.nanmean(values)) for name, values in found.items() if name.startswith("ndcg@100")]
+        metrics = by_support(
+            lambda size: rank(strategy, whole(params), validation_users, target, query=query, support=size)
+        )
+        ndcg = [float(np.nanmean(values)) for name, values in metrics.items() if name.startswith("ndcg@100")]
         return {"ndcg@100": float(np.mean(ndcg))}
 
     setting = {"objective": asdict(objective), "batch_size": batch_size, "widths": [*map(int, widths)]}
@@ -321,15 +331,15 @@ def _ranking(
 
 @lru_cache(maxsize=64)
 def _ranking_loss(strategy: Strategy, objective: Ranking, following: bool) -> Callable[..., Any]:
-    """The same function for the same arguments, so that `jit` knows it again."""
+    """Return the same function for the same arguments, so that `jit` does not recompile."""
     return ranking_loss(strategy, objective, following)
 
 
 class _State(NamedTuple):
-    """A training between two epochs: all that the next one depends on."""
+    """Training state between two epochs: everything that the next epoch depends on."""
 
     params: Params
-    state: Any  # of the optimiser
+    state: Any  # optimiser state
     averaged: Params
     best: Fitted
     rng: np.random.Generator
@@ -340,11 +350,11 @@ class _State(NamedTuple):
         write(path, self._arrays(), past | {"key": jax.random.key_data(self.key).tolist()}, setting)
 
     def restored(self, path: str | Path, setting: dict[str, Any]) -> "_State":
-        """What `save` kept; this one, a training's start, where the file is not there yet."""
-        found = read(path, self._arrays(), setting)
-        if not found:
+        """Return the state that `save` wrote, or this initial state if there is no file yet."""
+        saved = read(path, self._arrays(), setting)
+        if not saved:
             return self
-        arrays, past = found
+        arrays, past = saved
         params, state = jax.tree.map(jnp.array, (arrays["params"], arrays["state"]))
         best = Fitted(arrays["best"], past["best"], past["history"])
         self.rng.bit_generator.state = past["rng"]
@@ -367,15 +377,15 @@ def _step(
     optimizer: Any,
     chunk: int | None,
 ) -> Any:
-    """`meta_step`, compiled once for each loss, optimiser and shape, also over several calls of `fit`.
+    """Run `meta_step`, compiled once per loss, optimiser and shape, across calls of `fit`.
 
-    The loss finds the tables among the parameters; no gradient and no optimiser reaches them.
+    The tables are merged into the parameters of the loss only, so neither gradients nor the optimiser reach them.
     """
 
-    def of_tables(params: Params, task: Task, key: jax.Array) -> Any:
+    def loss_with_tables(params: Params, task: Task, key: jax.Array) -> Any:
         return loss({**params, TABLES: tables} if tables else params, task, key)
 
-    return meta_step(of_tables, optimizer, chunk=chunk)(params, state, task, key)
+    return meta_step(loss_with_tables, optimizer, chunk=chunk)(params, state, task, key)
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Robust: a trained recommender learns how far to trust each rating of a user."""
+"""Robust: learn how far a trained recommender should trust each rating of a user."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,35 +26,35 @@ def reweight(
     progress: bool = True,
     **fit_options: Any,
 ) -> Trained:
-    """The recommender with weights for the ratings that it adapts to, learned on support sets with errors.
+    """Learn weights for the ratings that a recommender adapts to, from noisy support sets.
 
-    Nothing of the recommender itself is trained further, only the small network of `metarec_jax.strategies.reweighted`,
-    by the gradient of the loss on clean queries through the adaptation to noisy support sets.
+    Only the small network of `metarec_jax.strategies.reweighted` is trained; the recommender's parameters are fixed.
+    The gradient of the loss on clean queries passes through the adaptation to noisy support sets.
 
     Args:
       recommender: the trained model.
-      data: the dataset of its training; may be left out unless it was loaded.
-      noise: share of the support ratings that are replaced by random ones in training.
+      data: the training dataset; required for a loaded model only.
+      noise: share of support ratings replaced by random ones in training, in [0, 1).
       epochs: passes over the training users.
-      learning_rate: of Adam.
+      learning_rate: learning rate of Adam.
       progress: show a progress bar.
       **fit_options: keyword arguments of `metarec_jax.training.fit`.
 
     Raises:
-      DataError: a loaded recommender without `data`, or data that do not fit.
-      ValueError: `noise` outside 0 to 1, a recommender that weighs its ratings already, or one in whose strategy no
-        gradient reaches the weights (fomaml, reptile, fine-tuning, networks that read the history).
+      DataError: a loaded recommender without `data`, or data that do not match the training.
+      ValueError: `noise` out of range; a ranking; a recommender that is reweighted already; or a strategy whose
+        gradient does not reach the weights (fomaml, reptile, fine-tuning, networks that read the history).
 
     References:
       Ren et al., Learning to Reweight Examples for Robust Deep Learning, ICML 2018.
       Shu et al., Meta-Weight-Net, NeurIPS 2019.
     """
     if not 0 <= noise < 1:
-        raise ValueError(f"noise is a share, 0 or more and below 1; got {noise}")
+        raise ValueError(f"noise is a share, at least 0 and below 1; got {noise}")
     if recommender.recipe.get("reweighted"):
-        raise ValueError("this recommender weighs its ratings already; reweight the one that it was made from")
+        raise ValueError("this recommender weighs its ratings already; reweight the original one")
     if recommender.target.kind == "ranking":
-        raise ValueError('weights are learned for the ratings of clicks and ratings: train with objective="click"')
+        raise ValueError('reweight does not support rankings; train with objective="click" or "rating"')
     split, target = recommender.split(data, "reweight(recommender, data)"), recommender.target
     robust = reweighted(given(recommender.strategy, recommender.params))
     with epochs_bar(progress, epochs, target.kind) as report:
@@ -65,19 +65,19 @@ def reweight(
             query=recommender.protocol.query,
             optimizer=optax.adam(learning_rate),
             epochs=epochs,
-            min_epochs=epochs - 1,  # a hundred numbers: nothing to stop early for
+            min_epochs=epochs - 1,  # too few parameters to overfit: no early stopping
             noise=noise,
             statistics=ItemStatistics.fit(split.train, target),
             seed=recommender.seed,
             report=report,
             **fit_options,
         )
-    start = jax.tree.leaves(robust.init(jax.random.key(recommender.seed)))
-    now = jax.tree.leaves(fitted.params)
-    if learning_rate and all(np.allclose(*pair, rtol=1e-4, atol=1e-7) for pair in zip(start, now, strict=True)):
+    initial = jax.tree.leaves(robust.init(jax.random.key(recommender.seed)))
+    learned = jax.tree.leaves(fitted.params)
+    if learning_rate and all(np.allclose(*pair, rtol=1e-4, atol=1e-7) for pair in zip(initial, learned, strict=True)):
         raise ValueError(
-            "the weights of the ratings learned nothing: in this strategy no gradient passes from a query to the "
-            "weights of the support set; reweight one of alpaca, ridge or maml"
+            "the rating weights were not learned: in this strategy no gradient passes from a query to the weights "
+            "of the support set; use alpaca, ridge or maml"
         )
     return replace(
         recommender,

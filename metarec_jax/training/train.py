@@ -1,4 +1,4 @@
-"""Train: from a dataset to a trained model: protocol, split, target, network, training loop."""
+"""Train: the path from a dataset to a trained model: protocol, split, target, network, training loop."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -54,49 +54,47 @@ def train(
     """Meta-train a recommender on a dataset.
 
     Args:
-      data: from `metarec_jax.data`; or a table as of `metarec_jax.data.from_tables`, with the columns user_id, item_id
-        and, where there are any, rating and timestamp.
+      data: a dataset from `metarec_jax.data`, or a table as in `metarec_jax.data.from_tables`, with the columns
+        user_id, item_id and optionally rating and timestamp.
       strategy: a name in `metarec_jax.strategies.STRATEGIES` or `RANKING`, or a function `(model, loss=...) ->
-        Strategy`; by default "stack" to rank and "alpaca" for clicks and ratings.
-      model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model`; by default what
-        `metarec_jax.strategies.DEFAULT_MODEL` says of the strategy, else "mlp".
-      objective: "ranking", which item of the whole catalogue a user chooses, or a `Ranking` with settings of it;
-        "click", the probability that a shown item is liked; "rating". Default: the protocol's target, and "ranking"
-        without a protocol.
-      seed: of the split, the parameters and the sampling; same seed, same machine: same model.
-      protocol: which users train, validate and test (default: `StrongGeneralisation` to rank, else `ColdUsers`).
-      graded: where clicks are made from ratings, learn what each rating of a support set tells of the user, and show
-        the mean rating of an item beside its share of clicks; else a rating counts as a click or none.
-      ratings: of a ranking where the data hold ratings of several values, the name of the strategy that `predict`
-        asks, trained on the same users with its own options as they are (`Recommender.rater`); None: no `predict`.
-      strategy_options, model_options: keyword arguments of the two.
-      start: a recommender trained on other data, to start from its parameters instead of random ones. Rows of tables
-        are carried over where both know the raw value (an item id, a genre), layers where their shapes are the same.
+        Strategy` (default: "stack" for rankings, "alpaca" for clicks and ratings).
+      model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model` (default: the strategy's entry in
+        `metarec_jax.strategies.DEFAULT_MODEL`, else "mlp").
+      objective: "ranking", which item of the whole catalogue a user chooses, or a `Ranking` with its settings; "click",
+        the probability that a shown item is liked; "rating". Default: the protocol's target, or "ranking" without a
+        protocol.
+      seed: seed of the split, the parameters and the sampling. The same seed on the same machine gives the same model.
+      protocol: which users train, validate and test (default: `StrongGeneralisation` for rankings, else `ColdUsers`).
+      graded: where clicks are made from ratings, learn what each rating value in a support set tells about the user,
+        and add an item's mean rating to its click rate as a feature. If False, a rating is only a click or none.
+      ratings: of a ranking, the name of the strategy behind `predict` (`Recommender.rater`), trained on the same users
+        with its default options. It needs data with several rating values. None: no `predict`.
+      strategy_options, model_options: keyword arguments of the strategy and of the model.
+      start: a recommender trained on other data, whose parameters replace the random initial ones. Rows of embedding
+        tables are matched by raw value (an item id, a genre), layers by shape.
       shared: with `start`, the fields whose raw values mean the same in both datasets, by the names of
-        `metarec_jax.models.fields_of` (default: all that both have). Leave out "item_id" where the same number is
-        another item.
+        `metarec_jax.models.fields_of` (default: all common fields). Leave out "item_id" if the same id is another item.
       progress: show a progress bar.
-      tensorboard: a folder for event files with each epoch's loss and validation metrics.
-      **fit_options: other keyword arguments of `metarec_jax.training.fit`, for instance `epochs`, `optimizer` or
-        `checkpoint`; what is predicted and the query size are the protocol's.
+      tensorboard: folder for event files with the loss and the validation metrics of each epoch.
+      **fit_options: other keyword arguments of `metarec_jax.training.fit`, such as `epochs`, `optimizer` or
+        `checkpoint`. The protocol sets the target and the query size.
 
     Raises:
-      DataError: the dataset has too few users for the protocol; all ratings of the training users are clicks, or none.
-      ValueError: an unknown name; `start` was trained for another target, or with another strategy or model; `shared`
-        without `start`.
-      TypeError: `data` is a name; `start` is no recommender; an argument that the protocol has, or that nothing has.
-      FloatingPointError: the loss is no longer finite.
-      ModelFileError: `checkpoint` is damaged or of another training.
+      DataError: too few users for the protocol; all ratings of the training users are clicks, or none is.
+      ValueError: an unknown name; `start` has another target, strategy or model; `shared` without `start`.
+      TypeError: `data` is a name; `start` is not a recommender; an unknown argument, or one that the protocol sets.
+      FloatingPointError: the loss is not finite.
+      ModelFileError: `checkpoint` is damaged or belongs to another training.
       ModuleNotFoundError: `tensorboard` needs a package that is missing.
     """
     for name in ("target", "query"):
         if name in fit_options:
-            raise TypeError(f"`{name}` is the protocol's: train(..., protocol=mr.ColdUsers({name}=...))")
+            raise TypeError(f"`{name}` is set by the protocol: train(..., protocol=mr.ColdUsers({name}=...))")
     if isinstance(data, str | Path):
         raise TypeError(f"train takes a dataset or a table, not a name: mr.data.load({str(data)!r})")
     if not isinstance(data, Dataset):
         data = from_tables(data)
-    protocol, ranking = _asked(objective, protocol)
+    protocol, ranking = _resolve_objective(objective, protocol)
     if ranking is not None:
         fit_options["objective"] = ranking
     if ratings is not None and ratings not in STRATEGIES | RATING:
@@ -110,19 +108,19 @@ def train(
     extended = statistics.extend(data)
     split = Split(*(replace(part, data=extended) for part in split))
     if progress:
-        print(_who_trains(split, protocol))
+        print(_describe_split(split, protocol))
     if strategy == "stack":
-        own = dict(strategy_options or {})
+        options = dict(strategy_options or {})
         items = fields_of(extended)["item_id"].size
-        strategy_options = own | of_catalogue(items, own.get("members"), own.get("options"))
+        strategy_options = options | of_catalogue(items, options.get("members"), options.get("options"))
     recipe = recipe_of(strategy, strategy_options, model, model_options)
     built = build(strategy, strategy_options, model, model_options, extended, target)
     if start is None and shared is not None:
-        raise ValueError("`shared` names fields that are shared with the data of `start`: give both or none")
+        raise ValueError("`shared` names fields in common with the data of `start`: give both or none")
     if start is not None:
-        fit_options["params"] = _started(start, built, target, extended, seed, shared)
+        fit_options["params"] = _initial_params(start, built, target, extended, seed, shared)
     reports = [fit_options.pop("report", None)]
-    progress = progress and bool(jax.tree.leaves(jax.eval_shape(built.init, jax.random.key(0))))  # there are epochs
+    progress = progress and bool(jax.tree.leaves(jax.eval_shape(built.init, jax.random.key(0))))  # else no epochs
     with (
         epochs_bar(progress, fit_options.get("epochs") or EPOCHS[target.kind], target.kind) as bar,
         event_files(tensorboard) as events,
@@ -147,14 +145,14 @@ def train(
     rater = None
     if target.kind == "ranking" and ratings is not None and np.ptp(data.rating) > 0:
         rater = train(data, ratings, seed=seed, protocol=ratings_of(protocol), progress=False)
-    limits = _limits(split, target)
+    limits = _rating_limits(split, target)
     return Trained(built, fitted.params, extended, target, protocol, seed, recipe, limits, fitted.history, rater)
 
 
-def _started(
+def _initial_params(
     start: Any, built: Strategy, target: Target, data: Dataset, seed: int, shared: Collection[str] | None
 ) -> Params:
-    """Initial parameters with those of `start` carried over."""
+    """Return initial parameters with those of `start` carried over."""
     source = getattr(start, "trained", start)
     if not isinstance(source, Trained):
         raise TypeError(f"start must be a Recommender, got {type(start).__name__}; a saved one: mr.load(path)")
@@ -165,8 +163,8 @@ def _started(
     return carry_over(learned, fresh, fields_of(source.catalogue), fields_of(data), shared)
 
 
-def _limits(split: Split, target: Target) -> tuple[float, float]:
-    """Lowest and highest rating of the training users."""
+def _rating_limits(split: Split, target: Target) -> tuple[float, float]:
+    """Return the lowest and highest rating of the training users."""
     rating = split.train.data.rating[split.train.index]
     lowest, highest = float(rating.min()), float(rating.max())
     if target.kind == "ranking" and lowest >= target.threshold:
@@ -174,8 +172,8 @@ def _limits(split: Split, target: Target) -> tuple[float, float]:
     return lowest, highest
 
 
-def _who_trains(split: Split, protocol: Protocol) -> str:
-    """What of a dataset a training uses, in words."""
+def _describe_split(split: Split, protocol: Protocol) -> str:
+    """Describe the split: users and interactions used, and users left out."""
     data = split.train.data
     used, sizes = len(np.unique(split.train.index)), [len(np.unique(part.users)) for part in split]
     left_out = len(data.users) - 1 - len(np.unique(np.concatenate([part.users for part in split])))
@@ -186,8 +184,8 @@ def _who_trains(split: Split, protocol: Protocol) -> str:
     )
 
 
-def _asked(objective: str | Ranking | None, protocol: Protocol | None) -> tuple[Protocol, Ranking | None]:
-    """The protocol and the ranking objective that are meant; None of the latter for clicks and ratings."""
+def _resolve_objective(objective: str | Ranking | None, protocol: Protocol | None) -> tuple[Protocol, Ranking | None]:
+    """Resolve the protocol and the ranking objective; the latter is None for clicks and ratings."""
     kind = "ranking" if isinstance(objective, Ranking) else objective
     if kind not in (None, "ranking", "click", "rating"):
         raise ValueError(f'objective is "ranking", "click", "rating" or a Ranking, got {objective!r}')

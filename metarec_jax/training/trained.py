@@ -1,4 +1,4 @@
-"""Trained: what a training made, and nothing that changes afterwards."""
+"""Trained: the immutable result of a training."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,19 +17,19 @@ from metarec_jax.types import Params
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A strategy with its meta-trained parameters and the catalogue that it was trained on.
+    """A strategy with its meta-trained parameters and its training catalogue.
 
     Attributes:
-      strategy: the four pure functions.
+      strategy: the strategy's pure functions.
       params: meta-trained parameters.
-      catalogue: the dataset; after loading, one without interactions.
-      target: ratings to targets.
+      catalogue: the dataset; without interactions if the model was loaded.
+      target: maps ratings to targets.
       protocol: how users were split.
-      seed: of the split.
-      recipe: names and options of strategy and model, as they are saved.
+      seed: seed of the split.
+      recipe: names and options of strategy and model, as saved.
       limits: lowest and highest rating of the training users.
-      history: training log, one dict an epoch.
-      rater: of a ranking, the model of expected ratings, trained and tested on the same users.
+      history: training log, one dict per epoch.
+      rater: for a ranking, the model of expected ratings, trained and tested on the same users.
     """
 
     strategy: Strategy
@@ -49,11 +49,11 @@ class Trained:
         return self.recipe["strategy"]["name"]
 
     def split(self, data: Dataset | None = None, call: str = "split(data)") -> Split:
-        """The split of the training.
+        """Return the training, validation and test split of the training.
 
         Args:
-          data: the dataset of the training; may be left out unless the model was loaded.
-          call: the caller's form with `data`, for the error message.
+          data: the training dataset; required for a loaded model only.
+          call: the caller's signature with `data`, for the error message.
 
         Raises:
           DataError: a loaded model without `data`, or data with other items or fields.
@@ -63,13 +63,15 @@ class Trained:
         return self.protocol.split(self.catalogue if data is None else self._as_trained(data), self.seed)
 
     def _as_trained(self, data: Dataset) -> Dataset:
-        """The interactions of `data` with the item features of the training."""
-        known, given = (
+        """Return `data` with the item features of the training; validate its items and fields."""
+        known_fields, new_fields = (
             {n: (f.kind, f.size, f.vocabulary and f.vocabulary.ids.tolist()) for n, f in fields_of(d).items()}
             for d in (self.catalogue, data)
         )
         contexts = [{f.name for f in d.context_fields} for d in (self.catalogue, data)]
-        same_fields = contexts[0] == contexts[1] and all(known.get(name) == field for name, field in given.items())
+        same_fields = contexts[0] == contexts[1] and all(
+            known_fields.get(name) == field for name, field in new_fields.items()
+        )
         if not np.array_equal(self.catalogue.items.ids, data.items.ids) or not same_fields:
             raise DataError(
                 f"{data.name} does not have the items and fields of the training data ({self.catalogue.name}); "

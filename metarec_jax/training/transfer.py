@@ -1,4 +1,4 @@
-"""Transfer between datasets: parameters carried over by what their rows mean, not by where they stand."""
+"""Transfer between datasets: carry parameters over by the raw values of their rows, not by row number."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -19,38 +19,38 @@ def carry_over(
     fields: Mapping[str, Field],
     shared: Collection[str] | None = None,
 ) -> Params:
-    """`fresh`, with what `source` knows written over it.
+    """Return `fresh` with the matching parameters of `source` copied into it.
 
-    An array that belongs to a field with a vocabulary is a table: the rows of the raw values that both vocabularies
-    have are carried over, and the unknown row; the others stay fresh. A field is known by its name among the keys of
-    the array's path; rows are the last axis but one. Any other array is carried over whole. One that the source does
-    not have in this shape, because one of the two has other fields, stays fresh: the first layer, for instance. Dense
-    fields are carried over as they are, standardised by each dataset's own mean and scale.
+    An array of a field with a vocabulary is a table, whose rows are the last axis but one. The rows of raw values in
+    both vocabularies, and the unknown row, are copied; the other rows stay fresh. An array belongs to the field whose
+    name is among the keys of its path. Any other array is copied whole if the shapes agree. If they differ because the
+    fields differ, as in the first layer, it stays fresh. Parameters of dense fields are copied as they are; each
+    dataset standardises these fields by its own mean and scale.
 
     Args:
-      source: parameters that were trained on other data.
+      source: parameters trained on other data.
       fresh: initial parameters for the new data, from the same strategy and model.
       known: fields of the source's data, by name (`metarec_jax.models.fields_of`).
       fields: fields of the new data.
-      shared: the fields whose raw values mean the same in both (default: all that both have). Of other tables only the
-        unknown row is carried over.
+      shared: fields whose raw values mean the same in both datasets (default: all common fields). Other tables get only
+        the unknown row.
 
     Raises:
-      ValueError: the parameters are not those of one strategy and model; the fields that both have come in another
-        order; or `shared` names a field that one of them has not.
+      ValueError: parameters of another strategy or model; common fields in another order; a name in `shared` that is
+        not a common field.
     """
     common = known.keys() & fields.keys()
     if wrong := set(shared or ()) - common:
         raise ValueError(f"shared: {sorted(wrong)} not in both datasets; they share {', '.join(sorted(common))}")
     if [name for name in known if name in common] != [name for name in fields if name in common]:
         raise ValueError(
-            f"the fields come as {[*known]} and as {[*fields]}; layers read them in order: give them in one"
+            f"the fields are ordered as {[*known]} and as {[*fields]}; layers read them in order: give both the same"
         )
-    names, same = known.keys() | fields.keys(), common if shared is None else set(shared)
+    names, comparable = known.keys() | fields.keys(), common if shared is None else set(shared)
     before, after = (dict(jax.tree_util.tree_leaves_with_path(params)) for params in (source, fresh))
-    fixed = {path for path in before.keys() ^ after.keys() if _field(path, names) is None}
-    if fixed:
-        raise _unlike(min(map(jax.tree_util.keystr, fixed)))
+    unmatched = {path for path in before.keys() ^ after.keys() if _field(path, names) is None}
+    if unmatched:
+        raise _mismatch(min(map(jax.tree_util.keystr, unmatched)))
 
     def carried(path: tuple[Any, ...], new: jax.Array) -> jax.Array:
         field, old = _field(path, names), before.get(path)
@@ -58,18 +58,20 @@ def carry_over(
             return new
         if field is not None and _is_table(old, known[field]) and _is_table(new, fields[field]):
             if old.shape[:-2] != new.shape[:-2] or old.shape[-1] != new.shape[-1]:
-                raise _unlike(jax.tree_util.keystr(path))
-            theirs, ours = _rows(known[field].vocabulary, fields[field].vocabulary if field in same else None)
-            return jnp.asarray(new).at[..., ours, :].set(jnp.asarray(old)[..., theirs, :])
+                raise _mismatch(jax.tree_util.keystr(path))
+            source_rows, rows = _rows(
+                known[field].vocabulary, fields[field].vocabulary if field in comparable else None
+            )
+            return jnp.asarray(new).at[..., rows, :].set(jnp.asarray(old)[..., source_rows, :])
         if old.shape != new.shape and field is None and known.keys() == fields.keys():
-            raise _unlike(jax.tree_util.keystr(path))
+            raise _mismatch(jax.tree_util.keystr(path))
         return jnp.asarray(old) if old.shape == new.shape else new
 
     return jax.tree_util.tree_map_with_path(carried, fresh)
 
 
 def _field(path: tuple[Any, ...], names: Collection[str]) -> str | None:
-    """The field that an array belongs to."""
+    """Return the name of the field that an array belongs to, or None."""
     return next((key.key for key in path if getattr(key, "key", None) in names), None)
 
 
@@ -78,16 +80,16 @@ def _is_table(array: jax.Array, field: Field) -> bool:
 
 
 def _rows(known: Vocabulary | None, new: Vocabulary | None) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of the values that both have, in the one and in the other; the unknown row is always among them."""
+    """Return matching rows of two vocabularies; the unknown row is always among them."""
     if known is None or new is None or known.ids.dtype.kind != new.ids.dtype.kind:
         return np.full(1, UNKNOWN), np.full(1, UNKNOWN)
     if known.buckets is not None and known.buckets == new.buckets:  # the same hashes
         return np.arange(len(known)), np.arange(len(new))
-    _, theirs, ours = np.intersect1d(known.ids, new.ids, assume_unique=True, return_indices=True)
-    return np.append(UNKNOWN, theirs + 1), np.append(UNKNOWN, ours + 1)
+    _, known_rows, new_rows = np.intersect1d(known.ids, new.ids, assume_unique=True, return_indices=True)
+    return np.append(UNKNOWN, known_rows + 1), np.append(UNKNOWN, new_rows + 1)
 
 
-def _unlike(path: str) -> ValueError:
+def _mismatch(path: str) -> ValueError:
     return ValueError(
         f"the parameters to start from do not fit at {path}; strategy and model, with their options, must be "
         "those that they were trained with"

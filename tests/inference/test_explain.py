@@ -64,7 +64,7 @@ def test_fields_add_up_to_the_score_beyond_an_unknown_item(strategy, stocked):
     after = float(ranker.scores(adapted, known, rows)[0, 0])
     nothing = {name: np.zeros_like(table) for name, table in ranker.tables.items()}
     blank = known._replace(user={name: np.zeros_like(value) for name, value in known.user.items()})
-    before = float(_score(ranker.strategy, ranker.params, nothing, adapted, blank, rows)[0, 0])
+    before = float(_score(ranker.strategy, ranker.params, nothing, adapted, blank, rows, False)[0][0, 0])
     np.testing.assert_allclose(sum(found.fields.values()), after - before, atol=0.01)  # relu has corners
     assert {"item_id", "item/training statistics"} <= set(found.fields)
 

@@ -198,7 +198,7 @@ def test_every_strategy_differentiates_through_every_kind_of_network(name, netwo
     if name in READERS and not model.history:
         pytest.skip("reads the history, which this network does not")
     strategy = mr.STRATEGIES[name](model, loss=LOGISTIC)
-    strategy = mr.strategies.with_history(strategy) if model.history else strategy
+    strategy = mr.with_history(strategy) if model.history else strategy
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlainFormWarning)  # a recurrent layer is used at every step
         params = jax.eval_shape(strategy.init, jax.random.key(0))

@@ -1,7 +1,7 @@
 """The recommender in use: latency and throughput in process and over HTTP, a catalogue of a million items, the store.
 
     python benchmarks/serving.py                  # everything; needs pip install -e '.[serve]'
-    python benchmarks/serving.py --only process   # or http, million, store, start, explain
+    python benchmarks/serving.py --only process   # or reuse, ready, http, million, store, start, explain
 
 Each figure stands beside a peer of the same run: implicit's ALS (fold-in and the top 10), where it is installed, and
 for HTTP the same server with a handler that does nothing. Device and versions are printed.
@@ -28,7 +28,7 @@ import numpy as np
 
 import metarec_jax as mr
 
-PARTS = ("process", "http", "million", "store", "start", "explain")
+PARTS = ("process", "reuse", "ready", "http", "million", "store", "start", "explain")
 
 
 def spread(seconds: list[float]) -> str:
@@ -283,6 +283,70 @@ def explain(recommender: mr.Recommender) -> None:
     )
 
 
+def reuse(recommender: mr.Recommender) -> None:
+    """Time of another store, of new items and of a loaded model in a warm process, and of the first list after it."""
+    (history,) = histories(recommender, 1)
+    text = recommender.stock.trained.ids.dtype.kind == "U"
+    recommender.recommend(history)
+    print("\n| in a warm process | call, ms | first list after it, ms |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        recommender.save(Path(folder) / "model")
+        new = [f"new {i}" if text else 10**9 + i for i in range(20)]
+        calls: dict[str, Callable[[int], mr.Recommender]] = {
+            "with_users": lambda i: recommender.with_users(Path(folder) / f"users-{i}.db"),
+            "add_items": lambda i: recommender.add_items({"item_id": [new[i]]}),
+            "load": lambda i: mr.load(Path(folder) / "model"),
+        }
+        for name, call in calls.items():
+            times = []
+            for i in range(10):
+                begun = time.perf_counter()
+                other = call(i)
+                made = time.perf_counter()
+                other.recommend(history)
+                times.append((made - begun, time.perf_counter() - made))
+            print(f"| {name} | " + " | ".join(f"{np.median(t) * 1e3:.0f}" for t in zip(*times, strict=True)) + " |")
+
+
+def ready(recommender: mr.Recommender) -> None:
+    """How long a service compiles, and what the first request of each kind then takes beyond later ones."""
+    from metarec_jax.serving import Service
+
+    items = recommender.stock.trained.ids[:200].tolist()
+    field = next((f for f in recommender.stock.fields if f.kind in ("categorical", "multi")), None)
+    kinds: dict[str, dict[str, Any]] = {
+        "3 items": {"history": items[:3]},
+        "40 items": {"history": items[:40]},
+        "200 items": {"history": items},
+        "k 50": {"history": items[:3], "k": 50},
+        "k 1000": {"history": items[:3], "k": 1000},
+        "deviation": {"history": items[:3], "deviation": True},
+        "ucb": {"history": items[:3], "explore": "ucb"},
+        "thompson": {"history": items[:3], "explore": "thompson"},
+        "diversity": {"history": items[:3], "diversity": 0.3},
+        "by a share of the rating": {"history": items[:3], "by": 0.3},
+        "only": {"history": items[:3], "only": items},
+    }
+    if field is not None and field.vocabulary is not None:
+        kinds["where"] = {"history": items[:3], "where": {field.name: [field.vocabulary.ids[0].item()]}}
+    with tempfile.TemporaryDirectory() as folder:
+        recommender.save(Path(folder) / "model")
+        service = Service(Path(folder) / "model")
+        begun = time.perf_counter()
+        service.warm()
+        print(
+            f"\nready after {time.perf_counter() - begun:.0f} s\n\n| request | first, ms | later, ms |\n|---|---|---|"
+        )
+        for name, request in kinds.items():
+            times = []
+            for _ in range(21):
+                begun = time.perf_counter()
+                (answer,) = service.recommend([request])
+                times.append(time.perf_counter() - begun)
+                assert not isinstance(answer, Exception), answer
+            print(f"| {name} | {times[0] * 1e3:.1f} | {np.median(times[1:]) * 1e3:.1f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
@@ -299,6 +363,10 @@ def main() -> None:
     recommender = mr.load(given.model) if given.model else mr.train(mr.data.load("ml-100k"), progress=False)
     if "process" in given.only:
         process(recommender)
+    if "reuse" in given.only:
+        reuse(recommender)
+    if "ready" in given.only:
+        ready(recommender)
     if "http" in given.only:
         http(recommender, given.seconds)
     if "million" in given.only:

@@ -3,7 +3,7 @@
 from metarec_jax import core, data, evaluation, metrics, models, strategies, tasks
 from metarec_jax.api import load, reweight, train
 from metarec_jax.core import meta_step
-from metarec_jax.errors import DataError, ModelFileError, StoreError
+from metarec_jax.errors import DataError, ModelFileError, OptionError, StoreError
 from metarec_jax.inference.recommendations import Recommendation, UncertainRecommendation
 from metarec_jax.models import Model
 from metarec_jax.recommender import Recommender
@@ -19,7 +19,7 @@ from metarec_jax.types import Examples, History, Task
 __version__ = "0.1.0"
 
 __all__ = [
-    "ColdUsers", "DataError", "Event", "Examples", "History", "Model", "ModelFileError", "NextItem", "Recommendation",
+    "ColdUsers", "DataError", "Event", "Examples", "History", "Model", "ModelFileError", "NextItem", "OptionError", "Recommendation",
     "Recommender", "RedisStore", "Scenario", "SqliteStore", "Store", "StoreError", "StrongGeneralisation", "Task",
     "TimeSplit", "UncertainRecommendation", "core", "data", "evaluation", "load", "meta_step", "metrics", "models",
     "reweight", "strategies", "tasks", "train",

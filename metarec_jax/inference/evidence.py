@@ -9,6 +9,7 @@ import numpy as np
 
 from metarec_jax.core._loop import Explicit, Factored, settled
 from metarec_jax.core.fastweights import Adapted
+from metarec_jax.errors import OptionError
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks.batching import features
 from metarec_jax.tasks.splits import Histories
@@ -38,7 +39,7 @@ def evidence(
       seed: seed of the draw.
 
     Raises:
-      ValueError: the strategy adapts nothing.
+      OptionError: the strategy adapts nothing.
 
     References:
       Lee et al., MeLU: Meta-Learned User Preference Estimator for Cold-Start Recommendation, KDD 2019, section 3.3.
@@ -66,7 +67,7 @@ def change(strategy: Strategy, params: Params, support: Examples) -> jax.Array:
     """Compute the Frobenius norm `[users]` of the change in adapted values caused by the support set.
 
     Raises:
-      ValueError: the strategy adapts nothing.
+      OptionError: the strategy adapts nothing.
     """
     key = jax.random.key(0)
     empty = support._replace(mask=jnp.zeros_like(support.mask))
@@ -78,7 +79,7 @@ def change(strategy: Strategy, params: Params, support: Examples) -> jax.Array:
         if not isinstance(new, Examples) and jnp.issubdtype(jnp.result_type(jax.tree.leaves(new)[-1]), jnp.inexact)
     ]
     if not any(leaf.size for new, _ in pairs for leaf in jax.tree.leaves(new)):
-        raise ValueError(
+        raise OptionError(
             "this strategy adapts nothing (it may read the history directly), so no item is informative; "
             "use a strategy that adapts, for instance melu or ridge"
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metarec_jax.data.vocabulary import UNKNOWN
-from metarec_jax.errors import DataError
+from metarec_jax.errors import DataError, OptionError
 from metarec_jax.inference.explain import Cause, Explanation, effects, rank_correlation
 from metarec_jax.inference.histories import History, encode_attributes, encode_history, is_one_user
 from metarec_jax.inference.ranker import BATCHES, HISTORIES, USERS, Ranked, Ranker
@@ -92,7 +92,7 @@ class Predictor:
     ) -> list[list[Any]]:
         """Return the recommendations of each user, best first."""
         if choice.by != "score" and self.target.kind == "click":
-            raise ValueError(f'by={choice.by!r} needs ratings, but this recommender predicts clicks; use by="score"')
+            raise OptionError(f'by={choice.by!r} needs ratings, but this recommender predicts clicks; use by="score"')
         if choice.by == "rating":
             rater = self.needed_rater()
             lists, (low, high) = rater.top(people, k, context, replace(choice, by="score")), rater.trained.limits
@@ -204,7 +204,7 @@ class Predictor:
         """Return the predictor of ratings or clicks; raise `ValueError` for a ranking without one."""
         rater = self if self.target.kind != "ranking" else self.rater
         if rater is None:
-            raise ValueError(
+            raise OptionError(
                 "this recommender predicts what users choose, not how much they like it: its data had one rating "
                 "value, or it was trained with ratings=None; train on data with ratings of several values, "
                 'mr.train(data, ratings="als")'

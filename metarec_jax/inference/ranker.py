@@ -10,6 +10,7 @@ import numpy as np
 
 from metarec_jax.core.staged import Staged, staged
 from metarec_jax.data.fields import Field
+from metarec_jax.errors import OptionError
 from metarec_jax.inference.stock import Stock
 from metarec_jax.strategies import Strategy
 from metarec_jax.strategies.catalogue import adapt, features, last, score, score_one
@@ -103,14 +104,14 @@ class Ranker:
           approximate: use `jax.lax.approx_max_k`, which on an accelerator may miss one item in twenty.
 
         Raises:
-          ValueError: the strategy has no deviation, or no posterior to draw from.
+          OptionError: the strategy has no deviation, or no posterior to draw from.
         """
         if (deviation or explore == "ucb") and self.strategy.deviation is None:
-            raise ValueError("this strategy does not know the deviation of its scores; use one that does, as `alpaca`")
+            raise OptionError("this strategy does not know the deviation of its scores; use one that does, as `alpaca`")
         users, adapted = len(known.items), self.adapt(known)
         if explore == "thompson":
             if self.strategy.sample is None:
-                raise ValueError("this strategy has no posterior to draw from; use one that has, as `alpaca`")
+                raise OptionError("this strategy has no posterior to draw from; use one that has, as `alpaca`")
             seeds = np.zeros(users, np.uint32) if seeds is None else seeds
             drawn = _sample(self.strategy, self.params, adapted, seeds, strength)
             ranked = self._top(drawn, known, k, False, 0.0, seen, allowed, group, approximate)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from metarec_jax.errors import DataError
+from metarec_jax.errors import DataError, OptionError
 from metarec_jax.inference.ranker import Explore
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ class Choice:
     def __post_init__(self) -> None:
         share = isinstance(self.by, int | float) and not isinstance(self.by, bool)
         if self.by not in ("score", "rating") and not (share and 0 <= float(self.by) <= 1):
-            raise ValueError(f'by is "score", "rating" or a share from 0 to 1, got {self.by!r}')
+            raise OptionError(f'by is "score", "rating" or a share from 0 to 1, got {self.by!r}')
         if share and self.explore is not None:
-            raise ValueError(f'explore goes with by="score" or by="rating", not with a share; got by={self.by!r}')
+            raise OptionError(f'explore goes with by="score" or by="rating", not with a share; got by={self.by!r}')
         if not 0 <= self.diversity <= 1:
-            raise ValueError(f"diversity is a share from 0 to 1, got {self.diversity}")
+            raise OptionError(f"diversity is a share from 0 to 1, got {self.diversity}")
         if self.explore not in (None, "ucb", "thompson"):
-            raise ValueError(f"explore must be 'ucb' or 'thompson', got {self.explore!r}")
+            raise OptionError(f"explore must be 'ucb' or 'thompson', got {self.explore!r}")
 
     def seeds(self, start: int, users: int) -> np.ndarray:
         """Return seeds of the draws for users `start : start + users`; fresh seeds where none is given."""

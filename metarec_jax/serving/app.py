@@ -3,7 +3,9 @@
 import asyncio
 import hmac
 import json
+import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,13 +17,14 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from metarec_jax.errors import DataError, ModelFileError, StoreError
+from metarec_jax.errors import DataError, ModelFileError, OptionError, StoreError
 from metarec_jax.serving.batcher import Batcher, Overloaded
 from metarec_jax.serving.service import OPTIONS, Service
 
 LARGEST = 4 << 20  # maximum bytes of a request
 EXPLAIN = ("item", "user", "history", "attributes", "context")
 RECOMMEND = ("user", "history", "attributes", "k", "where", *OPTIONS)
+LOG = logging.getLogger("metarec_jax")
 PAGE = Path(__file__).with_name("page")
 PARTS = ("page.css", "page.js", "service.js", "tiles.js", "list.js")
 SAFE = {
@@ -147,7 +150,7 @@ def create_app(
             except BadRequest as error:
                 status = error.status
                 return _refusal(status, error, {"WWW-Authenticate": "Bearer"} if status == 401 else None)
-            except (DataError, ValueError) as error:
+            except (DataError, ModelFileError, OptionError) as error:
                 status = 409 if isinstance(error, ModelFileError) else 400
                 return _refusal(status, error)
             except Overloaded:
@@ -156,9 +159,10 @@ def create_app(
             except StoreError as error:
                 status = 503
                 return _refusal(status, error, {"Retry-After": "1"})
-            except BaseException:
-                status = 500
-                raise
+            except Exception:
+                status, number = 500, uuid.uuid4().hex[:12]
+                LOG.exception("request %s failed", number)
+                return _refusal(status, f"internal error; the log of the server has it as request {number}")
             finally:
                 answered.labels(path, str(status)).inc()
                 seconds.labels(path).observe(time.perf_counter() - begun)

@@ -1,6 +1,7 @@
 """The service over real HTTP: what it answers, what it refuses, what it never loses."""
 
 import json
+import re
 import threading
 import time
 
@@ -339,3 +340,17 @@ def test_the_command_line_asks_for_a_token_off_loopback(model, monkeypatch):
 def test_json_of_an_answer_is_plain(service):
     answer = service.recommend([{"history": [[100, 5]], "deviation": True, "k": 2}])[0]
     assert json.loads(json.dumps(answer)) == answer
+
+
+def test_a_failure_inside_is_a_500_whose_number_is_in_the_log(serve, service, monkeypatch, caplog):
+    def fails(requests):
+        raise ValueError("something of ours")
+
+    monkeypatch.setattr(service, "recommend", fails)
+    with serve() as address, caplog.at_level("ERROR", "metarec_jax"):
+        answer = httpx.post(f"{address}/v1/recommend", json={"history": []})
+    assert answer.status_code == 500
+    (number,) = re.findall(r"request (\w+)", answer.json()["error"])
+    assert "something of ours" not in answer.text
+    assert number in caplog.text
+    assert "something of ours" in caplog.text

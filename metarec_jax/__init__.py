@@ -19,8 +19,8 @@ from metarec_jax.types import Examples, History, Task
 __version__ = "0.1.0"
 
 __all__ = [
-    "ColdUsers", "DataError", "Event", "Examples", "History", "Model", "ModelFileError", "NextItem", "OptionError", "Recommendation",
-    "Recommender", "RedisStore", "Scenario", "SqliteStore", "Store", "StoreError", "StrongGeneralisation", "Task",
+    "ColdUsers", "DataError", "Event", "Examples", "History", "Model", "ModelFileError", "NextItem", "OptionError",
+    "Recommendation", "Recommender", "RedisStore", "Scenario", "SqliteStore", "Store", "StoreError", "StrongGeneralisation", "Task",
     "TimeSplit", "UncertainRecommendation", "core", "data", "evaluation", "load", "meta_step", "metrics", "models",
     "reweight", "strategies", "tasks", "train",
 ]  # fmt: skip

@@ -20,8 +20,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ColdUsers", "DataError", "Event", "Examples", "History", "Model", "ModelFileError", "NextItem", "OptionError",
-    "Recommendation", "Recommender", "RedisStore", "Scenario", "SqliteStore", "Store", "StoreError", "StrongGeneralisation", "Task",
-    "TimeSplit", "UncertainRecommendation", "core", "data", "evaluation", "load", "meta_step", "metrics", "models",
-    "reweight", "strategies", "tasks", "train",
+    "Recommendation", "Recommender", "RedisStore", "Scenario", "SqliteStore", "Store", "StoreError",
+    "StrongGeneralisation", "Task", "TimeSplit", "UncertainRecommendation", "core", "data", "evaluation", "load",
+    "meta_step", "metrics", "models", "reweight", "strategies", "tasks", "train",
 ]  # fmt: skip
 __all__ += strategies.registry.__all__

@@ -168,11 +168,11 @@ def main() -> None:
 
 def show(tables: dict[str, Table], learners: list[str], users: np.ndarray, columns: list[str]) -> None:
     """Print the tables."""
-    more = ["without history", "likeness", "coverage", "popularity rank", "training s"]
+    more = ["without history", "likeness", "coverage", "popularity rank", "training s", "epochs"]
     print("| learner | " + " | ".join([*columns, *more]) + " |\n" + "|---" * (1 + len(columns) + len(more)) + "|")
     for own, table in tables.items():
         cells = [f"{np.nanmean(table[c]):.4f}" for c in columns]
-        digits = {"popularity rank": 0, "training s": 0}
+        digits = {"popularity rank": 0, "training s": 0, "epochs": 0}
         cells += [f"{np.nanmean(table[c]):.{digits.get(c, 4)}f}" if c in table else "" for c in more]
         print(f"| {own} | " + " | ".join(cells) + " |")
     print("\nMinus the best plain method of each column, paired over users:\n")

@@ -179,6 +179,8 @@ def test_tables_of_items_and_users_and_a_protocol_are_taken(ratings, tmp_path):
     for wrong, message in [
         (["--protocol", "Strong"], "choose from ColdUsers"),
         (["--set", "held=1"], "no setting 'held'; it has dislikes"),
+        (["--set", "threshold=high"], "--set threshold: expected numbers, got 'high'"),
+        (["--set", "fractions=3"], "does not take these settings"),
         (["--protocol", "NextItem", "--objective", "click"], "judges rankings"),
     ]:
         refused = run("train", ratings, *COLUMNS, *wrong)

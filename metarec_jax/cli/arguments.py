@@ -3,7 +3,7 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -34,6 +34,8 @@ def read(data: str, column: tuple[str, ...] = (), items: str | None = None, user
     """The dataset of a name or path, with tables of items and users beside it."""
     from metarec_jax.data import from_tables, load, read_table
 
+    if (items is not None or users is not None) and not Path(data).exists():
+        raise click.UsageError(f"--item-table and --user-table go with a table of interactions; {data} is no file")
     if not column and items is None and users is None:
         return load(data)
     return from_tables(
@@ -77,10 +79,17 @@ def protocol_of(
         )
     if "target" in known:
         values.setdefault("target", objective)
-    return protocol(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+    for field in fields(protocol):
+        if isinstance(values.get(field.name), str) and not any(isinstance(x, str) for x in get_args(field.type)):
+            raise click.UsageError(f"--set {field.name}: expected numbers, got {values[field.name]!r}")
+    try:
+        return protocol(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+    except TypeError as error:
+        raise click.UsageError(f"{protocol.__name__} does not take these settings: {values} ({error})") from error
 
 
 def pairs(texts: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Split texts "NAME=VALUE" into names and values."""
     for text in texts:
         if "=" not in text:
             raise click.BadParameter(f"{text!r} should look like NAME=VALUE")
@@ -88,6 +97,7 @@ def pairs(texts: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def number(text: str, kind: type, what: str) -> Any:
+    """Convert a text to `int` or `float`; `what` is its name in the error message."""
     try:
         return kind(text)
     except ValueError as error:
@@ -95,6 +105,7 @@ def number(text: str, kind: type, what: str) -> Any:
 
 
 def item_id(recommender: Any, text: str) -> Any:
+    """Convert a text to the type of the model's item ids."""
     return number(text, int, "item id") if recommender.stock.trained.ids.dtype.kind == "i" else text
 
 
@@ -109,4 +120,5 @@ def history(recommender: Any, texts: tuple[str, ...]) -> list[Any]:
 
 
 def among(candidates: str) -> Any:
+    """Convert "query", "all" or a number of sampled items."""
     return int(candidates) if candidates.isdigit() else candidates

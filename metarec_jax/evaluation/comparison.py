@@ -132,6 +132,10 @@ def compare(
     if taken := [n for n in options_of if n in BASELINES]:
         raise ValueError(f"{taken[0]!r} is the name of a baseline; give the strategy another name")
     protocol = ColdUsers() if protocol is None else protocol
+    if protocol.target == "ranking":
+        raise ValueError(
+            f"compare is for clicks and ratings; {type(protocol).__name__} judges rankings (see rankings())"
+        )
     setting = describe(data, protocol, seeds=seeds, support=support, candidates=candidates)
     saved_in = None if folder is None else _open(Path(folder), setting, protocol.target, _segments(data))
     runs: dict[tuple[str, int], Run] = {}

@@ -52,12 +52,11 @@ class Predictor:
         self.trained, self.catalogue, self.target = trained, trained.catalogue, trained.target
         self.stock = Stock.of(trained.catalogue) if stock is None else stock
         self.rater = Predictor(trained.rater) if rater is None and trained.rater is not None else rater
-        self._ranker = ranker
+        if ranker is not None:
+            self.ranker = ranker
 
     @cached_property
     def ranker(self) -> Ranker:
-        if self._ranker is not None:
-            return self._ranker
         fields = self.catalogue.user_fields, self.catalogue.context_fields
         return Ranker(self.trained.strategy, self.trained.params, self.stock, *fields)
 
@@ -101,11 +100,12 @@ class Predictor:
             ]
         checked_count(k)
         allowed = self._allowed(choice, len(people))
+        seeds = choice.seeds(len(people)) if choice.explore == "thompson" else np.zeros(len(people), np.uint32)
         wanted = max(k, min(max(10 * k, CANDIDATES[0]), CANDIDATES[1])) if choice.reranks else k
         lists = []
         for start in range(0, len(people), USERS):
             chunk = people[start : start + USERS]
-            ranked, scores = self._ranked(chunk, start, wanted, context, choice, allowed)
+            ranked, scores = self._ranked(chunk, start, wanted, context, choice, allowed, seeds)
             for i in range(len(chunk)):
                 kept = np.flatnonzero(np.isfinite(ranked.scores[i]))[:wanted]
                 kept = self._reranked(ranked.rows[i], scores[i], kept, k, choice)
@@ -131,6 +131,7 @@ class Predictor:
         context: Mapping[str, Any] | None,
         choice: Choice,
         allowed: np.ndarray | None,
+        seeds: np.ndarray,
     ) -> tuple[Ranked, np.ndarray]:
         """Rank the stock for a chunk of users; return the candidates and the scores for re-ranking."""
         blocked = self.stock.encode(list(choice.block)) if len(choice.block) else np.zeros(0, np.int32)
@@ -141,9 +142,8 @@ class Predictor:
         if choice.exclude_seen:
             for i, person in enumerate(chunk):
                 seen[i, len(blocked) : len(blocked) + len(person.rows)] = person.rows
-        users, group, seeds = len(known.items), None, np.zeros(len(known.items), np.uint32)
-        if choice.explore == "thompson":
-            seeds[: len(chunk)] = choice.seeds(start, len(chunk))
+        users, group = len(known.items), None
+        seeds = np.resize(seeds[start : start + len(chunk)], users)  # padding users draw too
         if allowed is not None and len(allowed) > 1:  # one mask per user of the batch
             allowed, group = allowed[start : start + len(chunk)], np.arange(users, dtype=np.int32)
             allowed = np.pad(allowed, ((0, users - len(chunk)), (0, 0)))

@@ -113,12 +113,12 @@ class Ranker:
             if self.strategy.sample is None:
                 raise OptionError("this strategy has no posterior to draw from; use one that has, as `alpaca`")
             seeds = np.zeros(users, np.uint32) if seeds is None else seeds
-            drawn = _sample(self.strategy, self.params, adapted, seeds, strength)
+            drawn = _sample(self.strategy, self.params, adapted, seeds, float(strength))
             ranked = self._top(drawn, known, k, False, 0.0, seen, allowed, group, approximate)
             scores, deviations = _score(self.strategy, self.params, self.tables, adapted, known, ranked.rows, deviation)
             scores = np.where(np.isfinite(ranked.scores), scores, -np.inf)
             return Ranked(ranked.rows, scores, None if deviations is None else np.asarray(deviations))
-        spread = strength if explore == "ucb" else 0.0
+        spread = float(strength) if explore == "ucb" else 0.0
         return self._top(adapted, known, k, deviation or explore == "ucb", spread, seen, allowed, group, approximate)
 
     def _top(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from metarec_jax.errors import DataError, OptionError
+from metarec_jax.inference.histories import is_number
 from metarec_jax.inference.ranker import Explore
 
 if TYPE_CHECKING:
@@ -60,14 +61,25 @@ class Choice:
             raise OptionError(f'by is "score", "rating" or a share from 0 to 1, got {self.by!r}')
         if share and self.explore is not None:
             raise OptionError(f'explore goes with by="score" or by="rating", not with a share; got by={self.by!r}')
-        if not 0 <= self.diversity <= 1:
+        if not is_number(self.strength):
+            raise OptionError(f"strength must be a finite number, got {self.strength!r}")
+        seeds = self.seed if isinstance(self.seed, list | tuple) else [self.seed]
+        if not all(
+            seed is None or (isinstance(seed, int | np.integer) and not isinstance(seed, bool)) for seed in seeds
+        ):
+            raise OptionError(
+                f"seed must be an integer, a list of integers with one per user, or None; got {self.seed!r}"
+            )
+        if not is_number(self.diversity) or not 0 <= self.diversity <= 1:
             raise OptionError(f"diversity is a share from 0 to 1, got {self.diversity}")
         if self.explore not in (None, "ucb", "thompson"):
             raise OptionError(f"explore must be 'ucb' or 'thompson', got {self.explore!r}")
 
-    def seeds(self, start: int, users: int) -> np.ndarray:
-        """Return seeds of the draws for users `start : start + users`; fresh seeds where none is given."""
-        seeds = self.seed[start : start + users] if isinstance(self.seed, Sequence) else [self.seed] * users
+    def seeds(self, users: int) -> np.ndarray:
+        """Return the users' seeds of the draws `[users]`; fresh seeds where none is given."""
+        seeds = self.seed if isinstance(self.seed, list | tuple) else [self.seed] * users
+        if len(seeds) != users:
+            raise OptionError(f"seed: got {len(seeds)} seeds for {users} users; give one per user, or one for all")
         fresh = np.random.SeedSequence().generate_state(users)
         return np.array(
             [new if seed is None else seed % 2**32 for seed, new in zip(seeds, fresh, strict=True)], np.uint32

@@ -159,8 +159,11 @@ def create_app(
             except StoreError as error:
                 status = 503
                 return _refusal(status, error, {"Retry-After": "1"})
-            except Exception:
-                status, number = 500, uuid.uuid4().hex[:12]
+            except BaseException as error:
+                status = 500
+                if not isinstance(error, Exception):  # cancelled
+                    raise
+                number = uuid.uuid4().hex[:12]
                 LOG.exception("request %s failed", number)
                 return _refusal(status, f"internal error; the log of the server has it as request {number}")
             finally:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from metarec_jax.tasks.target import Target
 from metarec_jax.training.build import build
 from metarec_jax.training.trained import Trained
 
+_reweighted = lru_cache(maxsize=64)(reweighted)  # one value per strategy, so that `jit` finds its programs again
 RATER = "rater"  # subfolder of a ranking's rating model
 
 
@@ -64,7 +66,7 @@ def load(
     levels = config["target"].get("levels")
     recipe, target = config["recipe"], Target(**config["target"] | {"levels": levels and tuple(levels)})
     built = build(**_choices(recipe, strategy, model, arrays, path), data=catalogue, target=target)
-    built = reweighted(built) if recipe.get("reweighted") else built
+    built = _reweighted(built) if recipe.get("reweighted") else built
     if target.levels is not None:
         arrays |= shifts_of_labels(arrays, target.encode(np.array(target.levels)))
     params = saving.restore_params(arrays, jax.eval_shape(built.init, jax.random.key(0)), path)

@@ -74,6 +74,9 @@ def test_filters_leave_only_what_they_say(stocked):
         ({"diversity": 2.0}, "diversity is a share"),
         ({"explore": "greedy"}, "explore must be"),
         ({"k": 0}, "k must be a positive integer"),
+        ({"explore": "thompson", "seed": [1, 2]}, "got 2 seeds for 1 users"),
+        ({"explore": "thompson", "seed": 1.5}, "seed must be an integer"),
+        ({"explore": "ucb", "strength": np.nan}, "strength must be a finite number"),
     ],
 )
 def test_bad_options_are_refused(stocked, options, message):

@@ -41,7 +41,7 @@ def test_no_request_compiles_anything_after_ready(tmp_path, monkeypatch, compile
         {"history": [], "where": {"genre": ["genre 1"]}},
         {"history": [3], "only": [1, 2, 3], "block": [1], "k": 99},
         {"history": [3], "deviation": True},
-        {"history": [3], "explore": "ucb", "strength": 2.0, "k": 20},
+        {"history": [3], "explore": "ucb", "strength": 2, "k": 20},
         {"history": [3], "explore": "thompson", "seed": 5, "where": {"genre": ["genre 2"]}},
         {"history": [3], "diversity": 0.5},
         {"history": [[3, 5.0]], "by": "rating"},

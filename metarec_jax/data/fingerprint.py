@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.schema import CONTEXT, ITEM, USER, prefixed
 
 
 def fingerprint(data: Dataset) -> str:
@@ -19,9 +20,9 @@ def fingerprint(data: Dataset) -> str:
     digest = hashlib.sha256()
     arrays: dict[str, Any] = {"user": data.user, "item": data.item, "rating": data.rating, "timestamp": data.timestamp}
     arrays |= {"users": data.users.ids, "items": data.items.ids}
-    arrays |= {f"user/{name}": table for name, table in data.user_features.items()}
-    arrays |= {f"item/{name}": table for name, table in data.item_features.items()}
-    arrays |= {f"context/{name}": table for name, table in data.context_features.items()}
+    arrays |= prefixed(USER, data.user_features)
+    arrays |= prefixed(ITEM, data.item_features)
+    arrays |= prefixed(CONTEXT, data.context_features)
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         array = array.astype(array.dtype.newbyteorder("<"))  # machine-independent byte order

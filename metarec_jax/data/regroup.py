@@ -7,6 +7,7 @@ import numpy as np
 
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import CONTEXT, ITEM, USER
 from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary
 from metarec_jax.errors import DataError
 
@@ -76,16 +77,16 @@ def by_key(data: Dataset, *keys: str | np.ndarray) -> Dataset:
     user_of_task[task] = user
     single_user = bool((user_of_task[task] == user).all())
 
-    def fields_kept(source: str, fields: tuple[Field, ...]) -> tuple[Field, ...]:
-        return tuple(f for f in fields if f"{source}/{f.name}" not in key_names)
+    def fields_kept(prefix: str, fields: tuple[Field, ...]) -> tuple[Field, ...]:
+        return tuple(f for f in fields if prefix + f.name not in key_names)
 
     key_names = {key for key in keys if isinstance(key, str)}
-    user_fields, item_fields = fields_kept("user", data.user_fields), fields_kept("item", data.item_fields)
-    context_fields = fields_kept("context", data.context_fields)
+    user_fields, item_fields = fields_kept(USER, data.user_fields), fields_kept(ITEM, data.item_fields)
+    context_fields = fields_kept(CONTEXT, data.context_fields)
     contexts = {f.name: data.context_features[f.name][kept] for f in context_fields}
     if not single_user:
-        context_fields += tuple(replace(f, name=f"user/{f.name}") for f in user_fields)
-        contexts |= {f"user/{f.name}": data.user_features[f.name][user] for f in user_fields}
+        context_fields += tuple(replace(f, name=USER + f.name) for f in user_fields)
+        contexts |= {USER + f.name: data.user_features[f.name][user] for f in user_fields}
         user_fields = ()
     return replace(
         data,
@@ -121,16 +122,16 @@ def _rows(data: Dataset, key: str | np.ndarray) -> tuple[np.ndarray, np.ndarray]
         return rows, vocabulary_of_key.ids
     if key == "user":
         return data.user, data.users.ids
-    source, _, name = key.partition("/")
+    prefix, slash, name = key.partition("/")
     tables: dict[str, tuple[tuple[Field, ...], dict[str, np.ndarray], Any]] = {
-        "item": (data.item_fields, data.item_features, data.item),
-        "user": (data.user_fields, data.user_features, data.user),
-        "context": (data.context_fields, data.context_features, slice(None)),
+        ITEM: (data.item_fields, data.item_features, data.item),
+        USER: (data.user_fields, data.user_features, data.user),
+        CONTEXT: (data.context_fields, data.context_features, slice(None)),
     }
-    fields, features, position = tables.get(source, ((), {}, slice(None)))
+    fields, features, position = tables.get(prefix + slash, ((), {}, slice(None)))
     field = next((f for f in fields if f.name == name), None)
     if field is None or field.kind != "categorical" or field.vocabulary is None:
-        known = ["user", *(f"{s}/{f.name}" for s, (fs, *_) in tables.items() for f in fs if f.kind == "categorical")]
+        known = ["user", *(side + f.name for side, (fs, *_) in tables.items() for f in fs if f.kind == "categorical")]
         raise DataError(f"by_key: {key!r} is no categorical field; choose from {', '.join(known)}")
     vocabulary = field.vocabulary
     return features[name][position], vocabulary.decode(np.arange(1, len(vocabulary)))

@@ -62,18 +62,7 @@ def from_tables(
         missing, NaN, infinite or not a number; an attribute table has a duplicate id or an infinite value.
       ValueError: `fields` has an option that `Field.fit` rejects.
     """
-    names = {c: c for c in COLUMNS} | dict(columns or {})
-    if extra := set(names) - set(COLUMNS):
-        raise DataError(f"columns: unknown key {sorted(extra)[0]!r}; the keys are {', '.join(COLUMNS)}")
-    table = to_polars(interactions, "interactions")
-    if not table.height:
-        raise DataError("interactions: the table is empty; at least one interaction is needed")
-    for column in columns or {}:
-        _column(table, names[column], "interactions")
-    report = {"rows": table.height}
-    if clean:
-        table, touched = apply_rules(_canonical(table, names), clean)
-        names, report = {c: c for c in COLUMNS}, report | touched
+    table, names, report = _cleaned(interactions, columns or {}, clean)
     user_ids, item_ids = (ids(table, names[c], "interactions") for c in ("user_id", "item_id"))
     if names["rating"] in table.columns:
         rating = numbers(table, names["rating"], "interactions")
@@ -333,6 +322,25 @@ def _values(series: "pl.Series") -> np.ndarray:
         if len(lengths) == 1 and lengths[0]:  # equally long vectors without gaps: no detour through objects
             return series.explode().to_numpy().reshape(len(series), -1)
     return as_objects(series.to_list())
+
+
+def _cleaned(
+    interactions: Any, columns: Mapping[str, str], rules: Sequence[Rule]
+) -> tuple["pl.DataFrame", dict[str, str], dict[str, int]]:
+    """Return the cleaned interactions, the names of their `COLUMNS`, and the counts of the rows that rules touched."""
+    names = {c: c for c in COLUMNS} | dict(columns)
+    if extra := set(names) - set(COLUMNS):
+        raise DataError(f"columns: unknown key {sorted(extra)[0]!r}; the keys are {', '.join(COLUMNS)}")
+    table = to_polars(interactions, "interactions")
+    if not table.height:
+        raise DataError("interactions: the table is empty; at least one interaction is needed")
+    for column in columns:
+        _column(table, names[column], "interactions")
+    report = {"rows": table.height}
+    if not rules:
+        return table, names, report
+    cleaned, touched = apply_rules(_canonical(table, names), rules)
+    return cleaned, {c: c for c in COLUMNS}, report | touched
 
 
 def _canonical(table: "pl.DataFrame", names: Mapping[str, str]) -> "pl.DataFrame":

@@ -12,6 +12,7 @@ import numpy as np
 
 from metarec_jax._files import write_whole
 from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.schema import ITEM, USER
 from metarec_jax.errors import DataError
 from metarec_jax.evaluation.baselines import BASELINES
 from metarec_jax.evaluation.holdout import adaptation_cost, evaluate_scores
@@ -229,15 +230,15 @@ def _segments(data: Dataset) -> dict[str, np.ndarray]:
     first = np.full(len(data.items), np.iinfo(np.int64).max)
     np.minimum.at(first, data.item, data.timestamp)
     segments = {
-        "user/activity": _thirds(np.bincount(data.user, minlength=len(data.users)), "few", "some", "many"),
-        "item/popularity": _thirds(np.bincount(data.item, minlength=len(data.items)), "tail", "middle", "head"),
+        USER + "activity": _thirds(np.bincount(data.user, minlength=len(data.users)), "few", "some", "many"),
+        ITEM + "popularity": _thirds(np.bincount(data.item, minlength=len(data.items)), "tail", "middle", "head"),
     }
     if data.timestamp.any():
-        segments["item/age"] = _thirds(first, "old", "middle", "new")
+        segments[ITEM + "age"] = _thirds(first, "old", "middle", "new")
     for field in data.user_fields:
         if field.kind == "categorical" and field.vocabulary is not None:
             names = np.concatenate([["unknown"], field.vocabulary.ids.astype(str)])
-            segments[f"user/{field.name}"] = names[data.user_features[field.name]]
+            segments[USER + field.name] = names[data.user_features[field.name]]
     return segments
 
 

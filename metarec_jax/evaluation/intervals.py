@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metarec_jax.data.schema import USER
 from metarec_jax.evaluation.baselines import BASELINES
 from metarec_jax.evaluation.comparison import Comparison
 from metarec_jax.metrics import pointwise as metrics
@@ -144,7 +145,7 @@ def by_segment(
     labels = comparison.segments[segment]
     by_label = {}
     for label in sorted(set(labels.tolist()) - {""}, key=lambda k: (ORDER.index(k) if k in ORDER else len(ORDER), k)):
-        selection: dict[str, np.ndarray] = {"users" if segment.startswith("user/") else "items": labels == label}
+        selection: dict[str, np.ndarray] = {"users" if segment.startswith(USER) else "items": labels == label}
         per_split = values(comparison, learner, metric, support, **selection)
         if np.isfinite(per_split).any():
             by_label[label] = float(np.nanmean(per_split))

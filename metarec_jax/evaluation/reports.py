@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from metarec_jax.data.schema import USER
 from metarec_jax.evaluation.baselines import BASELINES
 from metarec_jax.evaluation.comparison import Comparison
 from metarec_jax.evaluation.intervals import (
@@ -196,7 +197,7 @@ def _segments(comparison: Comparison, figure: Any) -> None:
     pooled = "auc" if comparison.kind == "click" else "rmse"
     shown = [s for s, labels in comparison.segments.items() if 1 < len(set(labels.tolist()) - {""}) <= 6][:4]
     for axes, segment in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        metric = MAIN[comparison.kind] if segment.startswith("user/") else pooled
+        metric = MAIN[comparison.kind] if segment.startswith(USER) else pooled
         by_learner = {name: by_segment(comparison, name, metric, segment) for name in comparison.learners}
         labels = list(next(iter(by_learner.values())))
         width = 0.8 / len(by_learner)

@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike
 
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import STATISTICS
 from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary, as_ids, is_missing
 from metarec_jax.errors import DataError
-from metarec_jax.tasks.statistics import NAME as STATISTICS
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import USER
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import PREFIX, ByField, bias, profile, slots, sum_of_biases, table, vectors
+from metarec_jax.models.profile import ByField, bias, profile, slots, sum_of_biases, table, vectors
 
 
 class EmbeddingMLP(nnx.Module):
@@ -26,7 +27,7 @@ class EmbeddingMLP(nnx.Module):
         biases: dict[str, nnx.Module] = {}
         for name, field in fields.items():
             biases[name] = bias(field, rngs)
-            if hidden or not name.startswith(PREFIX):
+            if hidden or not name.startswith(USER):
                 tables[name] = table(field, width, rngs)
         self.deep = nnx.static({name: fields[name].kind for name in tables})
         self.embedding, self.embedding_bias = nnx.Dict(tables), nnx.Dict(biases)

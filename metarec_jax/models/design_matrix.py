@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax.data.fields import NUMBERS, Field
+from metarec_jax.data.schema import ITEM, ITEM_ID, STATISTICS, USER
 from metarec_jax.models.model import Encoder, Model
-from metarec_jax.models.profile import PREFIX, ByField, look_up
-from metarec_jax.tasks.statistics import NAME as STATISTICS
+from metarec_jax.models.profile import ByField, look_up
 from metarec_jax.types import Features, Params
 
 MOST = 512  # maximum columns per field; larger codes wrap around and share columns
@@ -25,17 +25,17 @@ def design(fields: Mapping[str, Field]) -> Model:
     Args:
       fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
     """
-    items = {n: f for n, f in fields.items() if n.startswith("item/") and n != f"item/{STATISTICS}"}
-    users = {n: f for n, f in fields.items() if n.startswith(PREFIX)}
+    items = {n: f for n, f in fields.items() if n.startswith(ITEM) and n != ITEM + STATISTICS}
+    users = {n: f for n, f in fields.items() if n.startswith(USER)}
 
     def embed(params: Params, features: Features) -> jax.Array:
         return _columns(items, features)
 
     def apply(params: Params, features: Features) -> jax.Array:
-        return jnp.zeros(jax.tree.leaves(features["item_id"])[0].shape)
+        return jnp.zeros(jax.tree.leaves(features[ITEM_ID])[0].shape)
 
     profile = Encoder(lambda key: {}, lambda params, features: _columns(users, features), _width(users))
-    return Model(lambda key: {}, apply, embed, width=_width(items), profile=profile, items=fields["item_id"].size)
+    return Model(lambda key: {}, apply, embed, width=_width(items), profile=profile, items=fields[ITEM_ID].size)
 
 
 def _width(fields: Mapping[str, Field]) -> int:
@@ -43,7 +43,7 @@ def _width(fields: Mapping[str, Field]) -> int:
 
 
 def _columns(fields: Mapping[str, Field], features: ByField) -> jax.Array:
-    shape = jax.tree.leaves(features["item_id"])[0].shape
+    shape = jax.tree.leaves(features[ITEM_ID])[0].shape
     columns = [jnp.ones((*shape, 1))]
     for name, field in fields.items():
         if field.kind in NUMBERS:

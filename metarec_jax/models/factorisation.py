@@ -8,18 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import USER
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import (
-    PREFIX,
-    ByField,
-    bias,
-    need_item_fields,
-    profile,
-    slots,
-    sum_of_biases,
-    table,
-    vectors,
-)
+from metarec_jax.models.profile import ByField, bias, need_item_fields, profile, slots, sum_of_biases, table, vectors
 
 
 class FactorisationMachine(nnx.Module):
@@ -47,7 +38,7 @@ class FactorisationMachine(nnx.Module):
         return self._embed(self.vectors(features))
 
     def _embed(self, vectors: dict[str, jax.Array]) -> jax.Array:
-        item = sum((v for name, v in vectors.items() if not name.startswith(PREFIX)), start=jnp.zeros(()))
+        item = sum((v for name, v in vectors.items() if not name.startswith(USER)), start=jnp.zeros(()))
         if not self.layers:
             return item
         x = jnp.concatenate(list(vectors.values()), -1)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metarec_jax.data.fields import NUMBERS, Field
+from metarec_jax.data.schema import USER
 from metarec_jax.models.model import Encoder
 from metarec_jax.types import Examples, History, Params
 
 ByField = Mapping[str, Any]  # features by field name, as built by `metarec_jax.tasks.features`
-PREFIX = "user/"  # prefix of fields that belong to the task, not to an example
 
 
 class Blend(NamedTuple):
@@ -45,7 +45,7 @@ def profile(fields: Mapping[str, Field], width: int) -> Encoder | None:
       fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
       width: width of each field's embedding.
     """
-    user_fields = {name: field for name, field in fields.items() if name.startswith(PREFIX)}
+    user_fields = {name: field for name, field in fields.items() if name.startswith(USER)}
     if not user_fields:
         return None
     graph, _ = nnx.split(nnx.eval_shape(lambda: Profile(user_fields, width, nnx.Rngs(0))))
@@ -153,8 +153,8 @@ def sum_of_biases(layers: Mapping[str, Any], features: ByField, kinds: Mapping[s
 
 def need_item_fields(fields: Mapping[str, Field]) -> None:
     """Raise a ValueError if no field describes the items."""
-    if all(name.startswith(PREFIX) for name in fields):
+    if all(name.startswith(USER) for name in fields):
         raise ValueError(
-            f"need a field of the items that is not the user's, such as item_id (user fields start with {PREFIX!r}); "
+            f"need a field of the items that is not the user's, such as item_id (user fields start with {USER!r}); "
             f"got {[*fields]}"
         )

@@ -7,18 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import CONTEXT, ORDER, USER
 from metarec_jax.models.dense import EmbeddingMLP
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import (
-    PREFIX,
-    bias,
-    need_item_fields,
-    profile,
-    slots,
-    sum_of_biases,
-    table,
-    vectors,
-)
+from metarec_jax.models.profile import bias, need_item_fields, profile, slots, sum_of_biases, table, vectors
 from metarec_jax.types import Examples, Features, History
 
 Encode = Callable[..., jax.Array]  # (tokens `[examples, width]`, order, `nnx.Rngs`) -> states `[examples + 1, width]`
@@ -45,7 +37,7 @@ class SequenceModel(EmbeddingMLP):
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(fields, width, hidden, rngs)
-        items = {name: field for name, field in fields.items() if not name.startswith(PREFIX)}
+        items = {name: field for name, field in fields.items() if not name.startswith(USER)}
         self.of_items = nnx.static({name: field.kind for name, field in items.items()})
         inputs, deep = width * slots(items), self.head.in_features
         self.token = nnx.Linear(inputs, width, rngs=rngs)
@@ -82,7 +74,7 @@ class SequenceModel(EmbeddingMLP):
         past, places = in_time(features.past)
         scale, shift = jnp.split(self.token_target(past.target[:, None]), 2, -1)
         tokens = self.token(self.items(past.features)) * (1 + scale) + shift
-        return self.encoder(tokens, past.features["order"])[places[features.own]]
+        return self.encoder(tokens, past.features[ORDER])[places[features.own]]
 
 
 class TiedSequenceModel(nnx.Module):
@@ -102,7 +94,7 @@ class TiedSequenceModel(nnx.Module):
         dropout: float,
         rngs: nnx.Rngs,
     ) -> None:
-        items = {name: field for name, field in fields.items() if not name.startswith((PREFIX, "context/"))}
+        items = {name: field for name, field in fields.items() if not name.startswith((USER, CONTEXT))}
         self.fields = nnx.static({name: field.kind for name, field in items.items()})
         self.embedding = nnx.Dict({name: table(field, width, rngs) for name, field in items.items()})
         self.embedding_bias = nnx.Dict({name: bias(field, rngs) for name, field in items.items()})
@@ -153,7 +145,7 @@ class TiedSequenceModel(nnx.Module):
         scale, shift = jnp.split(self.token_target(past.target[:, None]), 2, -1)
         item = self.item(past.features)
         tokens = item.shape[-1] ** 0.5 * item * (1 + scale) + shift
-        return self.encoder(self.dropout(tokens, deterministic=rngs is None, rngs=rngs), past.features["order"], rngs)
+        return self.encoder(self.dropout(tokens, deterministic=rngs is None, rngs=rngs), past.features[ORDER], rngs)
 
 
 def in_time(past: Examples) -> tuple[Examples, jax.Array]:
@@ -165,14 +157,14 @@ def in_time(past: Examples) -> tuple[Examples, jax.Array]:
       index -1 (an example not in the past) selects the state that has read them all.
     """
     keep = past.mask > 0
-    order = past.features.get("order", jnp.arange(len(keep), dtype=jnp.int32))
+    order = past.features.get(ORDER, jnp.arange(len(keep), dtype=jnp.int32))
     by_time = jnp.lexsort((order, ~keep))
     places = jnp.append(jnp.argsort(by_time), keep.sum())
 
     def arranged(x: jax.Array) -> jax.Array:
         return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)[by_time]
 
-    return jax.tree.map(arranged, past._replace(features={**past.features, "order": order})), places
+    return jax.tree.map(arranged, past._replace(features={**past.features, ORDER: order})), places
 
 
 class GRU(nnx.Module):

@@ -8,18 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import USER
 from metarec_jax.models.model import Model, from_nnx
-from metarec_jax.models.profile import (
-    PREFIX,
-    ByField,
-    bias,
-    need_item_fields,
-    profile,
-    slots,
-    sum_of_biases,
-    table,
-    vectors,
-)
+from metarec_jax.models.profile import ByField, bias, need_item_fields, profile, slots, sum_of_biases, table, vectors
 
 
 class TwoTower(nnx.Module):
@@ -32,8 +23,8 @@ class TwoTower(nnx.Module):
         self.fields = nnx.static({name: field.kind for name, field in fields.items()})
         self.embedding = nnx.Dict({name: table(field, width, rngs) for name, field in fields.items()})
         self.embedding_bias = nnx.Dict({name: bias(field, rngs) for name, field in fields.items()})
-        users = {name: field for name, field in fields.items() if name.startswith(PREFIX)}
-        items = {name: field for name, field in fields.items() if not name.startswith(PREFIX)}
+        users = {name: field for name, field in fields.items() if name.startswith(USER)}
+        items = {name: field for name, field in fields.items() if not name.startswith(USER)}
         self.user_fields = nnx.static({name: field.kind for name, field in users.items()})
         self.item_fields = nnx.static({name: field.kind for name, field in items.items()})
 

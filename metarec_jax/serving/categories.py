@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from metarec_jax.data.schema import STATISTICS
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.inference.stock import Stock
-from metarec_jax.tasks.statistics import NAME as STATISTICS
 
 VALUES = 100  # maximum number of listed values per field, most frequent first
 

@@ -10,6 +10,7 @@ import optax
 from metarec_jax.collaborative import factorise
 from metarec_jax.core import query_loss
 from metarec_jax.core.solve import inverse_cholesky, normal_per_key, solve
+from metarec_jax.data.schema import ITEM_ID
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import look_up
 from metarec_jax.strategies.ials import CONTENT, need_design, ridge_regression
@@ -131,8 +132,8 @@ def als(
     def sides(params: Params, features: Features) -> jax.Array:
         """Return biases and vectors of items, `[..., 1 + rank]`."""
         fitted, unknown = params["tables"]["fitted"], lambda x: (x == 0).astype(jnp.float32)[..., None]
-        stored = look_up(fitted["items"].__getitem__, features["item_id"], "categorical")
-        return stored + look_up(unknown, features["item_id"], "categorical") * (embed({}, features) @ fitted["content"])
+        stored = look_up(fitted["items"].__getitem__, features[ITEM_ID], "categorical")
+        return stored + look_up(unknown, features[ITEM_ID], "categorical") * (embed({}, features) @ fitted["content"])
 
     def inputs(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
         """Return the prediction for an unknown user, `[...]`, and z, which the taste is multiplied by."""

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metarec_jax.data.schema import CONTEXT, ITEM_ID, ORDER, USER, prefixed
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks.ranking import Known
 from metarec_jax.types import Examples, Params
@@ -22,11 +23,11 @@ def features(
       context: context features, each `[users, ...]`.
       order: position in time, `[users, 1]`, `[users, n]` or anything else that broadcasts to `[users, n]`.
     """
-    shape, merged = items["item_id"].shape, dict(items)
-    for prefix, values in (("user", user), ("context", context)):
+    shape, merged = items[ITEM_ID].shape, dict(items)
+    for prefix, values in ((USER, user), (CONTEXT, context)):
         for name, value in values.items():
-            merged[f"{prefix}/{name}"] = jnp.broadcast_to(value[:, None], shape + value.shape[1:])
-    return merged | {"order": jnp.broadcast_to(order, shape)}
+            merged[prefix + name] = jnp.broadcast_to(value[:, None], shape + value.shape[1:])
+    return merged | {ORDER: jnp.broadcast_to(order, shape)}
 
 
 def adapt(
@@ -51,9 +52,11 @@ def support_of(tables: dict[str, jax.Array], known: Known) -> Examples:
       known: arrays `[users, examples]` and `[users, ...]`.
     """
     items = {name: table[known.items] for name, table in tables.items()}
-    unknown_context = jax.tree.map(jnp.zeros_like, known.context)  # contexts of past interactions are not known
+    unknown = jax.tree.map(jnp.zeros_like, known.context)
     position = jnp.arange(known.items.shape[1], dtype=jnp.int32)
-    return Examples(features(items, known.user, unknown_context, position), known.target, known.weight)
+    merged = features(items, known.user, unknown, position)
+    merged |= prefixed(CONTEXT, known.past or {})
+    return Examples(merged, known.target, known.weight)
 
 
 def score(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from metarec_jax.collaborative import factorise
+from metarec_jax.data.schema import ITEM_ID
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import look_up
 from metarec_jax.strategies.ials import need_design, only_ranks
@@ -84,7 +85,7 @@ def ease(
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Weighed:
         fitted, count, keep = params["tables"]["fitted"], positives(support), support.mask > 0
-        target, ids = jnp.where(keep, support.target, 0.0), support.features["item_id"]
+        target, ids = jnp.where(keep, support.target, 0.0), support.features[ITEM_ID]
         weight = weigh(params, support, half_life) * target
         scale = 4 * jnp.exp(at(params["scale"], count))[:, None]
         if rank is None:
@@ -97,12 +98,12 @@ def ease(
         if rank is None:
             personal = among(adapted.own, features)
         else:
-            right = look_up(params["tables"]["fitted"]["right"].__getitem__, features["item_id"], "categorical")
+            right = look_up(params["tables"]["fitted"]["right"].__getitem__, features[ITEM_ID], "categorical")
             personal = jnp.einsum("unf,uf->un", right, adapted.own)
         return personal + adapted.popularity[:, None] * popularity(params, features)
 
     def items(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
-        ids = features["item_id"]
+        ids = features[ITEM_ID]
         return ids if rank is None else params["tables"]["fitted"]["right"][ids], popularity(params, features)
 
     def score(params: Params, adapted: Weighed, side: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -9,6 +9,7 @@ import optax
 
 from metarec_jax.collaborative import factorise
 from metarec_jax.core.solve import inverse_cholesky, normal_per_key, solve
+from metarec_jax.data.schema import ITEM_ID, USER, prefixed
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import look_up, profile_of
 from metarec_jax.strategies.observed import popularity
@@ -102,8 +103,8 @@ def ials(
         content = ridge_regression(items, factors.items, CONTENT, count)
         vectors = np.where(count[:, None] > 0, factors.items, items @ content).astype(np.float32)
         vectors[0] = 0
-        user = {f"user/{name}": table for name, table in observed.profile.items()}
-        attributes = np.asarray(profile.apply({}, user | {"item_id": np.zeros(observed.users, np.int32)}))
+        user = prefixed(USER, observed.profile)
+        attributes = np.asarray(profile.apply({}, user | {ITEM_ID: np.zeros(observed.users, np.int32)}))
         mean = ridge_regression(attributes, factors.users, CONTENT)
         residual = factors.users - attributes @ mean
         covariance = np.cov(residual.T).reshape(rank, rank) if observed.users > 1 else np.zeros((rank, rank))
@@ -123,8 +124,8 @@ def ials(
 
     def vectors(params: Params, features: Features) -> jax.Array:
         fitted, unknown = params["tables"]["fitted"], lambda x: (x == 0).astype(jnp.float32)[..., None]
-        stored = look_up(fitted["vectors"].__getitem__, features["item_id"], "categorical")
-        return stored + look_up(unknown, features["item_id"], "categorical") * (embed({}, features) @ fitted["content"])
+        stored = look_up(fitted["vectors"].__getitem__, features[ITEM_ID], "categorical")
+        return stored + look_up(unknown, features[ITEM_ID], "categorical") * (embed({}, features) @ fitted["content"])
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Vector:
         fitted, count, keep = params["tables"]["fitted"], positives(support), support.mask > 0

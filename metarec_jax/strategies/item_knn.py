@@ -8,6 +8,7 @@ import optax
 
 from metarec_jax.collaborative import factorise
 from metarec_jax.collaborative.item_to_item import padded
+from metarec_jax.data.schema import ITEM_ID
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.ease import Weighed
 from metarec_jax.strategies.ials import need_design, only_ranks
@@ -73,7 +74,7 @@ def item_knn(
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Weighed:
         fitted, count, keep = params["tables"]["fitted"], positives(support), support.mask > 0
-        ids = jnp.where(keep, support.features["item_id"], 0)
+        ids = jnp.where(keep, support.features[ITEM_ID], 0)
         weight = weigh(params, support, half_life) * jnp.where(keep, support.target, 0.0)
         users = jnp.arange(len(ids))[:, None]
 
@@ -90,7 +91,7 @@ def item_knn(
         return among(adapted.own, features) + adapted.popularity[:, None] * popularity(params, features)
 
     def items(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
-        return features["item_id"], popularity(params, features)
+        return features[ITEM_ID], popularity(params, features)
 
     def score(params: Params, adapted: Weighed, side: tuple[jax.Array, jax.Array]) -> jax.Array:
         return adapted.own[:, side[0]] + adapted.popularity[:, None] * side[1]

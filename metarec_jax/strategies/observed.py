@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from metarec_jax.collaborative.factorise import log_popularity
+from metarec_jax.data.schema import ITEM_ID
 from metarec_jax.models.profile import look_up
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks.observed import Observed
@@ -18,7 +19,7 @@ def popularity(params: Params, features: Features) -> jax.Array:
     An unknown item gets the value of an item without positives.
     """
     table = params["tables"]["log_popularity"]
-    return look_up(lambda x: table[x][..., None], features["item_id"], "categorical")[..., 0]
+    return look_up(lambda x: table[x][..., None], features[ITEM_ID], "categorical")[..., 0]
 
 
 def among(scores: jax.Array, features: Features) -> jax.Array:
@@ -35,7 +36,7 @@ def among(scores: jax.Array, features: Features) -> jax.Array:
     def column(ids: jax.Array) -> jax.Array:
         return jnp.take_along_axis(scores, ids, 1)[..., None]
 
-    return look_up(column, features["item_id"], "categorical")[..., 0]
+    return look_up(column, features[ITEM_ID], "categorical")[..., 0]
 
 
 def tables(strategy: Strategy, observed: Observed) -> dict[str, Any]:

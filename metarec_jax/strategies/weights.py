@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from metarec_jax.data.schema import ITEM_ID, ORDER
 from metarec_jax.models.profile import look_up
 from metarec_jax.strategies.smooth import GAIN
 from metarec_jax.types import Examples, Params
@@ -44,9 +45,9 @@ def weigh(params: Params, support: Examples, half_life: float | None) -> jax.Arr
       half_life: initial h; None: no decay.
     """
     keep = support.mask > 0
-    item_weight = look_up(lambda x: params["weight"][x][..., None], support.features["item_id"], "categorical")[..., 0]
+    item_weight = look_up(lambda x: params["weight"][x][..., None], support.features[ITEM_ID], "categorical")[..., 0]
     log_weight = item_weight + (GAIN * params["dislike"] + DISLIKE) * (1 - jnp.where(keep, support.target, 0.0))
     if half_life is not None:
-        age = keep.sum(1, keepdims=True) - 1 - support.features["order"]
+        age = keep.sum(1, keepdims=True) - 1 - support.features[ORDER]
         log_weight -= jnp.log(2.0) / half_life * jnp.exp(GAIN * params["half_life"]) * jnp.maximum(age, 0)
     return jnp.where(keep, support.mask * jnp.exp(log_weight), 0.0)

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.schema import CONTEXT, ITEM, ITEM_ID, ORDER, STATISTICS, USER
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.tasks.splits import Histories
-from metarec_jax.tasks.statistics import NAME as STATISTICS
 from metarec_jax.tasks.statistics import ItemStatistics
 from metarec_jax.tasks.target import Target
 from metarec_jax.types import Examples, Task
@@ -38,18 +38,18 @@ def features(
       `item_id` `[users, examples]` int32, and one entry `item/NAME`, `user/NAME` or `context/NAME` for each field,
       `[users, examples, ...]`. Batches add `order` `[users, examples]`, the number of the user's earlier interactions.
     """
-    gathered = {"item_id": items.astype(np.int32)}
+    gathered = {ITEM_ID: items.astype(np.int32)}
     for name, table in data.item_features.items():
-        gathered[f"item/{name}"] = table[items]
+        gathered[ITEM + name] = table[items]
     for name, table in data.user_features.items():
         row = table[users][:, None]
-        gathered[f"user/{name}"] = np.broadcast_to(row, items.shape + row.shape[2:])
+        gathered[USER + name] = np.broadcast_to(row, items.shape + row.shape[2:])
     for field in data.context_fields:
         context = np.broadcast_to(field.unknown(), items.shape + field.unknown().shape)
         if index is not None:
             known = (index >= 0).reshape(index.shape + (1,) * (context.ndim - index.ndim))
             context = np.where(known, data.context_features[field.name][np.maximum(index, 0)], context)
-        gathered[f"context/{field.name}"] = context
+        gathered[CONTEXT + field.name] = context
     return gathered
 
 
@@ -197,12 +197,12 @@ def _examples(
     if rng is not None and unknown and data.context_fields:
         context_index = np.where(rng.random(item.shape) < unknown, -1, context_index)
     gathered = features(data, users, item, context_index)
-    gathered["order"] = np.where(mask, data.order[index], 0)
+    gathered[ORDER] = np.where(mask, data.order[index], 0)
     if rng is not None and unknown:
-        gathered["item_id"] = np.where(rng.random(item.shape) < unknown, UNKNOWN, gathered["item_id"])
+        gathered[ITEM_ID] = np.where(rng.random(item.shape) < unknown, UNKNOWN, gathered[ITEM_ID])
     rating = data.rating[index]
     values: Any = np.where(mask, target.grade(rating) if support else target.encode(rating), 0).astype(np.float32)
     weight: Any = mask.astype(np.float32)  # `Any`: a numpy array in a field typed for JAX arrays
     if statistics is not None:
-        gathered[f"item/{STATISTICS}"] = statistics.without(data.user[index], item, rating)
+        gathered[ITEM + STATISTICS] = statistics.without(data.user[index], item, rating)
     return Examples(gathered, values, weight)

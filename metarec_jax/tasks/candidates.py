@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from metarec_jax.data.schema import ORDER
 from metarec_jax.tasks.batching import Batch, features
 from metarec_jax.tasks.splits import Histories
 from metarec_jax.tasks.target import Target
@@ -98,8 +99,8 @@ def judged_on(batch: Batch, histories: Histories, chosen: Candidates) -> Batch:
     at, query = batch.positions, batch.task.query
     item, index, target, mask = (array[at] for array in chosen)
     gathered = features(histories.data, histories.users[at], item, index)
-    last = np.where(query.mask > 0, query.features["order"], 0).max(1)[: len(at), None]
-    gathered["order"] = np.where(index >= 0, histories.data.order[index], last).astype(query.features["order"].dtype)
+    last = np.where(query.mask > 0, query.features[ORDER], 0).max(1)[: len(at), None]
+    gathered[ORDER] = np.where(index >= 0, histories.data.order[index], last).astype(query.features[ORDER].dtype)
 
     def filled(x: np.ndarray) -> Any:
         return np.concatenate([x, np.zeros((len(query.mask) - len(x), *x.shape[1:]), x.dtype)])

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
+from metarec_jax.data.schema import ITEM, ITEM_ID, STATISTICS, prefixed
 from metarec_jax.tasks.splits import Histories
-from metarec_jax.tasks.statistics import NAME as STATISTICS
 from metarec_jax.tasks.statistics import ItemStatistics
 from metarec_jax.tasks.target import Target
 
@@ -35,7 +35,7 @@ class Observed(NamedTuple):
     @property
     def items(self) -> int:
         """Number of catalogue rows."""
-        return len(self.features["item_id"])
+        return len(self.features[ITEM_ID])
 
     def confidences(self) -> sp.csr_matrix:
         """Return the sparse matrix `[users, items]` of grades; interactions below the threshold count, too."""
@@ -74,10 +74,10 @@ def observe(histories: Histories, target: Target, statistics: ItemStatistics | N
     part = histories.take(first)
     owner = np.repeat(np.arange(len(users)), part.lengths)
     index = part.index[np.lexsort((data.order[part.index], owner))]
-    features = {"item_id": np.arange(len(data.items), dtype=np.int32)}
-    features |= {f"item/{name}": table for name, table in data.item_features.items()}
+    features = {ITEM_ID: np.arange(len(data.items), dtype=np.int32)}
+    features |= prefixed(ITEM, data.item_features)
     if statistics is not None:
-        features[f"item/{STATISTICS}"] = statistics.extend(data).item_features[STATISTICS]
+        features[ITEM + STATISTICS] = statistics.extend(data).item_features[STATISTICS]
     rating = data.rating[index]
     return Observed(
         owner,

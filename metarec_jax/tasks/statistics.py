@@ -6,10 +6,10 @@ import numpy as np
 
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import STATISTICS
 from metarec_jax.tasks.splits import Histories
 from metarec_jax.tasks.target import Target
 
-NAME = "training statistics"
 SHRINK = 5.0  # pseudo-count in the denominator of an item's mean
 
 
@@ -45,7 +45,7 @@ class ItemStatistics:
         items, mean = data.item[train.index], values.mean(0)
         total = _sums(items, values - mean, len(data.items))
         count = np.bincount(items, minlength=len(data.items)).astype(float)
-        field = Field.fit(NAME, _raw(total, count)[1:])
+        field = Field.fit(STATISTICS, _raw(total, count)[1:])
         pair, place, times = np.unique(
             data.user[train.index] * np.int64(len(data.items)) + items, return_inverse=True, return_counts=True
         )
@@ -58,7 +58,7 @@ class ItemStatistics:
         return replace(
             data,
             item_fields=(*data.item_fields, self.field),
-            item_features={**data.item_features, NAME: table},
+            item_features={**data.item_features, STATISTICS: table},
         )
 
     def without(self, users: np.ndarray, items: np.ndarray, rating: np.ndarray) -> np.ndarray:

@@ -5,15 +5,15 @@ import numpy as np
 
 import metarec_jax as mr
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import ITEM, STATISTICS
 from metarec_jax.models.design_matrix import MOST, design
-from metarec_jax.tasks.statistics import NAME
 
 FIELDS = {
     "item_id": Field("item_id", "categorical", 9, 1),
     "item/kind": Field("kind", "categorical", 4, 1),
     "item/tags": Field("tags", "multi", 4, 3),
     "item/price": Field("price", "dense", 0, 2),
-    f"item/{NAME}": Field(NAME, "dense", 0, 2),
+    ITEM + STATISTICS: Field(STATISTICS, "dense", 0, 2),
     "user/country": Field("country", "categorical", 3, 1),
     "context/device": Field("device", "categorical", 5, 1),
 }
@@ -24,7 +24,7 @@ def test_columns_are_codes_shares_of_codes_numbers_and_squares():
     kind, tags = np.array([[1, 3, 0]]), np.array([[[1, 3, 0], [2, 2, 2], [0, 0, 0]]])
     price = rng.normal(size=(1, 3, 2)).astype(np.float32)
     features = {"item_id": np.array([[4, 5, 0]]), "item/kind": kind, "item/tags": tags, "item/price": price}
-    features |= {f"item/{NAME}": price, "user/country": np.array([[2, 2, 2]]), "context/device": kind}
+    features |= {ITEM + STATISTICS: price, "user/country": np.array([[2, 2, 2]]), "context/device": kind}
     one_hot = np.eye(4)[kind[0]] * (kind[0] > 0)[:, None]  # an unknown code is in no column
     shares = np.array([[0, 0.5, 0, 0.5], [0, 0, 1, 0], [0, 0, 0, 0]])
     expected = np.concatenate([np.ones((3, 1)), one_hot, shares, price[0], price[0] ** 2], 1)

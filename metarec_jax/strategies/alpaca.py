@@ -73,6 +73,7 @@ def alpaca(
         of the logistic-normal integral. The paper treats regression, which is the squared error here.
       - The prior is parameterised by L, in whose coordinates the Hessian is never below the identity; the paper uses
         its precision.
+      - s is learned; the paper takes the noise as known.
 
     References:
       Harrison et al., Meta-Learning Priors for Efficient Online Bayesian Regression, WAFR 2018, section 3.

@@ -6,8 +6,9 @@ import optax
 
 from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
-from metarec_jax.strategies.decoder import adapt_context, decoder
-from metarec_jax.strategies.gradient import default_inner
+from metarec_jax.strategies.concatenated import reader
+from metarec_jax.strategies.decoder import adapt_context
+from metarec_jax.strategies.gradient import default_inner, learns_step_size
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
@@ -19,8 +20,9 @@ def cavia(
     inner: optax.GradientTransformation | None = None,
     steps: int = 5,
     size: int = 16,
-    learn_step_size: bool = True,
+    learn_step_size: bool | None = None,
     count: float = 0.0,
+    faithful: bool = False,
 ) -> Strategy:
     """Fast context adaptation: inner steps move only a context vector, which starts at zero for every user.
 
@@ -35,19 +37,21 @@ def cavia(
       inner: inner optimiser, any optax transformation (default SGD with 0.0625 over the loss's curvature).
       steps: inner steps.
       size: width of the context vector.
-      learn_step_size: meta-learn one factor that multiplies the inner optimiser's updates.
+      learn_step_size: meta-learn one factor that multiplies the inner optimiser's updates; None: unless `faithful`.
       count: see `maml`.
+      faithful: read c as an additional input of one layer, score(x) = v . relu(W [phi(x), c] + b) + b_0, without a
+        shared score, and fix the step size alpha, as in the paper's inner update. A user without support has c = 0.
 
     The aux of the loss has `failed`: how many users met a non-finite number in the inner loop and kept the zero
     context.
 
     Raises:
-      ValueError: the model lacks `embed` or `width`; `steps` or `size` is less than 1.
+      ValueError: the model lacks `embed` or `width`; `steps` or `size` is less than 1; or `faithful` with a learned
+        step size or a `count`.
 
     Differs from the paper:
-      - The context acts through `decoder`; in the paper it is an additional input of a layer, which is the `shift` term
-        of `decoder`.
-      - The step size is meta-learned by default.
+      - The context acts through `decoder`; in the paper it is an additional input of a layer (`faithful=True`).
+      - The step size is meta-learned by default, and fixed in the paper (`faithful=True`).
 
     References:
       Zintgraf et al., Fast Context Adaptation via Meta-Learning, ICML 2019, eq. 4 and 5.
@@ -55,15 +59,16 @@ def cavia(
     if steps < 1 or size < 1:
         raise ValueError(f"need steps >= 1 and size >= 1, got {steps=}, {size=}")
     inner = default_inner(loss, 0.0625) if inner is None else inner
-    network = decoder(model, size)
+    network = reader(model, size, faithful=faithful)
+    learns = learns_step_size(faithful, learn_step_size, count)
 
     def init(key: jax.Array) -> Params:
         params = {"network": network.init(key)}
-        return params | {"log_step_size": jnp.zeros(())} if learn_step_size else params
+        return params | {"log_step_size": jnp.zeros(())} if learns else params
 
     def solve(params: Params, support: Examples) -> tuple[jax.Array, jax.Array]:
         start = jnp.zeros((support.mask.shape[0], size))
-        step_size = jnp.exp(params["log_step_size"]) if learn_step_size else 1.0
+        step_size = jnp.exp(params["log_step_size"]) if learns else 1.0
         options = {"loss": loss, "optimizer": inner, "steps": steps, "step_size": step_size, "count": count}
         return adapt_context(network, params["network"], start, support, **options)
 

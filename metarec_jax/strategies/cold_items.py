@@ -59,6 +59,7 @@ def metaemb(
       - The model is trained together with the generator; the paper freezes a trained model.
       - The step size a is learned.
       - z has its own embeddings of the attributes.
+      - There is no `faithful` form: the paper generates embeddings for a model that is already trained with IDs.
 
     References:
       Pan et al., Warm Up Cold-start Advertisements: Improving CTR Predictions via Learning to Learn ID Embeddings,

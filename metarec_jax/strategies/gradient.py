@@ -102,6 +102,21 @@ def from_inner_loop(
     return from_adapt(model, loss, init, adapt)
 
 
+def learns_step_size(faithful: bool, learn_step_size: bool | None, count: float) -> bool:
+    """Return whether step sizes are meta-learned: `learn_step_size`; if that is None, unless `faithful`.
+
+    Raises:
+      ValueError: `faithful` with `learn_step_size=True` or a `count`, neither of which is in the paper.
+    """
+    if faithful and learn_step_size:
+        raise ValueError(
+            "faithful=True fixes the step size, and learn_step_size=True learns it; leave one of them at its default"
+        )
+    if faithful and count != 0:
+        raise ValueError(f"faithful=True takes the plain mean support loss, got {count=}; leave count at 0")
+    return not faithful if learn_step_size is None else learn_step_size
+
+
 def one_each(fast: Params) -> Params:
     """Return a 0 for each array: the logarithm of a factor that starts at 1."""
     return jax.tree.map(lambda _: jnp.zeros(()), fast)
@@ -113,11 +128,12 @@ def maml(
     loss: PointwiseLoss = optax.losses.squared_error,
     inner: optax.GradientTransformation | None = None,
     steps: int = 5,
-    learn_step_size: bool = True,
+    learn_step_size: bool | None = None,
     first_order: bool = False,
     groups: Collection[str] = ALL,
     count: float = 0.0,
     form: Params = "auto",
+    faithful: bool = False,
 ) -> Strategy:
     """Model-agnostic meta-learning with the exact second-order meta-gradient.
 
@@ -130,30 +146,36 @@ def maml(
         its square root has no derivative where a gradient is zero, and the meta-gradient would be NaN.
       steps: inner steps.
       learn_step_size: meta-learn one factor per adapted parameter array. It multiplies the inner optimiser's updates
-        and starts at 1.
+        and starts at 1. None: learn it unless `faithful`.
       first_order: treat inner gradients as constants.
       groups: which groups of parameters adapt; the rest is shared by all users and never copied.
       count: pseudo-count in the denominator of the mean support loss, so that users with few examples move less: a step
         size that suits thirty examples is far too long for one. 0 is the published mean; a count of 5 serves users with
         few examples much better (benchmarks/RESULTS.md). It does not change Adam's steps.
       form: how adapted weights are stored, see `core.adapt`; the result is the same.
+      faithful: fix the step size, as in eq. 1 of the paper: `learn_step_size=False`, and no `count`.
+
+    Raises:
+      ValueError: unknown groups, a model without `groups` where they are needed, or `faithful` with a learned step size
+        or a `count`.
 
     The aux of the loss has `failed`: how many users met a non-finite number in the inner loop and were not adapted.
 
     Differs from the paper:
       Step sizes are meta-learned by default, one per array, as in MAML++ (there per layer and step: Antoniou et al.,
-      How to train your MAML, ICLR 2019, section 4). `learn_step_size=False` gives the fixed step size of the paper.
+      How to train your MAML, ICLR 2019, section 4). `faithful=True` fixes it.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
     """
     inner = default_inner(loss) if inner is None else inner
+    learns = learns_step_size(faithful, learn_step_size, count)
 
     def learned(fast: Params) -> dict[str, Params]:
-        return {"log_step_size": one_each(fast)} if learn_step_size else {}
+        return {"log_step_size": one_each(fast)} if learns else {}
 
     def options(params: Params) -> dict[str, Any]:
-        size = jax.tree.map(jnp.exp, params["log_step_size"]) if learn_step_size else 1.0
+        size = jax.tree.map(jnp.exp, params["log_step_size"]) if learns else 1.0
         return {
             "optimizer": inner, "steps": steps, "step_size": size, "first_order": first_order, "count": count,
             "form": form,
@@ -168,15 +190,20 @@ def fomaml(
     loss: PointwiseLoss = optax.losses.squared_error,
     inner: optax.GradientTransformation | None = None,
     steps: int = 5,
-    learn_step_size: bool = True,
+    learn_step_size: bool | None = None,
     groups: Collection[str] = ALL,
     count: float = 0.0,
+    faithful: bool = False,
 ) -> Strategy:
     """First-order MAML: `maml` without second-order terms, with the query gradient at the adapted weights.
 
+    Args:
+      model, loss, inner, steps, learn_step_size, groups, count: see `maml`.
+      faithful: fix the step size, as in section 5.2 of the paper; see `maml`.
+
     Differs from the paper:
-      Step sizes are meta-learned by default, as in `maml`. Their gradient also treats inner gradients as constants,
-      which is exact for one step.
+      Step sizes are meta-learned by default, as in `maml`; `faithful=True` fixes them. Their gradient also treats inner
+      gradients as constants, which is exact for one step.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017, section 5.2.
@@ -190,6 +217,7 @@ def fomaml(
         first_order=True,
         groups=groups,
         count=count,
+        faithful=faithful,
     )
 
 
@@ -199,19 +227,31 @@ def anil(
     loss: PointwiseLoss = optax.losses.squared_error,
     inner: optax.GradientTransformation | None = None,
     steps: int = 5,
-    learn_step_size: bool = True,
+    learn_step_size: bool | None = None,
     count: float = 0.0,
+    faithful: bool = False,
 ) -> Strategy:
     """ANIL: `maml` that adapts the head only.
 
+    Args:
+      model, loss, inner, steps, learn_step_size, count: see `maml`.
+      faithful: fix the step size, as in section 4.1 of the paper; see `maml`.
+
     Differs from the paper:
-      Step sizes are meta-learned by default, as in `maml`.
+      Step sizes are meta-learned by default, as in `maml`; `faithful=True` fixes them.
 
     References:
       Raghu et al., Rapid Learning or Feature Reuse?, ICLR 2020.
     """
     return maml(
-        model, loss=loss, inner=inner, steps=steps, learn_step_size=learn_step_size, groups=("head",), count=count
+        model,
+        loss=loss,
+        inner=inner,
+        steps=steps,
+        learn_step_size=learn_step_size,
+        groups=("head",),
+        count=count,
+        faithful=faithful,
     )
 
 
@@ -221,13 +261,18 @@ def melu(
     loss: PointwiseLoss = optax.losses.squared_error,
     inner: optax.GradientTransformation | None = None,
     steps: int = 5,
-    learn_step_size: bool = True,
+    learn_step_size: bool | None = None,
     count: float = 0.0,
+    faithful: bool = False,
 ) -> Strategy:
     """MeLU: `maml` that shares the embeddings and adapts the decision layers and the head.
 
+    Args:
+      model, loss, inner, steps, learn_step_size, count: see `maml`.
+      faithful: fix the step size, as in algorithm 1 of the paper; see `maml`.
+
     Differs from the paper:
-      Step sizes are meta-learned by default, as in `maml` and MAML++; the paper fixes them.
+      Step sizes are meta-learned by default, as in `maml` and MAML++; `faithful=True` fixes them.
 
     References:
       Lee et al., MeLU: Meta-Learned User Preference Estimator for Cold-Start Recommendation, KDD 2019.
@@ -240,4 +285,5 @@ def melu(
         learn_step_size=learn_step_size,
         groups=("decision", "head"),
         count=count,
+        faithful=faithful,
     )

@@ -7,8 +7,9 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import constant, profile_of
-from metarec_jax.strategies.decoder import decoder, score_one
-from metarec_jax.strategies.gradient import default_inner
+from metarec_jax.strategies.concatenated import reader
+from metarec_jax.strategies.decoder import score_one
+from metarec_jax.strategies.gradient import default_inner, learns_step_size
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
@@ -21,8 +22,9 @@ def limaml(
     steps: int = 5,
     size: int = 16,
     hidden: int = 32,
-    learn_step_size: bool = True,
+    learn_step_size: bool | None = None,
     count: float = 0.0,
+    faithful: bool = False,
 ) -> Strategy:
     """A meta block adapted as in MAML, whose fixed-size output a global network shared by all users reads.
 
@@ -39,19 +41,24 @@ def limaml(
       steps: inner steps.
       size: width of the meta embedding.
       hidden: width of the block's hidden layer.
-      learn_step_size: meta-learn one factor per array of the block, which multiplies the inner optimiser's updates.
+      learn_step_size: meta-learn one factor per array of the block, which multiplies the inner optimiser's updates;
+        None: unless `faithful`.
       count: see `maml`.
+      faithful: read e_u as an additional input of the global network, score(x) = v . relu(W [phi(x), e_u] + b) + b_0,
+        without a shared score, and fix the step size, as in section 3 of the paper. A user without support has the
+        block's output before adaptation.
 
     The aux of the loss has `failed`: how many users met a non-finite number in the inner loop and were not adapted.
 
     Raises:
-      ValueError: the model lacks `embed` or `width`; `steps`, `size` or `hidden` is less than 1.
+      ValueError: the model lacks `embed` or `width`; `steps`, `size` or `hidden` is less than 1; or `faithful` with a
+        learned step size or a `count`.
 
     Differs from the paper:
       - The block reads the user's attributes only; in the paper its input features are chosen by the application.
       - The embedding corrects the shared model's scores through `decoder`; in the paper it is an additional input of
-        the global network.
-      - Step sizes are meta-learned by default.
+        the global network (`faithful=True`).
+      - Step sizes are meta-learned by default, and fixed in the paper (`faithful=True`).
 
     References:
       Wang et al., LiMAML: Personalization of Deep Recommender Models via Meta Learning, KDD 2024, section 3.
@@ -59,7 +66,8 @@ def limaml(
     if steps < 1 or size < 1 or hidden < 1:
         raise ValueError(f"steps, size and hidden must be 1 or more, got {steps=}, {size=}, {hidden=}")
     inner = default_inner(loss, 0.0625) if inner is None else inner
-    network, profile = decoder(model, size), model.profile or constant()
+    network, profile = reader(model, size, faithful=faithful), model.profile or constant()
+    learns = learns_step_size(faithful, learn_step_size, count)
 
     def init(key: jax.Array) -> Params:
         keys = jax.random.split(key, 4)
@@ -70,7 +78,7 @@ def limaml(
             "b2": jnp.zeros(size),
         }
         params = {"block": block, "network": network.init(keys[2]), "profile": profile.init(keys[3])}
-        return params | {"log_step_size": jax.tree.map(lambda _: jnp.zeros(()), block)} if learn_step_size else params
+        return params | {"log_step_size": jax.tree.map(lambda _: jnp.zeros(()), block)} if learns else params
 
     def solve(params: Params, support: Examples) -> tuple[jax.Array, jax.Array]:
         attributes = profile_of(profile, params["profile"], support)
@@ -88,9 +96,7 @@ def limaml(
             optimizer=inner,
             steps=steps,
             adapted={"block": True, "network": False},
-            step_size={"block": jax.tree.map(jnp.exp, params["log_step_size"]), "network": None}
-            if learn_step_size
-            else 1.0,
+            step_size={"block": jax.tree.map(jnp.exp, params["log_step_size"]), "network": None} if learns else 1.0,
             count=count,
             form="plain",  # the block is small; with low-rank fast weights every step would be compiled separately
         )

@@ -49,6 +49,7 @@ def mamlpp(
       - The meta-gradient is of second order throughout; the paper starts with first-order epochs.
       - Annealing the outer learning rate is left to the outer optimiser.
       - There is no per-step batch normalisation.
+      - There is no `faithful` form: both schedules need the epoch, and the networks have no batch normalisation.
 
     References:
       Antoniou et al., How to Train Your MAML, ICLR 2019, section 4: multi-step loss optimization, and learning

@@ -8,9 +8,11 @@ from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import constant, profile_of
 from metarec_jax.strategies.decoder import need_embed
-from metarec_jax.strategies.gradient import default_inner
+from metarec_jax.strategies.gradient import default_inner, learns_step_size
 from metarec_jax.strategies.strategy import Adapted, Strategy
-from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task, mean_loss
+
+MEMORIES = ("profile", "bias_term", "preference")  # M_P, M_U and M_UI
 
 
 def mamo(
@@ -19,13 +21,14 @@ def mamo(
     loss: PointwiseLoss = optax.losses.squared_error,
     inner: optax.GradientTransformation | None = None,
     steps: int = 5,
-    learn_step_size: bool = True,
+    learn_step_size: bool | None = None,
     first_order: bool = False,
     memories: int = 4,
     size: int = 16,
     hidden: int = 32,
     tau: float = 1.0,
     count: float = 0.0,
+    faithful: bool = False,
 ) -> Strategy:
     """Memory-augmented meta-optimisation: the profile reads each user's initial weights from shared memories.
 
@@ -43,17 +46,28 @@ def mamo(
       size: width of e_u.
       hidden: rows of the preference matrix.
       tau: factor of the bias term b_u in the initial weights.
+      faithful: leave f out, fix the step sizes, and write the memories by attention instead of training them, as in the
+        paper's updates, see below. Without support, the score is that of the user's initial weights.
+
+    The attentive writes, for one user:
+
+        M_P <- alpha a_u p_u' + (1 - alpha) M_P,   M_U <- beta a_u (dL_support / dtheta_u)' + (1 - beta) M_U
+        M_UI <- gamma a_u M_uI + (1 - gamma) M_UI
+
+    with the gradient at the initial weights and M_uI after the inner steps. A batch writes the mean over its users. The
+    writes are gradients of the memories, so the outer optimiser sets alpha, beta and gamma: with `optax.sgd(0.1)` they
+    are 0.1; Adam follows their direction.
 
     The aux of the loss has `failed`, as in `maml`.
 
     Raises:
-      ValueError: the model lacks `embed` or `width`, or a size is not positive.
+      ValueError: the model lacks `embed` or `width`, a size is not positive, or `faithful` with a learned step size or
+        a `count`.
 
     Differs from the paper:
-      - There is no attentive memory write: the memories are parameters trained by the meta-gradient.
-      - The score of a shared model f is added.
-      - f and phi are not adapted; the paper adapts item embeddings too.
-      - Step sizes are meta-learned by default.
+      - Unless `faithful`, there is no attentive memory write: the memories are parameters trained by the meta-gradient.
+      - Unless `faithful`, the score of a shared model f is added and step sizes are meta-learned.
+      - phi is not adapted; the paper adapts item embeddings too.
       - If the profile is a single number, attention uses the product instead of the cosine.
 
     References:
@@ -64,6 +78,7 @@ def mamo(
         raise ValueError(f"memories, size and hidden must be positive, got {memories=}, {size=}, {hidden=}")
     embed, width = need_embed(model)
     inner = default_inner(loss) if inner is None else inner
+    learns = learns_step_size(faithful, learn_step_size, count)
     encoder = constant() if model.profile is None else model.profile
 
     def init(key: jax.Array) -> Params:
@@ -81,7 +96,7 @@ def mamo(
             "preference": normal(keys[5], (memories, size + width, hidden)) / (size + width) ** 0.5,
             "head": {"weight": 0.1 * normal(keys[6], (hidden,)), "bias": jnp.zeros(())},
         }
-        if learn_step_size:
+        if learns:
             params["log_step_size"] = jax.tree.map(lambda _: jnp.zeros(()), own(params))
         return params
 
@@ -96,9 +111,7 @@ def mamo(
             optimizer=inner,
             steps=steps,
             adapted={"shared": False, "own": True},
-            step_size={"shared": 1.0, "own": jax.tree.map(jnp.exp, params["log_step_size"])}
-            if learn_step_size
-            else 1.0,
+            step_size={"shared": 1.0, "own": jax.tree.map(jnp.exp, params["log_step_size"])} if learns else 1.0,
             first_order=first_order,
             count=count,
         )
@@ -110,7 +123,8 @@ def mamo(
 
     def inner_features(params: Params, user: Params, features: Features) -> Features:
         """Return the features that the inner loop reads; the shared model is evaluated once, outside the loop."""
-        phi, shared = embed(params["model"], features), model.apply(params["model"], features)
+        phi = embed(params["model"], features)
+        shared = jnp.zeros(phi.shape[:2]) if faithful else model.apply(params["model"], features)
         repeated = {name: jnp.broadcast_to(x[:, None], (*shared.shape, x.shape[-1])) for name, x in user.items()}
         return repeated | {"phi": phi, "shared": shared}
 
@@ -128,12 +142,38 @@ def mamo(
         z = jax.nn.relu(x @ read(a, shared["preference"]) + x @ delta["preference"])
         return features["shared"] + z @ delta["head"]["weight"] + delta["head"]["bias"]
 
-    def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        fast, user = adapt(params, task.support, key)
-        scores = predict(params, (fast, user), task.query.features)
-        return core.query_loss(scores, task.query, loss), {"failed": fast.failed.sum()}
+    def written(params: Params, task: Task, fast: core.fastweights.Adapted, user: Params) -> Params:
+        """Return the mean over users of what each writes to the memories."""
+        real = jnp.any(task.query.mask > 0, axis=1)
+        share = user["attention"] * (real / jnp.maximum(real.sum(), 1))[:, None]
+        examples = task.support._replace(features=inner_features(params, user, task.support.features))
+        start = own(params)
 
-    return Strategy(init, adapt, predict, meta_loss)
+        def support_loss(change: Params, examples: Examples) -> jax.Array:
+            scores = score({"shared": params, "own": start | {"user": change}}, examples.features)
+            return mean_loss(loss, scores, examples)
+
+        slope = jax.vmap(jax.grad(support_loss), (None, 0))(start["user"], examples)
+        change = core.weights({"shared": params, "own": start}, fast)["own"]["preference"]
+        preference = jax.vmap(read, (0, None))(user["attention"], params["preference"])
+        values = {"profile": user["profile"], "bias_term": slope, "preference": preference + change}
+        return jax.tree.map(lambda x: jnp.tensordot(share.T, x, 1), values)
+
+    def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        memories = {name: params[name] for name in MEMORIES}
+        constants = params | jax.lax.stop_gradient(memories) if faithful else params
+        fast, user = adapt(constants, task.support, key)
+        scores = predict(constants, (fast, user), task.query.features)
+        value, aux = core.query_loss(scores, task.query, loss), {"failed": fast.failed.sum()}
+        if not faithful:
+            return value, aux
+        # <M, M - write> with M - write held constant: its gradient in M is that difference
+        change = jax.tree.map(jnp.subtract, memories, written(constants, task, fast, user))
+        products = jax.tree.map(jnp.vdot, memories, jax.lax.stop_gradient(change))
+        surrogate = sum(jax.tree.leaves(products)) * jnp.any(task.query.mask > 0)
+        return value + surrogate - jax.lax.stop_gradient(surrogate), aux
+
+    return Strategy(init, adapt, predict, meta_loss, outer="own" if faithful else "query")
 
 
 def own(params: Params) -> Params:

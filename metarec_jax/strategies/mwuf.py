@@ -45,6 +45,7 @@ def mwuf(
       - The shift also reads the mean of phi_i weighted by the target y_i, because an interaction may be negative
         evidence.
       - The step size a is learned.
+      - There is no `faithful` form: the paper trains in stages, and its training tasks have ID embeddings of their own.
 
     References:
       Zhu et al., Learning to Warm Up Cold Item Embeddings for Cold-start Recommendation with Meta Scaling and Shifting

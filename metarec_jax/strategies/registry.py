@@ -19,12 +19,13 @@ from metarec_jax.strategies.mamo import mamo
 from metarec_jax.strategies.metasgd import meta_sgd
 from metarec_jax.strategies.metric import lwa, nlba, prototypes
 from metarec_jax.strategies.mwuf import mwuf
-from metarec_jax.strategies.process import anp, cnp, tanp
+from metarec_jax.strategies.process import anp, cnp
 from metarec_jax.strategies.reptile import reptile
 from metarec_jax.strategies.ridge import ridge
 from metarec_jax.strategies.softmax_ridge import softmax_ridge
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.structure import gated, meta_reg, sparse_maml
+from metarec_jax.strategies.tanp import tanp
 from metarec_jax.strategies.transfer import finetune, finetune_head, lora, pretrain
 from metarec_jax.strategies.transitions import transitions
 from metarec_jax.strategies.wrappers.ensemble import ensemble, fit_weights, given, mixture
@@ -36,37 +37,39 @@ from metarec_jax.strategies.wrappers.stack import stack
 from metarec_jax.tasks.objective import Ranking
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    "ridge": ridge,
-    "maml": maml,
-    "fomaml": fomaml,
-    "reptile": reptile,
-    "anil": anil,
-    "melu": melu,
-    "meta_sgd": meta_sgd,
-    "mamlpp": mamlpp,
-    "imaml": imaml,
-    "cavia": cavia,
-    "limaml": limaml,
-    "in_context": in_context,
+    # lead a table of benchmarks/RESULTS.md, or are level with its leader
     "alpaca": alpaca,
     "prototypes": prototypes,
-    "lwa": lwa,
-    "nlba": nlba,
-    "mamo": mamo,
-    "cnp": cnp,
-    "anp": anp,
-    "tanp": tanp,
+    "ensemble": mixture,
+    "ridge": ridge,
+    "cavia": cavia,
+    "maml": maml,
+    "anil": anil,
+    "melu": melu,
+    "lora": lora,
     "metaemb": metaemb,
     "gme": gme,
     "mwuf": mwuf,
-    "sparse_maml": sparse_maml,
-    "meta_reg": meta_reg,
-    "gated": gated,
-    "ensemble": mixture,
+    # lead no table of benchmarks/RESULTS.md; kept for comparison and research
+    "fomaml": fomaml,
+    "reptile": reptile,
+    "meta_sgd": meta_sgd,
+    "mamlpp": mamlpp,
+    "imaml": imaml,
+    "limaml": limaml,
+    "lwa": lwa,
+    "nlba": nlba,
+    "cnp": cnp,
+    "anp": anp,
+    "tanp": tanp,
+    "mamo": mamo,
+    "in_context": in_context,
     "pretrain": pretrain,
     "finetune": finetune,
     "finetune_head": finetune_head,
-    "lora": lora,
+    "gated": gated,
+    "sparse_maml": sparse_maml,
+    "meta_reg": meta_reg,
 }
 
 RANKING: dict[str, Callable[..., Strategy]] = {  # strategies that can only rank

@@ -20,6 +20,7 @@ def ridge(
     steps: int = 1,
     penalty: float = 1.0,
     bias_penalty: float = 1.0,
+    faithful: bool = False,
 ) -> Strategy:
     """Per-user correction of the shared model's head, by `steps` Newton steps on the penalised support loss.
 
@@ -36,14 +37,17 @@ def ridge(
       loss: elementwise loss of scores and targets, convex in the score; used for both the head and the meta-loss.
       steps: Newton steps; more than one matters only for losses that are not quadratic.
       penalty: initial l.
-      bias_penalty: initial l_b.
+      bias_penalty: initial l_b; not used if `faithful`.
+      faithful: solve the whole head, f = 0, with one penalty l_b = l, as in the paper's ridge regression
+        (X'X + lambda I)^-1 X'y and logistic regression. Without support, the score is 0.
 
     Raises:
       ValueError: the model lacks `embed`, or a number is not positive.
 
     Differs from the paper:
-      The head is a correction of a shared model's score, with a separate penalty for the bias. The paper solves the
-      whole head and penalises its distance from zero.
+      - Unless `faithful`, the head is a correction of a shared model's score, with a separate penalty for the bias. The
+        paper solves the whole head and penalises its distance from zero.
+      - There is no learned scale and offset of the score, which R2-D2 needs because it regresses classes.
 
     References:
       Bertinetto et al., Meta-learning with Differentiable Closed-form Solvers, ICLR 2019, sections 3.2 and 3.3.
@@ -55,12 +59,20 @@ def ridge(
     embed = model.embed
 
     def init(key: jax.Array) -> Params:
-        log_penalty = {"delta": jnp.log(jnp.float32(penalty)), "bias": jnp.log(jnp.float32(bias_penalty))}
+        log_penalty = {"delta": jnp.log(jnp.float32(penalty))}
+        if not faithful:
+            log_penalty["bias"] = jnp.log(jnp.float32(bias_penalty))
         return {"model": model.init(key), "log_penalty": log_penalty}
 
+    def inputs(params: Params, features: Features) -> tuple[jax.Array, jax.Array]:
+        """Return phi `[users, examples, width]` and f `[users, examples]`."""
+        phi = embed(params["model"], features)
+        return phi, jnp.zeros(phi.shape[:2], phi.dtype) if faithful else model.apply(params["model"], features)
+
     def adapt(params: Params, support: Examples, key: jax.Array) -> Head:
-        phi, shared = embed(params["model"], support.features), model.apply(params["model"], support.features)
+        phi, shared = inputs(params, support.features)
         prior = jax.tree.map(jnp.exp, params["log_penalty"])
+        prior = {"bias": prior["delta"]} | prior
         users, _, width = phi.shape
         head = {"delta": jnp.zeros((users, width), phi.dtype), "bias": jnp.zeros(users, phi.dtype)}
         for _ in range(steps):
@@ -68,7 +80,7 @@ def ridge(
         return head
 
     def predict(params: Params, head: Head, features: Features) -> jax.Array:
-        return correct(head, embed(params["model"], features), model.apply(params["model"], features))
+        return correct(head, *inputs(params, features))
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         scores = predict(params, adapt(params, task.support, key), task.query.features)

@@ -14,7 +14,14 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.decoder import need_embed
-from metarec_jax.strategies.gradient import ALL, default_inner, from_adapt, from_inner_loop, one_each
+from metarec_jax.strategies.gradient import (
+    ALL,
+    default_inner,
+    from_adapt,
+    from_inner_loop,
+    learns_step_size,
+    one_each,
+)
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 
@@ -28,9 +35,10 @@ def sparse_maml(
     inner: optax.GradientTransformation | None = None,
     steps: int = 5,
     groups: Collection[str] = ALL,
-    masks: str = "row",
+    masks: str | None = None,
     start: float = 0.1,
     count: float = 0.0,
+    faithful: bool = False,
 ) -> Strategy:
     """Sparse MAML: `maml` that learns which parameters adapt.
 
@@ -48,21 +56,29 @@ def sparse_maml(
       groups: which groups of parameters may adapt.
       masks: one mask parameter for each "array", "row" of an array (an input of a layer, a code of a table), "column"
         (an output, a dimension of the embedding) or "weight". With "weight" every user needs a full copy of the adapted
-        weights; with the others, fast weights of layers stay factored, see `core.adapt`.
+        weights; with the others, fast weights of layers stay factored, see `core.adapt`. None: "row", or "weight" if
+        `faithful`.
       start: 0 or more. Everything adapts at first, and keeps adapting until training moves its m below -start.
       count: see `maml`.
+      faithful: learn one mask for each weight and fix the step size a, as in the paper's update
+        w - a 1[m >= 0] * grad L, whose m starts at `start` here.
 
     Raises:
-      ValueError: a negative `start`, unknown `masks` or `groups`, or a model without `groups`.
+      ValueError: a negative `start`, unknown `masks` or `groups`, a model without `groups`, or `faithful` with other
+        masks or a `count`.
 
-    Differs from the paper:
-      - Masks are shared by rows by default; the paper has one for each weight (`masks="weight"`).
+    Differs from the paper, unless `faithful`:
+      - Masks are shared by rows; the paper has one for each weight.
       - The step size has a learned factor for each array.
 
     References:
       von Oswald et al., Learning where to learn: Gradient sparsity in meta and continual learning, NeurIPS 2021,
       section 3.
     """
+    if faithful and masks not in (None, "weight"):
+        raise ValueError(f"faithful=True has one mask for each weight, got {masks=}; leave it out")
+    masks = masks or ("weight" if faithful else "row")
+    learns = learns_step_size(faithful, None, count)
     if masks not in MASKS:
         raise ValueError(f"masks must be one of {', '.join(MASKS)}, got {masks!r}")
     if start < 0:
@@ -80,11 +96,12 @@ def sparse_maml(
         return jnp.zeros(shape)
 
     def learned(fast: Params) -> dict[str, Params]:
-        return {"mask": jax.tree.map(mask_params, fast), "log_step_size": one_each(fast)}
+        masks = {"mask": jax.tree.map(mask_params, fast)}
+        return masks | {"log_step_size": one_each(fast)} if learns else masks
 
     def options(params: Params) -> dict[str, Any]:
         mask = jax.tree.map(lambda m: straight_through(start + m), params["mask"])
-        size = jax.tree.map(lambda m, s: m * jnp.exp(s), mask, params["log_step_size"])
+        size = jax.tree.map(lambda m, s: m * jnp.exp(s), mask, params["log_step_size"]) if learns else mask
         form = "plain" if masks == "weight" else "auto"
         return {"optimizer": inner, "steps": steps, "step_size": size, "count": count, "form": form}
 

@@ -9,7 +9,7 @@ import optax
 
 from metarec_jax import core
 from metarec_jax.models.model import Model
-from metarec_jax.strategies.gradient import ALL, default_inner, leaves_of, maml
+from metarec_jax.strategies.gradient import ALL, default_inner, learns_step_size, leaves_of, maml
 from metarec_jax.strategies.likelihood import as_truth
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
@@ -109,10 +109,13 @@ def lora(
     groups: Collection[str] = ("decision", "head"),
     seed: int = 0,
     count: float = 0.0,
+    alpha: float | None = None,
+    faithful: bool = False,
 ) -> Strategy:
     """LoRA: `finetune` with a low-rank change of each weight matrix.
 
-        W_u = W + A_u B_u,   A_u [in, rank] starts at A ~ N(0, 1 / in), the same for all users,   B_u [rank, out] at 0
+        W_u = W + alpha / rank A_u B_u
+        A_u [in, rank] starts at A ~ N(0, 1 / in), the same for all users,   B_u [rank, out] at 0
 
     The inner steps adapt A_u and B_u; W is shared. Leaves with fewer axes (biases) adapt directly. So do matrices with
     a side of at most `rank` (a head with one output), whose factors would be no smaller.
@@ -127,37 +130,47 @@ def lora(
         they have.
       seed: seed of A.
       count: see `maml`.
+      alpha: numerator of the scale; None: rank, the scale is 1.
+      faithful: adapt A_u and B_u of every matrix of the groups and nothing else, with the scale alpha / rank, as in
+        equation 3 and section 4.1 of the paper. A user without support has B_u = 0.
 
     Raises:
-      ValueError: a rank below 1, unknown groups, or a model without `groups` where they are needed.
+      ValueError: a rank below 1, an alpha that is not positive, unknown groups, a model without `groups` where they are
+        needed, or `faithful` with a `count`. `adapt` raises it if `faithful` finds no matrix in the groups.
 
     Differs from the paper:
-      - Biases, and matrices no larger than their factors, adapt directly; the paper freezes them.
-      - The low-rank change has no scale alpha / rank.
+      - Unless `faithful`, biases, and matrices no larger than their factors, adapt directly; the paper freezes them.
+      - A_u starts at the same A for all users, with variance 1 / in; the paper trains one task and gives no variance.
 
     References:
       Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, section 4.1.
     """
     if rank < 1:
         raise ValueError(f"rank must be 1 or more, got {rank}")
+    if alpha is not None and alpha <= 0:
+        raise ValueError(f"alpha must be positive, got {alpha}")
+    learns_step_size(faithful, None, count)  # refuse a count
     inner, adapted_leaves = default_inner(loss) if inner is None else inner, leaves_of(model, groups)
 
     def start(params: Params) -> tuple[LowRank, LowRank]:
         """Return the initial values of a user's adaptation, and a mask of the leaves that adapt."""
         flags, tree = jax.tree.flatten(adapted_leaves(params["model"]))
         leaves = enumerate(zip(jax.tree.leaves(params["model"]), flags, strict=True))
-        matrices = {i: w for i, (w, flag) in leaves if flag and w.ndim == 2 and min(w.shape) > rank}
+        matrices = {i: w for i, (w, flag) in leaves if flag and w.ndim == 2 and (faithful or min(w.shape) > rank)}
+        if faithful and not matrices:
+            raise ValueError(f"faithful=True adapts matrices alone, and the groups {sorted(groups)} have none")
         # A is drawn here and is not a parameter: its gradient is 0, and a weight penalty would shrink it to zero
         keys = {i: jax.random.fold_in(jax.random.key(seed), i) for i in matrices}
         a = {i: jax.random.normal(keys[i], (len(w), rank), w.dtype) / len(w) ** 0.5 for i, w in matrices.items()}
         b = {i: jnp.zeros((rank, w.shape[1]), w.dtype) for i, w in matrices.items()}
-        direct = jax.tree.unflatten(tree, [flag and i not in matrices for i, flag in enumerate(flags)])
+        others = [flag and i not in matrices and not faithful for i, flag in enumerate(flags)]
+        direct = jax.tree.unflatten(tree, others)
         return LowRank(params["model"], a, b), LowRank(direct, True, True)
 
     def apply(low: LowRank, features: Features) -> jax.Array:
         leaves, tree = jax.tree.flatten(low.model)
         for i, a in low.a.items():
-            leaves[i] += a @ low.b[i]
+            leaves[i] += a @ low.b[i] if alpha is None else alpha / rank * (a @ low.b[i])
         return model.apply(jax.tree.unflatten(tree, leaves), features)
 
     def adapt(params: Params, support: Examples, key: jax.Array) -> Adapted:

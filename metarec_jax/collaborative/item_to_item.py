@@ -118,13 +118,16 @@ def vectors(sequences: Sequences, rank: int, power: int = 3, seed: int = 0) -> n
     return scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-9)
 
 
-def product(a: sp.spmatrix, b: sp.spmatrix, size: int, transform: Callable | None = None) -> sp.csr_matrix:
+def product(
+    a: sp.spmatrix, b: sp.spmatrix, size: int, transform: Callable | None = None, diagonal: bool = False
+) -> sp.csr_matrix:
     """Return the `size` largest entries of each row of `transform(a @ b)`, without the diagonal and column 0.
 
     Args:
       a, b: `[rows, n]` and `[n, rows]`.
       size: maximum number of entries per row; only entries above 0 are kept.
       transform: `transform(entries, columns) -> entries`; must map 0 to 0.
+      diagonal: keep the diagonal.
     """
     parts = []
     for start in range(0, a.shape[0], BLOCK):
@@ -133,9 +136,27 @@ def product(a: sp.spmatrix, b: sp.spmatrix, size: int, transform: Callable | Non
         row = np.repeat(np.arange(part.shape[0]), np.diff(part.indptr))
         if transform is not None:
             part.data = transform(part.data, part.indices).astype(np.float32)
-        part.data[(part.indices == start + row) | (part.indices == 0)] = 0
+        part.data[(part.indices == 0) | ((part.indices == start + row) & (not diagonal))] = 0
         parts.append(top(part, size))
     return sp.vstack(parts, format="csr")
+
+
+def similar_rows(a: sp.csr_matrix, size: int, transform: Callable | None = None) -> sp.csr_matrix:
+    """Return `product(a, a.T, size, transform)`, computed once for equal rows of `a`.
+
+    Items of a few categories have few distinct rows, each of them similar to thousands of items.
+    """
+    a.sort_indices()
+    spans = zip(a.indptr[:-1], a.indptr[1:], strict=True)
+    number: dict[tuple[bytes, bytes], int] = {}
+    which = np.array(
+        [number.setdefault((a.indices[s:e].tobytes(), a.data[s:e].tobytes()), len(number)) for s, e in spans]
+    )
+    _, first = np.unique(which, return_index=True)
+    every = product(a[first], a.T.tocsr(), size + 1, transform, diagonal=True)[which]
+    row = np.repeat(np.arange(every.shape[0]), np.diff(every.indptr))
+    every.data[every.indices == row] = 0
+    return top(every, size)
 
 
 def stochastic(matrix: sp.spmatrix) -> sp.csr_matrix:

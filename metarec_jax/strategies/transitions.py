@@ -15,11 +15,13 @@ from metarec_jax.collaborative.item_to_item import (
     attribute_rows,
     padded,
     product,
+    similar_rows,
     stochastic,
     top,
     vectors,
 )
 from metarec_jax.collaborative.item_to_item import transitions as counted
+from metarec_jax.data.schema import ITEM, ITEM_ID
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.ease import MEMORY
 from metarec_jax.strategies.ials import need_design, only_ranks
@@ -30,6 +32,7 @@ from metarec_jax.types import Examples, Features, Params, PointwiseLoss
 
 FAST, SLOW, BACK = 0.5, 6.0, 0.5  # decay per step within 5; time constant within 20; weight of preceding items
 SHARPNESS = 4.0  # power of a cosine
+FACTOR = 1 << 22  # entries of a table that is multiplied by another; 20 to 500 neighbours per row are kept
 BLOCK = 2048  # users looked up at once
 TOGETHER = 512  # users are padded to a multiple of this, so that folds of the training users share a compiled program
 FLOOR = 1e-4  # added to a probability, so that targets no expert reaches do not shape the gates
@@ -92,7 +95,7 @@ def transitions(
     def tables(sequences: Sequences, chosen: list[str], attributes: sp.csr_matrix | None) -> list[sp.csr_matrix]:
         counts = sequences.counts()
         slow = counted(sequences, 20, lambda d: np.exp(-(d - 1) / SLOW), 0.5)
-        step = stochastic(slow + BACK * slow.T)
+        step = stochastic(top(slow + BACK * slow.T, int(np.clip(FACTOR // sequences.rows, 20, 500))))
 
         def sharp(cosine: np.ndarray, column: np.ndarray) -> np.ndarray:
             return np.maximum(cosine, 0) ** SHARPNESS * np.sqrt(counts[column] + 1)
@@ -113,7 +116,7 @@ def transitions(
             return product(neighbours, step, size) if expert == "attribute_first" else product(step, neighbours, size)
 
         if attributes is not None:
-            similar = product(attributes, attributes.T.tocsr(), size, sharp)
+            similar = similar_rows(attributes, size, sharp)
         return [stochastic(sp.csr_matrix(counts_of(e))) for e in chosen]
 
     def fit(observed: Observed) -> Params:
@@ -123,9 +126,7 @@ def transitions(
         kept = observed.positive
         starts = np.searchsorted(observed.user[kept], np.arange(observed.users + 1))
         sequences = Sequences(starts, observed.item[kept], observed.items)
-        codes = [
-            x for n, x in observed.features.items() if n.startswith("item/") and np.issubdtype(x.dtype, np.integer)
-        ]
+        codes = [x for n, x in observed.features.items() if n.startswith(ITEM) and np.issubdtype(x.dtype, np.integer)]
         chosen = [e for e in experts if codes or not e.startswith("attribute")]
         attributes = attribute_rows(codes) if any(e.startswith("attribute") for e in chosen) else None
         before, target = sequences.without_last()
@@ -147,7 +148,7 @@ def transitions(
         liked = (support.mask > 0) & (support.target > 0.5)
         position = jnp.where(liked, jnp.arange(liked.shape[1]), -1)
         latest = jnp.argsort(position, axis=1)[:, -lags:]  # padding first, the most recent last
-        history, mask = (jnp.take_along_axis(x, latest, 1) for x in (support.features["item_id"], liked))
+        history, mask = (jnp.take_along_axis(x, latest, 1) for x in (support.features[ITEM_ID], liked))
         weight = jnp.take_along_axis(support.mask, latest, 1)
         scores = _scores(fitted, jnp.where(mask, history, 0), jnp.where(mask & (history > 0), weight, 0.0))
         return scores.at[:, 0].set(scores[:, 1:].min(1))  # row 0 is the unknown item
@@ -156,7 +157,7 @@ def transitions(
         return among(adapted, features)
 
     def items(params: Params, features: Features) -> jax.Array:
-        return features["item_id"]
+        return features[ITEM_ID]
 
     def score(params: Params, adapted: jax.Array, side: jax.Array) -> jax.Array:
         return adapted[:, side]

@@ -43,6 +43,7 @@ def save(predictor: Predictor, path: str | Path) -> None:
         "seed": trained.seed,
         "limits": trained.limits,
         "history": trained.history,
+        "refitted": trained.refitted,
     }
     parts = {} if rater is None else {RATER: lambda folder: save(rater, folder)}
     saving.write(path, config, trained.catalogue, trained.params, predictor.stock, parts)
@@ -82,8 +83,9 @@ def load(
     limits = tuple(config["limits"])
     trained_rater = None if rater is None else rater.trained
     trained = Trained(
-        built, params, catalogue, target, protocol, config["seed"], recipe, limits, config["history"], trained_rater
-    )
+        built, params, catalogue, target, protocol, config["seed"], recipe, limits, config["history"], trained_rater,
+        refitted=config.get("refitted", False),
+    )  # fmt: skip
     return Predictor(trained, stock, rater), config["version"]
 
 
@@ -102,5 +104,7 @@ def _choices(recipe: dict[str, Any], strategy: Any, model: Any, arrays: Any, pat
         if function is None and name == "stack" and "members" not in (options or {}):  # models saved by older versions
             weights = [key for key in arrays if key.startswith("params['weights']")]
             options = {**(options or {}), "members": list(MEMBERS)[: len(weights)]}
+        if function is None and name == "stack":
+            options = {"novelty": 0.0, **(options or {})}  # older versions had none
         chosen |= {what: function or name, f"{what}_options": options}
     return chosen

@@ -37,6 +37,7 @@ class Strategy(NamedTuple):
       contrast: whether it fits the support targets and therefore needs negatives among them, which `ranked` samples.
       outer: what the meta-loss differentiates, which `ranked` keeps. "query": the query loss after adaptation.
         "shared": the loss of the shared model before adaptation. "own": an update rule, not a loss of query scores.
+      novelty: weight of log popularity that is subtracted from the scores and not from those in `ranking_loss`.
     """
 
     init: Callable[[jax.Array], Params]
@@ -53,3 +54,4 @@ class Strategy(NamedTuple):
     contrast: bool = True
     sample: Callable[[Params, Adapted, jax.Array, jax.Array], Adapted] | None = None
     outer: Literal["query", "shared", "own"] = "query"
+    novelty: float = 0.0

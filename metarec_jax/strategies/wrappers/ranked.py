@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metarec_jax.data.schema import ITEM_ID
 from metarec_jax.strategies.catalogue import adapt, features, last, score, score_shared, support_of
 from metarec_jax.strategies.observed import popularity
 from metarec_jax.strategies.smooth import at, counts, positives, smooth
@@ -123,8 +124,8 @@ def with_negatives(
       ratio: weight of a user's negatives over that of the positives.
     """
     users = len(examples.mask)
-    rows = jax.random.randint(key, (count,), 1, len(items["item_id"]))
-    has = (examples.features["item_id"][:, :, None] == rows) & (examples.mask > 0)[:, :, None]
+    rows = jax.random.randint(key, (count,), 1, len(items[ITEM_ID]))
+    has = (examples.features[ITEM_ID][:, :, None] == rows) & (examples.mask > 0)[:, :, None]
     weight = ratio * positives(examples)[:, None] / count * ~has.any(1)
     extended = {}
     for name, value in examples.features.items():
@@ -150,9 +151,9 @@ def ranking_loss(
     def loss(params: Params, task: RankingTask, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         hide, draw, rest = jax.random.split(key, 3)
         items = dict(params[TABLES]["items"])
-        rows = len(items["item_id"])
+        rows = len(items[ITEM_ID])
         hidden = jax.random.bernoulli(hide, objective.unknown, (rows,))  # the same items for all users
-        items["item_id"] = jnp.where(hidden, 0, items["item_id"])
+        items[ITEM_ID] = jnp.where(hidden, 0, items[ITEM_ID])
         known = task.known
         if strategy.outer == "own":
             return strategy.loss(params, _pointwise(items, task), rest)
@@ -166,10 +167,11 @@ def ranking_loss(
         else:
             adapted = adapt(strategy, params, items, known, rest)
         mask = task.query.mask * ~_contains(task.known, task.query.rows)
+        discount = strategy.novelty * popularity(params, items)  # not part of the loss
         fits = rows <= FULL and rows * len(mask) <= CELLS
         sample = objective.sample if objective.sample is not None else (None if fits else SAMPLE)
         if sample is None or sample >= rows:
-            scores = score_shared(strategy, params, adapted, known, items)
+            scores = score_shared(strategy, params, adapted, known, items) + discount
             users = jnp.arange(len(scores))[:, None]
             seen = jnp.where(task.known.weight > 0, task.known.items, 0)  # row 0 is the unknown item
             scores = scores.at[:, 0].set(-jnp.inf).at[users, seen].set(-jnp.inf)
@@ -179,8 +181,8 @@ def ranking_loss(
             drawn, log_chance = _drawn(objective.by, sample, params[TABLES]["log_popularity"], task, draw)
             others = score_shared(strategy, params, adapted, known, {name: x[drawn] for name, x in items.items()})
             taken = _contains(task.known, drawn) | _is_query(task, drawn)
-            others = jnp.where(taken, -jnp.inf, others - log_chance - jnp.log(len(drawn)))
-            chosen = score(strategy, params, items, adapted, known, task.query.rows)
+            others = jnp.where(taken, -jnp.inf, others + discount[drawn] - log_chance - jnp.log(len(drawn)))
+            chosen = score(strategy, params, items, adapted, known, task.query.rows) + discount[task.query.rows]
             others_and_query = jnp.concatenate([others, jnp.where(mask > 0, chosen, -jnp.inf)], 1)
             total = jax.nn.logsumexp(others_and_query, axis=1)
         log_chosen = jnp.where(mask > 0, chosen - total[:, None], 0.0)

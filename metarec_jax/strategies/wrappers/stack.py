@@ -13,6 +13,7 @@ from metarec_jax.strategies.content import content
 from metarec_jax.strategies.ease import ease
 from metarec_jax.strategies.ials import ials, only_ranks
 from metarec_jax.strategies.item_knn import item_knn
+from metarec_jax.strategies.observed import popularity
 from metarec_jax.strategies.smooth import at, positives, smooth
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.strategies.transitions import EXPERTS, transitions
@@ -27,6 +28,7 @@ SMALL = 2_000
 DENSE = 6_000  # largest catalogue for which "ease" has an items x items matrix
 RANK = 256  # components of "ease" in larger catalogues
 FULL = 20_000  # largest catalogue for which "transitions" compares the vectors of all pairs of items
+NOVELTY = 0.1  # default exponent of the popularity that lists are discounted by
 ENTRIES = 1 << 27  # upper bound on the entries of a member's neighbour tables
 
 
@@ -36,10 +38,14 @@ def stack(
     loss: PointwiseLoss = optax.losses.squared_error,
     members: Sequence[str | Strategy] | None = None,
     options: Sequence[dict[str, Any]] | None = None,
+    novelty: float = NOVELTY,
 ) -> Strategy:
     """Weighted sum of the members' scores; the weights are smooth functions of the number n of positives.
 
-        score(x) = sum_m g_m(n) score_m(x),   g_m = exp(delta_m(n)) / members
+        score(x) = sum_m g_m(n) score_m(x) - novelty log p(x),   g_m = exp(delta_m(n)) / members
+
+    p is the popularity of an item. The loss is that of the sum alone, so that the discount makes lists less alike and
+    changes nothing in training.
 
     Members and weights are trained together by the loss of `Ranking`. In training, what a member learns in closed form
     (its `fit`) comes from the other folds of the training users, so that no weight is learned on scores of a member
@@ -53,13 +59,17 @@ def stack(
         histories, and they did not improve MovieLens-100K. A member that is trained already is
         `metarec_jax.given(strategy, params)`; its weight is learned on users that it has seen.
       options: keyword arguments of the members given by name, one dict per member (default: `default_options`).
+      novelty: exponent of the popularity that a user's probabilities of items are divided by; 0 or more.
 
     Raises:
       ValueError: an unknown name, a member that does not rank, or a number of options other than that of members.
 
     References:
       Wolpert, Stacked Generalization, Neural Networks 1992 (weights from held-out scores).
+      Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021, section 4.1 (novelty).
     """
+    if not novelty >= 0:
+        raise ValueError(f"novelty is an exponent of 0 or more, got {novelty!r}")
     arguments = of_catalogue(model.items or 0, members, options)
     members, member_options = arguments["members"], arguments["options"]
     if len(member_options) != len(members) or not members:
@@ -100,15 +110,16 @@ def stack(
 
     def predict(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         each = zip(rankers, of_members(params), adapted[0], strict=True)
-        return weighted_sum([m.predict(p, a, features) for m, p, a in each], adapted[1])
+        total = weighted_sum([m.predict(p, a, features) for m, p, a in each], adapted[1])
+        return total - novelty * popularity(params, features)
 
-    def items(params: Params, features: Features) -> list[Any]:
+    def items(params: Params, features: Features) -> tuple[list[Any], jax.Array]:
         each = zip(rankers, of_members(params), strict=True)
-        return [m.items(p, features) for m, p in each if m.items]
+        return [m.items(p, features) for m, p in each if m.items], popularity(params, features)
 
-    def score(params: Params, adapted: Adapted, side: list[Any]) -> jax.Array:
-        each = zip(rankers, of_members(params), adapted[0], side, strict=True)
-        return weighted_sum([m.score(p, a, s) for m, p, a, s in each if m.score], adapted[1])
+    def score(params: Params, adapted: Adapted, side: tuple[list[Any], jax.Array]) -> jax.Array:
+        each = zip(rankers, of_members(params), adapted[0], side[0], strict=True)
+        return weighted_sum([m.score(p, a, s) for m, p, a, s in each if m.score], adapted[1]) - novelty * side[1]
 
     def deviation(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         each = zip(rankers, of_members(params), adapted[0], adapted[1].T, strict=True)
@@ -131,6 +142,7 @@ def stack(
         score=score if explicit else None,
         fit=fit,
         ranks=True,
+        novelty=novelty,
         sample=sample if any(m.sample for m in rankers) else None,
     )
 
@@ -139,6 +151,7 @@ def of_catalogue(
     items: int,
     members: Sequence[str | Strategy] | None = None,
     options: Sequence[dict[str, Any]] | None = None,
+    novelty: float = NOVELTY,
 ) -> dict[str, Any]:
     """Return arguments of `stack`, with defaults filled in for a catalogue of `items` rows.
 
@@ -149,6 +162,7 @@ def of_catalogue(
     return {
         "members": list(members),
         "options": [default_options(m, items) for m in members] if options is None else list(options),
+        "novelty": novelty,
     }
 
 

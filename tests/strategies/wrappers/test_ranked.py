@@ -10,7 +10,7 @@ import scipy.stats
 
 import metarec_jax as mr
 from metarec_jax.strategies.catalogue import adapt, score, score_shared
-from metarec_jax.strategies.observed import tables
+from metarec_jax.strategies.observed import popularity, tables
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.wrappers.labels import SHIFTS
 from metarec_jax.strategies.wrappers.ranked import _drawn, ranking_loss, with_negatives
@@ -136,6 +136,21 @@ def test_the_full_loss_equals_numpy_in_float64(focus):
     task, params = random_task(12), toy_params(12)
     value, _ = ranking_loss(toy(), mr.Ranking(focus=focus, unknown=0.0))(params, task, KEY)
     np.testing.assert_allclose(value, loss_by_hand(params, task, focus), rtol=1e-5)
+
+
+@pytest.mark.parametrize("sample", [None, 5])
+def test_a_discount_of_popular_items_is_no_part_of_the_loss(sample):
+    task, params, plain = random_task(12), toy_params(12), toy()
+
+    def predict(params, adapted, features):
+        return plain.predict(params, adapted, features) - 0.3 * popularity(params, features)
+
+    discounted = plain._replace(predict=predict, novelty=0.3)
+    objective = mr.Ranking(sample=sample, unknown=0.2)
+    values = [ranking_loss(s, objective)(params, task, KEY)[0] for s in (plain, discounted)]
+    np.testing.assert_allclose(*values, rtol=1e-5)
+    without_add_back = ranking_loss(discounted._replace(novelty=0.0), objective)(params, task, KEY)[0]
+    assert abs(without_add_back - values[0]) > 1e-3
 
 
 def test_the_weights_of_the_focus_are_held_constant():
@@ -355,7 +370,7 @@ def test_every_strategy_learns_to_rank(name, tmp_path):
         assert np.isfinite(entry["loss"])
         assert 0 <= entry["ndcg@100"] <= 1
     histories = [{}, {1: 5.0, 2: 1.0, 7: 4.0}, {i: 5.0 for i in range(1, 26)}]
-    lists = trained.recommend(histories, k=10)
+    lists = trained.batch.recommend(histories, k=10)
     for history, got in zip(histories, lists, strict=True):
         items = [r.item for r in got]
         assert len(items) == len(set(items)) == min(10, 30 - len(history))
@@ -367,4 +382,4 @@ def test_every_strategy_learns_to_rank(name, tmp_path):
     trained.save(tmp_path / "model")
     loaded = mr.load(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, trained.params)
-    assert loaded.recommend(histories, k=10) == lists
+    assert loaded.batch.recommend(histories, k=10) == lists

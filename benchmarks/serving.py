@@ -65,7 +65,7 @@ def process(recommender: mr.Recommender) -> None:
     users = histories(recommender, 2048)
     turns = iter(users * 2)
     one = timed(lambda: recommender.recommend(next(turns), k=10), 1000)
-    several = timed(lambda: recommender.recommend(users, k=10), 5)
+    several = timed(lambda: recommender.batch.recommend(users, k=10), 5)
     print("\n| in process | median, ms | p99, ms | users/s |\n|---|---|---|---|")
     what = f"one user: adapt, top 10 of {len(recommender.stock) - 1:,} items"
     print(f"| {what} | {spread(one)} | {1 / np.median(one):,.0f} |")

@@ -34,11 +34,8 @@ def epochs_bar(show: bool, epochs: int, kind: str) -> Iterator[Report | None]:
         task = bar.add_task("", total=epochs, note="compiling")
 
         def report(epoch: int, entry: dict[str, float]) -> None:
-            bar.update(
-                task,
-                completed=epoch + 1,
-                note=f"loss {entry['loss']:.4f}  validation {metric} {entry[metric]:.4f}",
-            )
+            validation = f"  validation {metric} {entry[metric]:.4f}" if metric in entry else ""
+            bar.update(task, completed=epoch + 1, note=f"loss {entry['loss']:.4f}{validation}")
 
         yield report
 

@@ -15,3 +15,7 @@ class ModelFileError(ValueError):
 
 class StoreError(Exception):
     """A user store that cannot be opened, read or written; the message says what to do."""
+
+
+class UnknownItemWarning(UserWarning):
+    """Items of a history are unknown to the model."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from metarec_jax.batch import Batch, Context, warn_of_unknown
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.errors import DataError
 from metarec_jax.evaluation import holdout
@@ -14,9 +15,9 @@ from metarec_jax.inference import export
 from metarec_jax.inference.evidence import evidence
 from metarec_jax.inference.explain import Explanation
 from metarec_jax.inference.histories import History
-from metarec_jax.inference.predictor import Attributes, EncodedUser, Predictor
+from metarec_jax.inference.predictor import Attributes, Predictor
 from metarec_jax.inference.ranker import Explore
-from metarec_jax.inference.recommendations import Choice, Recommendation, Where, as_table, checked_count
+from metarec_jax.inference.recommendations import Choice, Recommendation, Where, checked_count
 from metarec_jax.inference.stock import Stock
 from metarec_jax.metrics.ranking import SIZES
 from metarec_jax.metrics.table import Table
@@ -31,13 +32,12 @@ from metarec_jax.tasks.candidates import Among
 from metarec_jax.tasks.protocols import Protocol
 from metarec_jax.tasks.splits import Split
 from metarec_jax.tasks.target import Target
+from metarec_jax.training.train import refit
 from metarec_jax.training.trained import Trained
 from metarec_jax.types import Params
 
 if TYPE_CHECKING:
     import polars as pl
-
-Context = Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,11 @@ class Recommender:
         return (
             f"Recommender({name}, {self.trained.target.kind}, {len(self.predictor.stock) - 1:,} items, {epochs} epochs)"
         )
+
+    @property
+    def batch(self) -> Batch:
+        """The calls of this recommender for many users."""
+        return Batch(self.predictor, Memory(self.users, self.half_life))
 
     @property
     def strategy(self) -> Strategy:
@@ -108,44 +113,43 @@ class Recommender:
 
     def recommend(
         self,
-        history: History | Sequence[History],
+        history: History,
         k: int = 10,
         *,
-        user: Attributes | Sequence[Attributes] = None,
+        user: Attributes = None,
         context: Context = None,
         exclude_seen: bool = True,
-        where: Where | Sequence[Where] | None = None,
+        where: Where | None = None,
         only: Sequence[Any] | None = None,
         block: Sequence[Any] = (),
         diversity: float = 0.0,
         explore: Explore | None = None,
         strength: float = 1.0,
-        seed: int | Sequence[int | None] | None = None,
+        seed: int | None = None,
         deviation: bool = False,
         approximate: bool = False,
         by: Literal["score", "rating"] | float = "score",
-    ) -> Any:
-        """Recommend the `k` best items of the stock to one new user, or to each of a batch.
+    ) -> list[Any]:
+        """Recommend the `k` best items of the stock to one new user; `batch` has the same call for many.
 
         Args:
-          history: ratings of one user, `{item: rating}` or `[(item, rating), ...]` with raw item ids; or a list of
-            histories, one per user. An empty history is a cold start. The last rating of an item counts. Unknown items
-            count as ratings of an unknown item. Only the last 512 interactions are used.
+          history: `{item: rating}`, `[(item, rating), ...]` or `[item, ...]` with raw item ids, or a table; see
+            `metarec_jax.inference.histories.encode_history`. `(item, rating, {"device": "phone"})` has a context. An
+            empty history is a cold start. The last rating of an item counts. Unknown items count as ratings of an
+            unknown item, with an `UnknownItemWarning`. Only the last 512 interactions are used.
           k: number of items; fewer are returned if fewer are left.
-          user: attributes of the user, `{"age": 30}`, or a list, one per user. Omitted attributes are unknown.
-          context: context of the call, shared by all users, `{"device": "phone"}`. Omitted fields are unknown, as are
-            the contexts of the history.
+          user: attributes of the user, `{"age": 30}`. Omitted attributes are unknown.
+          context: context of the call, `{"device": "phone"}`. Omitted fields are unknown.
           exclude_seen: exclude the items of the history.
           where: filter by item fields, `{"genres": ["Comedy", "Romance"], "price": (None, 20.0)}`: any of the
-            categories, within the bounds. Or a list of filters, one per user.
+            categories, within the bounds.
           only, block: ids of the available items (default: all), and of unavailable items.
           diversity: weight of the similarity penalty (MMR), from 0 (best scores) to 1 (items unlike each other). The
             candidates are the 10 k best items, at least 100 and at most 1,000.
           explore: "ucb" ranks by score + strength * deviation. "thompson" ranks by the scores of a user vector drawn
             from the posterior; the strategy must have one, as `alpaca`, `ials` and `stack` do.
           strength: factor of the deviation, or of the draw's difference from the posterior mean.
-          seed: seed of the draw, shared by all users or one per user (default: fresh seeds). A user's draw does not
-            depend on the other users.
+          seed: seed of the draw (default: a fresh one).
           deviation: return `UncertainRecommendation`s.
           approximate: use `jax.lax.approx_max_k`: faster on a TPU, may miss one item in twenty.
           by: "score"; "rating", the expected rating of `predict`, which favours items that few users know and like
@@ -154,7 +158,7 @@ class Recommender:
             use the rating with "rating", else the score.
 
         Returns:
-          A list of `Recommendation`, best first; for a batch, a list of such lists.
+          A list of `Recommendation`, best first.
 
         Raises:
           DataError: an item id of another type than in training; a rating that is not finite or off the scale; an
@@ -166,59 +170,49 @@ class Recommender:
           Carbonell and Goldstein, The Use of MMR, SIGIR 1998, section 2. Item similarity is the cosine of the vectors
           that the network computes of each item alone (`Ranker.vectors`).
         """
-        single, people = self.predictor.people(history, user)
+        person = self.predictor.person(history, user)
+        warn_of_unknown([person])
         choice = Choice(
             exclude_seen, where, only, block, diversity, explore, strength, seed, deviation, approximate, by
         )
-        lists = self.predictor.top(people, k, context, choice)
-        return lists[0] if single else lists
+        return self.predictor.top([person], k, context, choice)[0]
 
-    def recommend_to(
-        self, users: UserId | Sequence[UserId], k: int = 10, *, context: Context = None, **choice: Any
-    ) -> Any:
-        """Recommend the `k` best items to a known user, or to each of a list of users.
+    def recommend_to(self, user: UserId, k: int = 10, *, context: Context = None, **choice: Any) -> list[Any]:
+        """Recommend the `k` best items to a known user.
 
         Known users are those of the dataset and of `update`. Their history is the interactions in the dataset, then the
         events of `update`. A loaded model holds no interactions and knows only the users of `update`.
 
         Args:
-          users: raw id or a list of ids; an unseen user is a cold start.
+          user: raw id; an unseen user is a cold start.
           k, context, **choice: see `recommend`.
 
         Raises:
           DataError, ValueError: as `recommend`; an id that is not an integer or string.
           StoreError: the store cannot be read.
         """
-        single, people = self._remembered(users)
-        lists = self.predictor.top(people, k, context, Choice(**choice))
-        return lists[0] if single else lists
+        return self.batch.recommend_to([_one_id(user, "recommend_to")], k, context=context, **choice)[0]
 
     def recommend_all(
-        self, k: int = 10, users: Sequence[UserId] | None = None, *, context: Context = None, **choice: Any
+        self, k: int = 10, users: Sequence[UserId] | None = None, *, path: str | Path | None = None, **options: Any
     ) -> "pl.DataFrame":
         """Recommend the `k` best items to many users; return a table of user_id, item_id, rank (from 1) and score.
 
         Args:
-          k, context, **choice: see `recommend_to`.
+          k: see `recommend`.
           users: raw ids of one type (default: all users of the dataset; required for a loaded model, which holds none).
+          path: Parquet file to write the table to; it is replaced once the new one is complete.
+          **options: `progress`, whether to show a bar; `context` and the options of `recommend`.
         """
         if users is None and not len(self.catalogue.rating):
             raise DataError("a loaded model holds no users: recommend_all(k, users=[...])")
-        if isinstance(users, str) or not isinstance(users, Iterable | None):
-            raise DataError(f"users: expected a list of ids, got {users!r}")
-        ids = self.catalogue.users.ids.tolist() if users is None else [checked_id(u, None, "user") for u in users]
-        lists = self.recommend_to(ids, k, context=context, **choice) if ids else []
-        return as_table(ids, lists, self.stock.trained.ids.dtype.kind == "U")
+        ids = self.catalogue.users.ids.tolist() if users is None else users
+        return self.batch.table(ids, k, path=path, **options)
 
     def predict(
-        self,
-        history: History | Sequence[History],
-        items: Sequence[Any],
-        *,
-        user: Attributes | Sequence[Attributes] = None,
-        context: Context = None,
-    ) -> Any:
-        """Predict ratings, or click probabilities, of given items for one new user, or for each of a batch.
+        self, history: History, items: Sequence[Any], *, user: Attributes = None, context: Context = None
+    ) -> list[float]:
+        """Predict ratings, or click probabilities, of given items for one new user; `batch` has the same call for many.
 
         `recommend` ranks what the user would choose; `predict` tells how much the user would like it. Models of clicks
         or ratings predict themselves; a ranking asks its `rater`. Bare item ids in a history count as rated highest.
@@ -228,28 +222,22 @@ class Recommender:
           items: raw ids, in any order; repeats are allowed.
 
         Returns:
-          A list of numbers in the order of `items`; a list of such lists for a batch. Ratings are clipped to the scale.
+          Numbers in the order of `items`. Ratings are clipped to the scale.
 
         Raises:
           DataError: as `recommend`; an item that is not in the stock.
           ValueError: a ranking without a rating model (data of a single rating value, or trained with `ratings=None`).
         """
-        single, people = self.predictor.people(history, user)
-        ratings = self.predictor.expected(people, items, context)
-        return ratings[0] if single else ratings
+        person = self.predictor.person(history, user)
+        warn_of_unknown([person])
+        return self.predictor.expected([person], items, context)[0]
 
-    def predict_for(self, users: UserId | Sequence[UserId], items: Sequence[Any], *, context: Context = None) -> Any:
-        """Call `predict` for a known user, or for each of a list of users; see `recommend_to`."""
-        single, people = self._remembered(users)
-        ratings = self.predictor.expected(people, items, context)
-        return ratings[0] if single else ratings
+    def predict_for(self, user: UserId, items: Sequence[Any], *, context: Context = None) -> list[float]:
+        """Call `predict` for a known user; see `recommend_to`."""
+        return self.batch.predict_for([_one_id(user, "predict_for")], items, context=context)[0]
 
     def similar_items(self, item: Any, k: int = 10) -> list[Recommendation]:
-        """Return the `k` items most similar to a given item, independent of any user.
-
-        The score is the cosine of the vectors that the network computes of each item alone (`Ranker.vectors`). With the
-        default strategy these reflect who chose an item and the item's fields.
-        """
+        """Return the `k` items most similar to a given item, by the cosine of their vectors (`Ranker.vectors`)."""
         return self.predictor.similar(item, k)
 
     def explain(
@@ -270,15 +258,14 @@ class Recommender:
             return self.predictor.explain(self.predictor.person(who, user), item, context)
         if user is not None:
             raise DataError("user: attributes go with a history only; set those of a known user with describe_user")
-        _, (person,) = self._remembered(who)  # type: ignore[arg-type]
+        (person,) = self.batch.remembered([who])  # type: ignore[list-item]
         return self.predictor.explain(person, item, context)
 
     def ask(self, k: int = 10, data: Dataset | None = None) -> list[Recommendation]:
         """Return up to `k` items to ask a new user about, most informative first: MeLU's evidence candidates.
 
-        They have many ratings by training users, and each rating alone moves the adapted parameters far
-        (`metarec_jax.inference.evidence`, the score). Fewer are returned if fewer have ratings. `data` is as in
-        `evaluate`. Raises `ValueError` if the strategy adapts nothing.
+        They have many ratings, and each alone moves the adapted parameters far (`metarec_jax.inference.evidence`).
+        `data` is as in `evaluate`. Raises `ValueError` if the strategy adapts nothing.
         """
         checked_count(k)
         value = evidence(self.strategy, self.params, self.split(data, "ask(k, data)").train, self.target)
@@ -334,6 +321,17 @@ class Recommender:
           items: columns, `{"item_id": [...], "title": [...], "genres": [[...], ...]}`; see `Stock.add`.
         """
         return replace(self, predictor=self.predictor.extended(items))
+
+    def refit(self, progress: bool = True) -> "Recommender":
+        """Train again on all users, also those of validation and test, up to the best epoch of the training.
+
+        Evaluate before: the result refuses to. Items of `add_items` are left out; add them again.
+
+        Raises:
+          OptionError: a recommender that was loaded, reweighted or refitted.
+        """
+        trained = refit(self.trained, progress)
+        return replace(self, trained=trained, predictor=Predictor(trained))
 
     def evaluate(
         self,
@@ -392,8 +390,9 @@ class Recommender:
         """Write the item vectors as Parquet or npz; see `inference.export.export_vectors`."""
         export.export_vectors(self.predictor, path)
 
-    def _remembered(self, users: UserId | Sequence[UserId]) -> tuple[bool, list[EncodedUser]]:
-        """Return whether one user is given, and the encoded users."""
-        single = isinstance(users, str) or not isinstance(users, Iterable)
-        ids = [checked_id(u, None, "user") for u in ([users] if single else users)]  # type: ignore[union-attr, list-item]
-        return single, Memory(self.users, self.half_life).users(self.predictor, ids)
+
+def _one_id(user: Any, call: str) -> UserId:
+    """Return a user id; raise `DataError` for a list of them."""
+    if isinstance(user, Iterable) and not isinstance(user, str | bytes):
+        raise DataError(f"user: expected one id, got {user!r}; several users: recommender.batch.{call}(users)")
+    return user

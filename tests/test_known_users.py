@@ -43,7 +43,7 @@ def test_a_user_of_the_dataset_is_known_by_id(recommender, table):
     found = recommender.recommend_to("u003", k=5)
     assert_alike(found, recommender.recommend(own, k=5))
     assert not {r.item for r in found} & set(own)
-    nobody, other = recommender.recommend_to(["nobody", "u004"], k=5)
+    nobody, other = recommender.batch.recommend_to(["nobody", "u004"], k=5)
     assert_alike(nobody, recommender.recommend([], k=5))
     assert all(int(r.item[1:]) % 2 == 0 for r in other)
     assert {cause.item for cause in recommender.explain("u003", found[0].item).causes} == set(own)
@@ -64,7 +64,7 @@ def test_attributes_and_ratings_of_the_dataset_count():
     user = int(data.users.ids[4])
     own = np.flatnonzero(data.user == 5)
     history = {int(i): float(r) for i, r in zip(data.items.decode(data.item[own]), data.rating[own], strict=True)}
-    _, (person,) = recommender._remembered(user)
+    (person,) = recommender.batch.remembered([user])
     assert all(np.array_equal(person.attributes[name], table[5]) for name, table in data.user_features.items())
     assert {r.item for r in recommender.recommend_to(user, k=40)} == set(data.items.ids.tolist()) - set(history)
     np.testing.assert_array_equal(np.sort(person.ratings), np.sort(data.rating[own]))
@@ -75,12 +75,15 @@ def test_all_users_come_as_one_table(recommender, table, tmp_path):
     assert found.columns == ["user_id", "item_id", "rank", "score"]
     assert found.height == 300
     users = sorted(set(table["user_id"]))
-    for user, own in zip(users, recommender.recommend_to(users, k=3, block=["s00"]), strict=True):
+    for user, own in zip(users, recommender.batch.recommend_to(users, k=3, block=["s00"]), strict=True):
         rows = found.filter(pl.col("user_id") == user)
         assert rows["item_id"].to_list() == [r.item for r in own]
         assert rows["rank"].to_list() == [1, 2, 3]
         assert rows["score"].is_sorted(descending=True)
     assert recommender.recommend_all(users=["u003"]).height == 10
+    written = recommender.recommend_all(k=3, path=tmp_path / "lists.parquet", block=["s00"])
+    assert written.equals(found)
+    assert pl.read_parquet(tmp_path / "lists.parquet").equals(found)
     assert recommender.recommend_all(users=[]).height == 0
     for users, message in (("u003", "expected a list of ids"), (3, "expected a list"), ([1, "u003"], "are mixed")):
         with pytest.raises(DataError, match=message):
@@ -109,7 +112,7 @@ def test_frames_and_columns_are_histories(recommender, frame):
     alone = frame({"item_id": items, "what": [1, 2]})
     for history in (alone, alone["item_id"], frame({"item_id": items, "rating": [1.0, 1.0]})):
         assert recommender.recommend(history, k=5) == expected
-    one, two = recommender.recommend([alone, frame({"item_id": ["s03"]})], k=5)
+    one, two = recommender.batch.recommend([alone, frame({"item_id": ["s03"]})], k=5)
     assert_alike(one, expected)
     assert_alike(two, recommender.recommend(["s03"], k=5))
     with pytest.raises(DataError, match="a table needs the column item_id; it has item"):

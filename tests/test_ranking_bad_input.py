@@ -62,7 +62,7 @@ def test_a_catalogue_of_one_item_cannot_be_split(protocol, message):
 def test_a_catalogue_of_two_items_is_ranked():
     data = mr.data.from_tables({"user_id": np.repeat(np.arange(40), 2), "item_id": np.tile([7, 8], 40)})
     trained = mr.train(data, protocol=mr.StrongGeneralisation(minimum=2), **QUICK)
-    assert [[r.item for r in found] for found in trained.recommend([[7], [8], [7, 8]])] == [[8], [7], []]
+    assert [[r.item for r in found] for found in trained.batch.recommend([[7], [8], [7, 8]])] == [[8], [7], []]
     assert {r.item for r in trained.recommend([])} == {7, 8}
     assert_finite(trained.evaluate())
 
@@ -70,7 +70,7 @@ def test_a_catalogue_of_two_items_is_ranked():
 def test_who_has_seen_the_whole_catalogue_gets_an_empty_list(recommender):
     everything = dict.fromkeys(range(1, 31), 5.0)
     assert recommender.recommend(everything) == []
-    assert recommender.recommend([everything, {}], k=3)[0] == []
+    assert recommender.batch.recommend([everything, {}], k=3)[0] == []
     assert len(recommender.recommend(everything, exclude_seen=False)) == 10
     assert_ranks(recommender, dict.fromkeys(range(1, 30), 5.0))
 
@@ -81,7 +81,8 @@ def test_a_history_of_dislikes_alone_is_ranked_without_these_items(recommender):
 
 
 def test_unknown_items_and_repeated_ones_are_taken(recommender):
-    assert_ranks(recommender, {10**9: 5.0, 10**9 + 1: 1.0})
+    with pytest.warns(mr.UnknownItemWarning, match="2 of 2 items"):
+        assert_ranks(recommender, {10**9: 5.0, 10**9 + 1: 1.0})
     found = recommender.recommend([(1, 5.0), (1, 1.0)], k=5)
     assert found == recommender.recommend({1: 1.0}, k=5)
 

@@ -75,7 +75,7 @@ def test_recommendations_of_every_kind_of_network_have_the_best_scores(model, sy
 
 def test_a_batch_gives_what_each_user_gets_alone(recommender):
     histories = [{1: 5, 2: 1}, {}, [(i, 3.0) for i in range(1, 21)]]
-    together = recommender.recommend(histories, k=4)
+    together = recommender.batch.recommend(histories, k=4)
     for history, got in zip(histories, together, strict=True):
         alone = recommender.recommend(history, k=4)
         assert [r.item for r in got] == [r.item for r in alone]
@@ -145,13 +145,13 @@ def test_user_attributes_reach_the_scores_and_unknown_ones_are_refused():
     adapted = recommender.strategy.adapt(recommender.params, nothing, jax.random.key(0))
     scores = np.asarray(recommender.strategy.predict(recommender.params, adapted, everything))
     attributes = [{"group": "a", "age": 0.0}, {"group": "b", "age": 1.0}]
-    for own, got in zip(scores, recommender.recommend([{}, {}], k=30, user=attributes), strict=True):
+    for own, got in zip(scores, recommender.batch.recommend([{}, {}], k=30, users=attributes), strict=True):
         np.testing.assert_allclose([r.score for r in got], 1 / (1 + np.exp(-np.sort(own)[::-1])), rtol=1e-4)
     assert not np.allclose(scores[0], scores[1])
     with pytest.raises(mr.DataError, match="'colour' is unknown"):
         recommender.recommend({}, user={"colour": "red"})
     with pytest.raises(mr.DataError, match="1 users for 2 histories"):
-        recommender.recommend([{}, {}], user=[{"group": "a"}])
+        recommender.batch.recommend([{}, {}], users=[{"group": "a"}])
 
 
 def test_string_ids_and_ids_beyond_32_bits_come_back_as_they_went_in():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.data.dataset import Dataset
+from metarec_jax.errors import OptionError
 from metarec_jax.evaluation.baselines import score_baselines
 from metarec_jax.evaluation.ranking_baselines import ranking_baselines
 from metarec_jax.metrics.ranking import SIZES, Lists, by_support, rank
@@ -17,6 +18,7 @@ from metarec_jax.metrics.table import Table
 from metarec_jax.tasks.batching import batches
 from metarec_jax.tasks.candidates import Among, judged_on
 from metarec_jax.tasks.candidates import candidates as draw
+from metarec_jax.tasks.splits import Split
 from metarec_jax.training.trained import Trained
 
 CELLS = 1 << 20  # users x items scored at once
@@ -64,7 +66,7 @@ def evaluate_rankings(
     """
     if trained.target.kind != "ranking":
         raise ValueError('this recommender predicts clicks or ratings; rankings need training with objective="ranking"')
-    split, query = trained.split(data, "evaluate(data)"), trained.protocol.query
+    split, query = _unseen(trained, data), trained.protocol.query
 
     def lists_of_model(size: int | None) -> Lists:
         return rank(trained.strategy, trained.params, split.test, trained.target, query=query, support=size)
@@ -93,7 +95,7 @@ def evaluate_scores(
     """
     if trained.target.kind == "ranking":
         raise ValueError("this recommender ranks the catalogue: see rankings(), or train for clicks or ratings")
-    split, query = trained.split(data, "evaluate(data)"), trained.protocol.query
+    split, query = _unseen(trained, data), trained.protocol.query
     test = split.test
     chosen = draw(test, trained.target, candidates, query=query)
     size = min(len(test), max(1, CELLS // chosen.item.shape[1]))
@@ -136,6 +138,16 @@ def adaptation_cost(
         jax.block_until_ready(adapt(trained.params, support, key))
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds)) / users * 1e3, sum(x.nbytes for x in jax.tree.leaves(adapted)) // users
+
+
+def _unseen(trained: Trained, data: Dataset | None) -> Split:
+    """Return the split of a model; raise `OptionError` if the model was trained on its test users."""
+    if trained.refitted:
+        raise OptionError(
+            "this recommender was refitted on its test users too, so that they tell nothing about new users; evaluate "
+            "the recommender before refit"
+        )
+    return trained.split(data, "evaluate(data)")
 
 
 def _width(test: Any, query: int) -> int:

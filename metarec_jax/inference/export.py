@@ -30,8 +30,8 @@ def export(
 
     items are rows `[users, longest]` int32 of "items" in the description; ratings and weights are `[users, longest]`
     float32 (weight 0: padding). user and context are dicts of encoded attributes, zeros where unknown; the description
-    has their shapes. Scores are click probabilities or ratings, -inf where no item is left. Items in the history are
-    excluded.
+    has their shapes. The contexts of past interactions are unknown. Scores are click probabilities or ratings, -inf
+    where no item is left. Items in the history are excluded.
 
     Args:
       predictor: the model and its stock.
@@ -72,8 +72,8 @@ def export(
 
     (users,) = jax_export.symbolic_shape("users")
     example = Known.blank(1, longest, *predictor.ranker.fields)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((users, *x.shape[1:]), x.dtype), example)
-    exported = jax_export.export(jax.jit(recommend), platforms=platforms or None)(*shapes)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((users, *x.shape[1:]), x.dtype), example._replace(past=None))
+    exported = jax_export.export(jax.jit(recommend), platforms=platforms or None)(*shapes[:-1])
     described = {
         "k": k,
         "longest": longest,

@@ -1,7 +1,8 @@
 """Histories: validate the histories and attributes that callers pass, and encode them as arrays."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,8 +12,14 @@ from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError
 
 ItemId = int | str
-History = Mapping[Any, float] | Sequence[tuple[Any, float]] | Sequence[ItemId]
+History = (
+    Mapping[Any, float]
+    | Sequence[tuple[Any, float]]
+    | Sequence[tuple[Any, float, Mapping[str, Any]]]
+    | Sequence[ItemId]
+)
 FORMS = "{item: rating, ...}, [(item, rating), ...] or [item, ...], or a table with item_id"
+POSITIVE = None  # the rating of an entry that is an item id alone
 
 
 class Rows(Protocol):
@@ -22,97 +29,119 @@ class Rows(Protocol):
         """Return rows `[n]` of raw ids; 0 where unknown."""
 
 
-def is_one_user(history: Any) -> bool:
-    """Return whether this is the history of one user, not a batch of histories.
+class Entry(NamedTuple):
+    """An interaction of a history: raw item id, rating (`POSITIVE`: the highest) and context."""
 
-    One user's history is a mapping, a table, an empty sequence, item ids, or (item, rating) tuples. A batch is a
-    sequence of histories. Its entries must not be tuples of length two, which are read as (item, rating) pairs.
+    item: Any
+    rating: Any
+    context: Mapping[str, Any] = MappingProxyType({})
 
-    Raises:
-      DataError: neither a mapping nor a sequence.
-    """
-    if isinstance(history, Mapping) or _is_table(history):
-        return True
-    entries = _sequence(history)
-    if entries is None:
-        raise DataError(f"history: expected {FORMS}, or a list of such; got {_shown(history)}")
-    return not entries or _is_id(entries[0]) or _is_pair(entries[0])
+
+class EncodedHistory(NamedTuple):
+    """One user's history: item rows `[n]`, ratings `[n]`, the contexts of the n interactions, and unknown raw ids."""
+
+    rows: np.ndarray
+    ratings: np.ndarray
+    contexts: list[Mapping[str, Any]]
+    unknown: list[Any]
 
 
 def encode_history(
-    history: History, items: Rows, limits: tuple[float, float], who: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Encode one user's history as item rows `[n]` and ratings `[n]`.
+    history: History, items: Rows, limits: tuple[float, float], who: str, contexts: Sequence[str] = ()
+) -> EncodedHistory:
+    """Encode one user's history.
 
     A repeated item counts once, with its last rating. An unknown item is encoded as the unknown row: it still shows how
     high the user rates.
 
     Args:
-      history: `{item: rating}`, `[(item, rating), ...]`, or item ids alone, `[item, ...]`, which are positives with the
-        rating `limits[1]`. Also an array or a column of ids, or a pandas, polars or Arrow table with the column item_id
-        and optionally rating.
+      history: `{item: rating}`, `[(item, rating), ...]`, `[(item, rating, context), ...]`, or item ids alone,
+        `[item, ...]`, which are positives with the rating `limits[1]`. Also an array or a column of ids, or a pandas,
+        polars or Arrow table with the column item_id and optionally rating and contexts.
       items: encoder of raw ids as rows.
       limits: lowest and highest rating of the training.
       who: prefix of error messages.
+      contexts: names of the context fields, read from the columns of a table.
 
     Raises:
-      DataError: another form, or ids mixed with pairs; an id of another type than in training; a rating that is not
-        finite or off the scale.
+      DataError: another form, or ids mixed with pairs; several histories; an id of another type than in training; a
+        rating that is not finite or off the scale.
     """
-    entries = list(history.items()) if isinstance(history, Mapping) else _sequence(history)
-    if entries is None:
-        raise DataError(f"{who}: expected {FORMS}, got {_shown(history)}")
-    if not entries:
-        return np.zeros(0, np.int32), np.zeros(0, np.float32)
-    is_ids = [_is_id(entry) for entry in entries]
-    is_pairs = [isinstance(entry, list | tuple) and len(entry) == 2 for entry in entries]
-    if bad := [entry for entry, is_id, pair in zip(entries, is_ids, is_pairs, strict=True) if not (is_id or pair)]:
-        raise DataError(f"{who}: every entry must be (item, rating), or every entry an item id; got {_shown(bad[0])}")
-    if any(is_ids) and any(is_pairs):
-        raise DataError(
-            f"{who}: item id {entries[is_ids.index(True)]!r} and pair {entries[is_pairs.index(True)]!r} are mixed; "
-            "give item ids alone (positives), or (item, rating) for each"
-        )
-    if all(is_ids):
-        rows, ratings = items.encode(as_objects(entries)), np.full(len(entries), limits[1], np.float32)
-    else:
-        rows = items.encode(as_objects([item for item, _ in entries]))
-        ratings = np.zeros(len(entries), np.float32)
-        for i, (item, rating) in enumerate(entries):
+    entries = _entries(history, who, contexts)
+    rows = items.encode(as_objects([entry.item for entry in entries])) if entries else np.zeros(0, np.int32)
+    ratings = np.full(len(entries), limits[1], np.float32)
+    for i, (item, rating, _) in enumerate(entries):
+        if rating is not POSITIVE:
             ratings[i] = checked_rating(rating, limits, f"{who}: the rating of item {item!r}")
     latest = {row if row != UNKNOWN else (UNKNOWN, i): i for i, row in enumerate(rows.tolist())}
-    keep = np.array(sorted(latest.values()))
-    return rows[keep], ratings[keep]
+    keep = sorted(latest.values())
+    unknown = [entries[i].item for i in keep if rows[i] == UNKNOWN]
+    return EncodedHistory(rows[keep], ratings[keep], [entries[i].context for i in keep], unknown)
 
 
-def _sequence(history: Any) -> list[Any] | None:
-    """Return the entries of a sequence, an array or column of ids, or a table; None for other types."""
-    if isinstance(history, np.ndarray) and history.ndim == 1:
-        return history.tolist()
+def _entries(history: Any, who: str, contexts: Sequence[str]) -> list[Entry]:
+    """Read a history of any form; see `encode_history`."""
+    if isinstance(history, Mapping):
+        return [_rated(item, rating, who) for item, rating in history.items()]
     if _is_table(history):
-        table = to_polars(history, "history")
-        if "item_id" not in table.columns:
-            raise DataError(f"history: a table needs the column item_id; it has {', '.join(table.columns)}")
-        items = table["item_id"].to_list()
-        return list(zip(items, table["rating"].to_list(), strict=True)) if "rating" in table.columns else items
-    if hasattr(history, "to_list"):  # a pandas or polars column
-        return history.to_list()
+        return _of_table(history, who, contexts)
+    if isinstance(history, np.ndarray) and history.ndim == 1:
+        history = history.tolist()
+    elif hasattr(history, "to_list"):  # a pandas or polars column
+        history = history.to_list()
     if isinstance(history, str | bytes) or not isinstance(history, Sequence):
-        return None
-    return list(history)
+        raise DataError(f"{who}: expected {FORMS}, got {_shown(history)}")
+    entries = [_entry(entry, who) for entry in history]
+    by_form = {entry.rating is POSITIVE: raw for entry, raw in zip(entries, history, strict=True)}
+    if len(by_form) > 1:
+        raise DataError(
+            f"{who}: item id {by_form[True]!r} and pair {by_form[False]!r} are mixed; give item ids alone (positives), "
+            "or (item, rating) for each"
+        )
+    return entries
+
+
+def _entry(entry: Any, who: str) -> Entry:
+    """Read an item id, a pair (item, rating) or a triple (item, rating, context).
+
+    A list is never a pair: a list of lists of two numbers may also be the item ids of several users.
+    """
+    if isinstance(entry, int | str | np.integer) and not isinstance(entry, bool):
+        return Entry(entry, POSITIVE)
+    if isinstance(entry, tuple) and len(entry) == 2:
+        return _rated(*entry, who)
+    if isinstance(entry, tuple) and len(entry) == 3 and isinstance(entry[2], Mapping):
+        return _rated(*entry[:2], who)._replace(context=entry[2])
+    several = isinstance(entry, Mapping | list | np.ndarray) or _is_table(entry)
+    raise DataError(
+        f"{who}: every entry must be (item, rating) or (item, rating, context), or every entry an item id; got "
+        + _shown(entry)
+        + ("; for several users call recommender.batch with a list of histories" if several else "")
+    )
+
+
+def _rated(item: Any, rating: Any, who: str) -> Entry:
+    if rating is POSITIVE:
+        raise DataError(f"{who}: the rating of item {item!r} is {rating!r}; it must be a finite number")
+    return Entry(item, rating)
+
+
+def _of_table(history: Any, who: str, contexts: Sequence[str]) -> list[Entry]:
+    table = to_polars(history, "history")
+    if "item_id" not in table.columns:
+        raise DataError(f"{who}: a table needs the column item_id; it has {', '.join(table.columns)}")
+    items, count = table["item_id"].to_list(), len(table)
+    known = [name for name in contexts if name in table.columns]
+    rows = table.select(known).to_dicts() if known else [{}] * count
+    if "rating" not in table.columns:
+        return [_entry(item, who)._replace(context=context) for item, context in zip(items, rows, strict=True)]
+    rated = zip(items, table["rating"].to_list(), rows, strict=True)
+    return [_rated(item, rating, who)._replace(context=context) for item, rating, context in rated]
 
 
 def _is_table(history: Any) -> bool:
     """Return whether this is a pandas, polars or Arrow table."""
     return hasattr(type(history), "columns")
-
-
-def _is_id(entry: Any) -> bool:
-    return isinstance(entry, int | str | np.integer) and not isinstance(entry, bool)
-
-
-def _is_pair(entry: Any) -> bool:
-    return isinstance(entry, tuple) and len(entry) == 2 and not isinstance(entry[0], Mapping | list | tuple)
 
 
 def _shown(value: Any) -> str:

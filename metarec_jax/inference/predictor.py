@@ -10,7 +10,7 @@ import numpy as np
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError, OptionError
 from metarec_jax.inference.explain import Cause, Explanation, effects, rank_correlation
-from metarec_jax.inference.histories import History, encode_attributes, encode_history, is_one_user
+from metarec_jax.inference.histories import History, encode_attributes, encode_history
 from metarec_jax.inference.ranker import BATCHES, HISTORIES, USERS, Ranked, Ranker
 from metarec_jax.inference.recommendations import Choice, Recommendation, UncertainRecommendation, checked_count
 from metarec_jax.inference.rerank import diversify
@@ -24,12 +24,27 @@ Attributes = Mapping[str, Any] | None
 
 
 class EncodedUser(NamedTuple):
-    """An encoded user: item rows, ratings and weights, each `[n]`, and attributes."""
+    """An encoded user.
+
+    Attributes:
+      rows, ratings, weights: item rows, ratings and weights of the interactions, each `[n]`.
+      attributes: encoded user attributes, each `[...]`.
+      contexts: encoded contexts of the interactions, each `[n, ...]`; a missing field is unknown.
+      unknown: raw ids in the history that are not in the stock.
+    """
 
     rows: np.ndarray
     ratings: np.ndarray
     weights: np.ndarray
     attributes: dict[str, np.ndarray]
+    contexts: dict[str, np.ndarray]
+    unknown: Sequence[Any] = ()
+
+    def latest(self, most: int) -> "EncodedUser":
+        """Keep the latest `most` interactions."""
+        contexts = {name: values[-most:] for name, values in self.contexts.items()}
+        cut = {name: getattr(self, name)[-most:] for name in ("rows", "ratings", "weights")}
+        return self._replace(contexts=contexts, **cut)
 
 
 class Predictor:
@@ -66,21 +81,19 @@ class Predictor:
         ranker = self.ranker.extended(stock) if "ranker" in self.__dict__ else None
         return Predictor(self.trained, stock, rater, ranker)
 
-    def people(self, history: Any, user: Any) -> tuple[bool, list[EncodedUser]]:
-        """Return whether one user is given, and the encoded users; see `metarec_jax.Recommender.recommend`."""
-        single = is_one_user(history)
-        histories: list[Any] = [history] if single else list(history)
-        attributes: Sequence[Any] = [user] if single else [None] * len(histories) if user is None else user
-        if isinstance(attributes, Mapping) or len(attributes) != len(histories):
-            raise DataError(f"user: got attributes of {len(attributes)} users for {len(histories)} histories")
-        names = ["history"] if single else [f"history {i}" for i in range(len(histories))]
-        users = zip(histories, attributes, names, strict=True)
-        return single, [self.person(history, attributes_of_user, name) for history, attributes_of_user, name in users]
-
     def person(self, history: History, attributes: Attributes = None, name: str = "history") -> EncodedUser:
         """Encode one user from a history; `name` is the prefix of error messages."""
-        rows, ratings = encode_history(history, self.stock, self.trained.limits, name)
-        return EncodedUser(rows, ratings, np.ones(len(rows), np.float32), self.attributes(attributes))
+        fields = self.catalogue.context_fields
+        encoded = encode_history(history, self.stock, self.trained.limits, name, [f.name for f in fields])
+        contexts = [encode_attributes(context, fields, f"{name}: context") for context in encoded.contexts]
+        return EncodedUser(
+            encoded.rows,
+            encoded.ratings,
+            np.ones(len(encoded.rows), np.float32),
+            self.attributes(attributes),
+            {f.name: np.stack([c[f.name] for c in contexts]) for f in fields if contexts},
+            encoded.unknown,
+        )
 
     def attributes(self, given: Attributes) -> dict[str, np.ndarray]:
         """Encode the attributes of one user."""
@@ -223,7 +236,7 @@ class Predictor:
     def explain(self, person: EncodedUser, item: Any, context: Mapping[str, Any] | None) -> Explanation:
         """Explain an item's score for a user."""
         (row,) = self.rows_of([item])
-        person = person._replace(**{name: getattr(person, name)[-LONGEST:] for name in ("rows", "ratings", "weights")})
+        person = person.latest(LONGEST)
         raw_scores = effects(self.ranker, self.batch([person], context), int(row))
         after, before, *without = self.target.decode(
             np.array([raw_scores.after, raw_scores.before, *raw_scores.without])
@@ -266,12 +279,16 @@ class Predictor:
             next(b for b in buckets if b >= n) for buckets, n in ((HISTORIES, longest), (BATCHES, len(people)))
         )
         known = Known.blank(users, width, data.user_fields, data.context_fields)
+        past = known.past or {}
         for i, person in enumerate(people):
-            rows, ratings, weights = (x[-LONGEST:] for x in person[:3])
-            known.items[i, : len(rows)], known.target[i, : len(rows)] = rows, self.target.grade(ratings)
-            known.weight[i, : len(rows)] = weights
+            person = person.latest(LONGEST)
+            count = len(person.rows)
+            known.items[i, :count], known.target[i, :count] = person.rows, self.target.grade(person.ratings)
+            known.weight[i, :count] = person.weights
             for name, value in person.attributes.items():
                 known.user[name][i] = value
+            for name, values in person.contexts.items():
+                past[name][i, :count] = values
         for name, value in encoded_context.items():
             known.context[name][:] = value
         return known

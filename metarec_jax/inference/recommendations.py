@@ -101,17 +101,12 @@ def as_table(users: Sequence[Any], lists: Sequence[Sequence[Recommendation]], te
     """Build a table of recommendations: user_id, item_id, rank (from 1) and score.
 
     Args:
-      users: raw ids, one per list.
+      users: raw ids of one type, one per list.
       lists: recommendations of each user, best first.
       text_items: whether item ids are strings.
-
-    Raises:
-      DataError: user ids of several types.
     """
     import polars as pl
 
-    if len({type(user) for user in users}) > 1:
-        raise DataError("users: integers and strings are mixed; a column holds ids of one type")
     text = [isinstance(users[0], str) if users else False, text_items]
     of_user, of_item = (pl.String if t else pl.Int64 for t in text)
     rows = [

@@ -9,6 +9,7 @@ from typing import Any
 from metarec_jax.api import load
 from metarec_jax.errors import DataError, ModelFileError
 from metarec_jax.inference.ranker import BATCHES, HISTORIES
+from metarec_jax.inference.recommendations import Choice
 from metarec_jax.inference.stock import Stock
 from metarec_jax.recommender import Recommender
 from metarec_jax.serving.categories import Categories
@@ -95,15 +96,17 @@ class Service:
         sizes = [_count(request.get("k", 10)) for request in requests]
         wheres: Any = [_where(request.get("where")) for request in requests]
         options["where"] = wheres if any(wheres) or "only" in options else None  # one mask per user, or none
+        context = options.pop("context", None)
         if known:
-            lists = current.recommend_to([request["user"] for request in requests], max(sizes), **options)
+            people = current.batch.remembered([request["user"] for request in requests])
         else:
-            histories = [self._history(request.get("history", [])) for request in requests]
-            attributes = [_attributes(request) for request in requests]
-            lists = current.recommend(histories, max(sizes), user=attributes, **options)
+            each = [(self._history(request.get("history", [])), _attributes(request)) for request in requests]
+            people = [current.predictor.person(history, attributes) for history, attributes in each]
+        lists = current.predictor.top(people, max(sizes), context, Choice(**options))
         return [
             {"items": [item._asdict() for item in recommendations[:k]], "model": current.version}
-            for recommendations, k in zip(lists, sizes, strict=True)
+            | ({"unknown": list(person.unknown)} if person.unknown else {})
+            for recommendations, k, person in zip(lists, sizes, people, strict=True)
         ]
 
     def update(self, requests: Sequence[Sequence[Mapping[str, Any]]]) -> list[Any]:
@@ -247,14 +250,15 @@ class Service:
         rated = recommender.target.kind == "rating" or recommender.rater is not None
         for size in SIZES:
             for length in LENGTHS:
-                people = [[(unknown, low)] * length] * size
+                people = [recommender.predictor.person([(unknown, low)] * length)] * size
                 for options in option_sets:
                     arguments = options | ({"where": [None] * size} if "only" in options else {})
+                    orders: list[Any] = ["score"]
+                    if rated and not options.keys() & {"deviation", "explore"}:
+                        orders += [0.5, "rating"]
                     for count in COUNTS:
-                        recommender.recommend(people, count, **arguments)
-                        if rated and not options.keys() & {"deviation", "explore"}:
-                            recommender.recommend(people, count, by=0.5, **arguments)
-                            recommender.recommend(people, count, by="rating", **arguments)
+                        for by in orders:
+                            recommender.predictor.top(people, count, None, Choice(by=by, **arguments))
         for length in LENGTHS:
             recommender.explain([(unknown, low)] * (length - 1) + [(item, low)], item)
         for count in COUNTS:

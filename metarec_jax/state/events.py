@@ -28,12 +28,13 @@ class Event(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """One event of a user as returned by a store."""
+    """One event of a user as returned by a store; an interaction in a dataset also has its encoded `context`."""
 
     item: UserId
     kind: str
     value: float | None
     time: float
+    context: Mapping[str, Any] | None = None
 
 
 class StoredUser(NamedTuple):

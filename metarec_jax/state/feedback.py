@@ -86,8 +86,8 @@ def checked_id(value: Any, kind: type | None, what: str) -> Any:
 
 def taste(
     events: list[Stored], limits: tuple[float, float], threshold: float, half_life: float | None
-) -> tuple[list[Any], np.ndarray, np.ndarray]:
-    """Convert a user's events to items, ratings `[n]` and weights `[n]`, in order of time.
+) -> tuple[list[Stored], np.ndarray, np.ndarray]:
+    """Return the events that count, one per item, with ratings `[n]` and weights `[n]`, in order of time.
 
     The latest event with an item counts; a "remove" discards the events with its item before it. An event has the
     weight
@@ -108,4 +108,4 @@ def taste(
     times = np.array([e.time for e in kept], float)
     weights = np.ones(len(kept)) if half_life is None else 0.5 ** ((times.max(initial=0) - times) / half_life)
     weights = np.maximum(weights, np.finfo(np.float32).tiny)  # weight 0 is padding
-    return [e.item for e in kept], ratings, weights.astype(np.float32)
+    return kept, ratings, weights.astype(np.float32)

@@ -18,6 +18,8 @@ EVENTS = 1 << 20  # events read per user: many, so that items seen long ago are 
 class Memory(NamedTuple):
     """Known users by their raw ids.
 
+    An interaction in the dataset has its context there; an event in the store has none.
+
     Attributes:
       store: events of users since the training.
       half_life: half-life of an event's weight in seconds, counted back from its user's latest event; None: no decay.
@@ -32,12 +34,13 @@ class Memory(NamedTuple):
         for user, stored in zip(ids, self.store.read(ids, EVENTS), strict=True):
             row = _row(catalogue, user)
             events = _interactions(catalogue, row) + stored.events
-            items, ratings, weights = taste(events, trained.limits, trained.target.threshold, self.half_life)
+            events, ratings, weights = taste(events, trained.limits, trained.target.threshold, self.half_life)
             try:
                 attributes = predictor.attributes(stored.attributes)
                 if row != UNKNOWN and not stored.attributes:
                     attributes = {name: table[row] for name, table in catalogue.user_features.items()}
-                encoded.append(EncodedUser(predictor.stock.encode(items), ratings, weights, attributes))
+                rows = predictor.stock.encode([event.item for event in events])
+                encoded.append(EncodedUser(rows, ratings, weights, attributes, _contexts(catalogue, events)))
             except DataError as error:
                 raise DataError(f"user {user!r} in the store: {error}") from error
         return encoded
@@ -59,5 +62,16 @@ def _interactions(data: Dataset, row: int) -> list[Stored]:
     span = np.searchsorted(data.user, np.array([row, row + 1], data.user.dtype), sorter=data.by_user)
     index = data.by_user[slice(*span)]
     items = data.items.decode(data.item[index]).tolist()
-    interactions = zip(items, data.rating[index].tolist(), data.timestamp[index].tolist(), strict=True)
-    return [Stored(item, "rating", rating, float(time)) for item, rating, time in interactions]
+    contexts = [{name: values[i] for name, values in data.context_features.items()} for i in index]
+    interactions = zip(items, data.rating[index].tolist(), data.timestamp[index].tolist(), contexts, strict=True)
+    return [Stored(item, "rating", rating, float(time), context) for item, rating, time, context in interactions]
+
+
+def _contexts(data: Dataset, events: Sequence[Stored]) -> dict[str, np.ndarray]:
+    """Return the encoded contexts of events, each `[events, ...]`; those of events without one are unknown."""
+    if not events:
+        return {}
+    return {
+        f.name: np.stack([f.unknown() if event.context is None else event.context[f.name] for event in events])
+        for f in data.context_fields
+    }

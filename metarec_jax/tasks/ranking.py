@@ -24,6 +24,7 @@ class Known(NamedTuple):
       weight: `[users, examples]` float32 weights; 0 for padding.
       user: encoded user attributes, each `[users, ...]`.
       context: encoded contexts of the recommendation, each `[users, ...]`.
+      past: encoded contexts of the interactions, each `[users, examples, ...]`; None: unknown.
     """
 
     items: Any  # numpy or JAX arrays
@@ -31,13 +32,15 @@ class Known(NamedTuple):
     weight: Any
     user: dict[str, Any]
     context: dict[str, Any]
+    past: dict[str, Any] | None = None
 
     @classmethod
     def blank(cls, users: int, width: int, user: Sequence[Field], context: Sequence[Field]) -> "Known":
         """Return a zero-initialised batch of users with unknown attributes and contexts."""
         rows = [{f.name: np.repeat(f.unknown()[None], users, 0) for f in fields} for fields in (user, context)]
-        shape = (users, width)
-        return cls(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32), *rows)
+        past = {name: np.repeat(value[:, None], width, 1) for name, value in rows[1].items()}
+        items, target, weight = (np.zeros((users, width), dtype) for dtype in (np.int32, np.float32, np.float32))
+        return cls(items, target, weight, rows[0], rows[1], past)
 
 
 class Chosen(NamedTuple):
@@ -75,12 +78,17 @@ def known_of(
     by_time = np.argsort(np.where(mask, data.order[index], np.iinfo(np.int32).max), axis=1, kind="stable")
     index = np.take_along_axis(index, by_time, 1)
     users = histories.users[positions]
+    past = {}
+    for field in data.context_fields:
+        value = data.context_features[field.name][index]
+        past[field.name] = np.where(mask.reshape(mask.shape + (1,) * (value.ndim - 2)), value, field.unknown())
     return Known(
         np.where(mask, data.item[index], 0).astype(np.int32),
         np.where(mask, target.grade(data.rating[index]), 0).astype(np.float32),
         mask.astype(np.float32),
         {name: table[users] for name, table in data.user_features.items()},
         {f.name: np.repeat(f.unknown()[None], len(users), 0) for f in data.context_fields},
+        past,
     )
 
 

@@ -94,6 +94,10 @@ def drawn(
         flat = Histories(data, users, np.arange(batch_size + 1) * width, np.maximum(known, 0).ravel())
         position = np.arange(batch_size)
         known_batch = known_of(flat, target, position, flat.starts[:-1], (known >= 0).sum(1), width)
+        if known_batch.past:  # hide some contexts, so that an unknown one is trained too
+            shown = rng.random(known.shape) >= objective.unknown
+            past = {n: x * shown.reshape(shown.shape + (1,) * (x.ndim - 2)) for n, x in known_batch.past.items()}
+            known_batch = known_batch._replace(past={n: x.astype(known_batch.past[n].dtype) for n, x in past.items()})
         mask = query >= 0
         context: dict[str, Any] = {}
         for name, table in data.context_features.items():  # mask query items of another context than the first

@@ -107,6 +107,20 @@ class Split(NamedTuple):
     test: Histories
 
 
+def everything(split: Split) -> Histories:
+    """Build the training histories of all users of a split.
+
+    If training users are in no other part, every user has all interactions; otherwise, the interactions of all parts.
+    """
+    train, others = split.train, np.union1d(split.validation.users, split.test.users)
+    data, kept = train.data, np.zeros(len(train.data.rating), bool)
+    for part in split:
+        kept[part.index] = True
+    disjoint = not len(np.intersect1d(train.users, others))
+    whole = Histories.of(data, np.union1d(train.users, others), None if disjoint else kept)
+    return whole.latest_first() if train.ordered else whole
+
+
 def check_fractions(fractions: tuple[float, ...]) -> None:
     """Validate that `fractions` are three shares that sum to 1; raise `ValueError` otherwise."""
     if len(fractions) != 3 or min(fractions) < 0 or not abs(sum(fractions) - 1) <= 1e-6:

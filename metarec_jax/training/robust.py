@@ -85,4 +85,5 @@ def reweight(
         params={**fitted.params, "strategy": recommender.params},
         recipe=recommender.recipe | {"reweighted": {"noise": noise, "epochs": epochs}},
         history=[*recommender.history, *fitted.history],
+        plan=None,
     )

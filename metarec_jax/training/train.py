@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,8 +12,9 @@ from metarec_jax._progress import epochs_bar
 from metarec_jax._progress import tensorboard as event_files
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fingerprint import fingerprint
-from metarec_jax.data.schema import fields_of
+from metarec_jax.data.schema import ITEM_ID, fields_of
 from metarec_jax.data.tables import from_tables
+from metarec_jax.errors import OptionError
 from metarec_jax.models import Model
 from metarec_jax.strategies import RATING, STRATEGIES, Strategy
 from metarec_jax.strategies.wrappers.ranked import TABLES
@@ -21,7 +22,7 @@ from metarec_jax.strategies.wrappers.stack import of_catalogue
 from metarec_jax.tasks.objective import Ranking
 from metarec_jax.tasks.protocols import Protocol, ratings_of
 from metarec_jax.tasks.ranking_protocols import NextItem, StrongGeneralisation
-from metarec_jax.tasks.splits import ColdUsers, Split
+from metarec_jax.tasks.splits import ColdUsers, Split, everything
 from metarec_jax.tasks.statistics import ItemStatistics
 from metarec_jax.tasks.target import Target
 from metarec_jax.training.build import build, default_model, recipe_of
@@ -92,61 +93,109 @@ def train(
             raise TypeError(f"`{name}` is set by the protocol: train(..., protocol=mr.ColdUsers({name}=...))")
     if isinstance(data, str | Path):
         raise TypeError(f"train takes a dataset or a table, not a name: mr.data.load({str(data)!r})")
+    if ratings is not None and ratings not in STRATEGIES | RATING:
+        raise ValueError(f"ratings: {ratings!r} is unknown; choose from {', '.join(RATING | STRATEGIES)}, or None")
+    if start is None and shared is not None:
+        raise ValueError("`shared` names fields in common with the data of `start`: give both or none")
     if not isinstance(data, Dataset):
         data = from_tables(data)
     protocol, ranking = _resolve_objective(objective, protocol)
     if ranking is not None:
         fit_options["objective"] = ranking
-    if ratings is not None and ratings not in STRATEGIES | RATING:
-        raise ValueError(f"ratings: {ratings!r} is unknown; choose from {', '.join(RATING | STRATEGIES)}, or None")
-    if strategy is None:
-        strategy = DEFAULT_STRATEGY[protocol.target]
+    strategy = DEFAULT_STRATEGY[protocol.target] if strategy is None else strategy
     model = default_model(strategy) if model is None else model
+    plan = Plan(
+        data, strategy, strategy_options, model, model_options, protocol, seed, graded, start, shared, tensorboard,
+        fit_options,
+    )  # fmt: skip
     split = protocol.split(data, seed)
-    target = Target.fit(protocol, split.train, graded)
-    statistics = ItemStatistics.fit(split.train, target)
-    extended = statistics.extend(data)
-    split = Split(*(replace(part, data=extended) for part in split))
     if progress:
         print(_describe_split(split, protocol))
-    if strategy == "stack":
-        options = dict(strategy_options or {})
-        items = fields_of(extended)["item_id"].size
-        strategy_options = options | of_catalogue(items, options.get("members"), options.get("options"))
-    recipe = recipe_of(strategy, strategy_options, model, model_options)
-    built = build(strategy, strategy_options, model, model_options, extended, target)
-    if start is None and shared is not None:
-        raise ValueError("`shared` names fields in common with the data of `start`: give both or none")
-    if start is not None:
-        fit_options["params"] = _initial_params(start, built, target, extended, seed, shared)
-    reports = [fit_options.pop("report", None)]
-    progress = progress and bool(jax.tree.leaves(jax.eval_shape(built.init, jax.random.key(0))))  # else no epochs
+    trained = _trained(plan, split, progress)
+    if trained.target.kind == "ranking" and ratings is not None and np.ptp(data.rating) > 0:
+        rater = train(data, ratings, seed=seed, protocol=ratings_of(protocol), progress=False)
+        return replace(trained, rater=rater)
+    return trained
+
+
+def refit(trained: Trained, progress: bool = True) -> Trained:
+    """Train again on the users of all parts of the split; see `metarec_jax.Recommender.refit`."""
+    plan: Plan | None = trained.plan
+    if plan is None:
+        raise OptionError(
+            "only the recommender that train returned can be refitted: a loaded, reweighted or refitted one does not "
+            "hold its training; call refit before save"
+        )
+    split = plan.protocol.split(plan.data, plan.seed)
+    whole = split._replace(train=everything(split))
+    if progress:
+        used, users = len(np.unique(whole.train.index)), len(np.unique(whole.train.users))
+        print(f"refit: {users:,} users train on {used:,} interactions for {max(trained.epoch + 1, 0)} epochs")
+    fitted = _trained(plan, whole, progress, trained.epoch)
+    rater = None if trained.rater is None else refit(trained.rater, progress=False)
+    return replace(fitted, history=trained.history, rater=rater, refitted=True, plan=None)
+
+
+class Plan(NamedTuple):
+    """The arguments of a training, after defaults are filled in; see `train`."""
+
+    data: Dataset
+    strategy: str | Callable[..., Strategy]
+    strategy_options: Mapping[str, Any] | None
+    model: str | Callable[..., Model]
+    model_options: Mapping[str, Any] | None
+    protocol: Protocol
+    seed: int
+    graded: bool
+    start: Any
+    shared: Collection[str] | None
+    tensorboard: str | Path | None
+    fit_options: dict[str, Any]
+
+
+def _trained(plan: Plan, split: Split, progress: bool, last: int | None = None) -> Trained:
+    """Train on `split.train`; with `last`, up to that epoch and without validation."""
+    target = Target.fit(plan.protocol, split.train, plan.graded)
+    statistics = ItemStatistics.fit(split.train, target)
+    extended = statistics.extend(plan.data)
+    split = Split(*(replace(part, data=extended) for part in split))
+    strategy_options = plan.strategy_options
+    if plan.strategy == "stack":
+        given = dict(strategy_options or {})
+        known = {name: given[name] for name in ("members", "options", "novelty") if name in given}
+        strategy_options = given | of_catalogue(fields_of(extended)[ITEM_ID].size, **known)
+    choice = plan.strategy, strategy_options, plan.model, plan.model_options
+    recipe, built = recipe_of(*choice), build(*choice, extended, target)
+    options = dict(plan.fit_options)
+    if plan.start is not None:
+        options["params"] = _initial_params(plan.start, built, target, extended, plan.seed, plan.shared)
+    if options.get("checkpoint"):
+        options["told"] = {**recipe, "data": fingerprint(extended)}
+    if last is not None:
+        options |= {"epochs": max(last + 1, 1), "validate": False}
+        if options.get("checkpoint"):
+            options["checkpoint"] = f"{options['checkpoint']}.refit"
+    has_epochs = bool(jax.tree.leaves(jax.eval_shape(built.init, jax.random.key(0))))
+    epochs = options.get("epochs") or EPOCHS[target.kind]
+    own = options.pop("report", None)
     with (
-        epochs_bar(progress, fit_options.get("epochs") or EPOCHS[target.kind], target.kind) as bar,
-        event_files(tensorboard) as events,
+        epochs_bar(progress and has_epochs, epochs, target.kind) as bar,
+        event_files(None if last is not None else plan.tensorboard) as events,
     ):
-        reports += [bar, events]
 
         def report(epoch: int, entry: dict[str, float]) -> None:
-            for each in filter(None, reports):
+            for each in filter(None, (own, bar, events)):
                 each(epoch, entry)
 
         fitted = fit(
-            built,
-            split,
-            target,
-            query=protocol.query,
-            statistics=statistics,
-            seed=seed,
-            report=report,
-            told={**recipe, "data": fingerprint(extended)} if fit_options.get("checkpoint") else None,
-            **fit_options,
-        )
-    rater = None
-    if target.kind == "ranking" and ratings is not None and np.ptp(data.rating) > 0:
-        rater = train(data, ratings, seed=seed, protocol=ratings_of(protocol), progress=False)
+            built, split, target, query=plan.protocol.query, statistics=statistics, seed=plan.seed, report=report,
+            **options,
+        )  # fmt: skip
     limits = _rating_limits(split, target)
-    return Trained(built, fitted.params, extended, target, protocol, seed, recipe, limits, fitted.history, rater)
+    return Trained(
+        built, fitted.params, extended, target, plan.protocol, plan.seed, recipe, limits, fitted.history,
+        epoch=fitted.epoch, plan=plan,
+    )  # fmt: skip
 
 
 def _initial_params(

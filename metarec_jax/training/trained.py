@@ -30,6 +30,9 @@ class Trained:
       limits: lowest and highest rating of the training users.
       history: training log, one dict per epoch.
       rater: for a ranking, the model of expected ratings, trained and tested on the same users.
+      epoch: the epoch whose parameters were kept; -1 if all are fitted in closed form.
+      refitted: whether the validation and test users trained too.
+      plan: the arguments of the training, for `refit`; None unless this process trained the model.
     """
 
     strategy: Strategy
@@ -42,6 +45,9 @@ class Trained:
     limits: tuple[float, float]
     history: list[dict[str, float]] = field(default_factory=list)
     rater: "Trained | None" = None
+    epoch: int = -1
+    refitted: bool = False
+    plan: Any = field(default=None, repr=False)
 
     @property
     def name(self) -> str | None:

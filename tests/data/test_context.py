@@ -56,7 +56,19 @@ def test_a_recommender_reads_the_context_of_the_call_and_survives_saving(tmp_pat
     scores = {d: trained.recommend(history, 5, context={"device": d}) for d in ("phone", "tv")}
     assert min(r.score for r in scores["phone"]) > max(r.score for r in scores["tv"])
     assert trained.recommend(history, 5, context={"device": "watch"}) == trained.recommend(history, 5)
-    batch = trained.recommend([history, {}], 5, context={"device": "tv"})
+    assert trained.recommend([(1, 5.0, {}), (2, 1.0, {})], 5) == trained.recommend(history, 5)
+    by_device = [trained.recommend([(1, 5.0, {"device": d}), (2, 1.0, {"device": d})], 5) for d in ("phone", "tv")]
+    assert by_device[0] != by_device[1]
+    with pytest.raises(DataError, match="history: context 'place' is unknown to the model; it knows: device"):
+        trained.recommend([(1, 5.0, {"place": "home"})])
+    user = trained.split().test.users[0]
+    own = np.flatnonzero(data.user == user)
+    rows = zip(data.item[own], data.rating[own], data.context_features["device"][own], strict=True)
+    devices = data.context_fields[0].vocabulary.ids
+    told = [(data.items.ids[i - 1].item(), float(r), {"device": devices[c - 1].item()}) for i, r, c in rows]
+    known, new = trained.recommend_to(data.users.ids[user - 1].item(), 5), trained.recommend(told, 5)
+    np.testing.assert_allclose([r.score for r in known], [r.score for r in new], rtol=1e-4)
+    batch = trained.batch.recommend([history, {}], 5, context={"device": "tv"})
     np.testing.assert_allclose([r.score for r in batch[0]], [r.score for r in scores["tv"]], rtol=1e-4)
     results = trained.evaluate(baselines=False)
     trained.save(tmp_path / "model")

@@ -33,7 +33,7 @@ def test_effects_are_what_recommending_without_each_interaction_gives(stocked):
 def test_slopes_are_derivatives_by_the_weights(stocked):
     ((row,), ranker) = stocked.stock.encode([120]), stocked.predictor.ranker
     known = stocked.predictor.batch(
-        [EncodedUser(stocked.stock.encode(list(HISTORY)), np.array([5.0, 4, 1, 5]), np.ones(4), {})], None
+        [EncodedUser(stocked.stock.encode(list(HISTORY)), np.array([5.0, 4, 1, 5]), np.ones(4), {}, {})], None
     )
     found = effects(ranker, known, int(row))
     for i in range(4):
@@ -56,7 +56,7 @@ def test_fields_add_up_to_the_score_beyond_an_unknown_item(strategy, stocked):
     history = dict(zip(items[:2], (5.0, 1.0), strict=True))
     found = trained.explain(history, items[2])
     known = trained.predictor.batch(
-        [EncodedUser(trained.stock.encode(items[:2]), np.array([5.0, 1.0]), np.ones(2), {})], None
+        [EncodedUser(trained.stock.encode(items[:2]), np.array([5.0, 1.0]), np.ones(2), {}, {})], None
     )
     ranker = trained.predictor.ranker
     adapted = ranker.adapt(known)

@@ -58,7 +58,7 @@ def test_other_strategies_are_exported_too_for_ratings(strategy, synthetic, tmp_
     items, (ratings, weights) = np.zeros((2, 8), np.int32), np.zeros((2, 2, 8), np.float32)
     items[0, :2], ratings[0, :2], weights[0, :2] = trained.stock.encode([1, 2]), [5.0, 1.0], 1
     scores, rows = function.call(items, ratings, weights, {}, {})
-    for i, expected in enumerate(trained.recommend([{1: 5.0, 2: 1.0}, {}], k=4)):
+    for i, expected in enumerate(trained.batch.recommend([{1: 5.0, 2: 1.0}, {}], k=4)):
         assert trained.stock.decode(np.asarray(rows[i])).tolist() == [r.item for r in expected]
         np.testing.assert_allclose(scores[i], [r.score for r in expected], rtol=1e-4)
 

@@ -1,11 +1,12 @@
 """A new user's history in every form that callers have, and what is said of those that cannot be read."""
 
 import numpy as np
+import polars as pl
 import pytest
 
 from metarec_jax.data.vocabulary import Vocabulary
 from metarec_jax.errors import DataError
-from metarec_jax.inference.histories import encode_history, is_one_user
+from metarec_jax.inference.histories import encode_history
 
 NUMBERED = Vocabulary(np.array([3, 17, 42]), "item_id")
 NAMED = Vocabulary(np.array(["x1", "x2"]), "item_id")
@@ -13,7 +14,7 @@ LIMITS = (1.0, 5.0)
 
 
 def encoded(history, items=NUMBERED):
-    rows, ratings = encode_history(history, items, LIMITS, "history")
+    rows, ratings, *_ = encode_history(history, items, LIMITS, "history")
     assert (rows.dtype, ratings.dtype) == (np.int32, np.float32)
     return list(zip(rows.tolist(), ratings.tolist(), strict=True))
 
@@ -30,20 +31,17 @@ def encoded(history, items=NUMBERED):
     ],
 )
 def test_item_ids_alone_are_positives_with_the_highest_rating(history, items):
-    assert is_one_user(history)
     assert encoded(history, items) == [(row + 1, 5.0) for row in range(len(history))]
     assert encoded(history, items) == encoded({item: 5.0 for item in history}, items)
 
 
 @pytest.mark.parametrize("history", [{3: 4.0, 42: 1.0}, [(3, 4.0), (42, 1.0)], ((3, 4.0), (42, 1))])
 def test_ratings_come_as_a_mapping_or_as_pairs(history):
-    assert is_one_user(history)
     assert encoded(history) == [(1, 4.0), (3, 1.0)]
 
 
 @pytest.mark.parametrize("history", [{}, [], (), np.array([], int)])
 def test_an_empty_history_is_one_user_who_is_new(history):
-    assert is_one_user(history)
     assert encoded(history) == []
 
 
@@ -51,20 +49,28 @@ def test_an_empty_history_is_one_user_who_is_new(history):
     "batch",
     [
         [[3, 17], [42]],
-        [[3, 17, 42], []],
+        [[3, 4.0], [42, 1.0]],
         [[], [3]],
         [["x1", "x2"]],
         [{3: 5.0}, {}],
         [[(3, 5.0)], [42]],
-        [{}, [3]],
         [np.array([3, 17]), np.array([42])],
-        ([3, 17], [42, 3]),
-        [(3, 17, 42), (3,)],
     ],
 )
-def test_a_batch_is_a_sequence_of_histories(batch):
-    assert not is_one_user(batch)
-    assert all(is_one_user(history) for history in batch)
+def test_several_histories_are_not_one(batch):
+    with pytest.raises(DataError, match=r"for several users call recommender\.batch with a list of histories"):
+        encode_history(batch, NUMBERED, LIMITS, "history")
+
+
+def test_an_interaction_may_have_a_context():
+    phone, tv = {"device": "phone"}, {"device": "tv"}
+    triples = [(3, 4.0, phone), (42, 1.0, tv)]
+    assert encoded(triples) == [(1, 4.0), (3, 1.0)]
+    assert encode_history(triples, NUMBERED, LIMITS, "history").contexts == [phone, tv]
+    table = pl.DataFrame({"item_id": [3, 42], "rating": [4.0, 1.0], "device": ["phone", "tv"], "title": ["a", "b"]})
+    of_table = encode_history(table, NUMBERED, LIMITS, "history", ["device"])
+    assert of_table.contexts == [phone, tv]
+    assert encode_history(table.drop("rating"), NUMBERED, LIMITS, "history", ["device"]).ratings.tolist() == [5.0, 5.0]
 
 
 def test_an_item_that_comes_twice_counts_once_with_its_later_rating():
@@ -74,17 +80,18 @@ def test_an_item_that_comes_twice_counts_once_with_its_later_rating():
 
 def test_unknown_items_are_kept_as_unknown():
     assert encoded([999, 3, 998]) == [(0, 5.0), (1, 5.0), (0, 5.0)]
+    assert encode_history([999, 3, 998], NUMBERED, LIMITS, "history").unknown == [999, 998]
 
 
-@pytest.mark.parametrize("history", [[3, (17, 5.0)], [(17, 5.0), 3], [3, [17, 5.0]]])
+@pytest.mark.parametrize("history", [[3, (17, 5.0)], [(17, 5.0), 3]])
 def test_ids_and_pairs_are_not_mixed(history):
     with pytest.raises(DataError, match=r"history: item id 3 and pair .17, 5\.0. are mixed; give item ids alone"):
         encode_history(history, NUMBERED, LIMITS, "history")
 
 
-@pytest.mark.parametrize("entry", [None, 3.5, True, [17], {17: 5.0}, (17, 5.0, 1)])
+@pytest.mark.parametrize("entry", [None, 3.5, True, [17], [17, 5.0], {17: 5.0}, (17, 5.0, 1)])
 def test_an_entry_that_is_neither_an_id_nor_a_pair_is_named(entry):
-    with pytest.raises(DataError, match=r"every entry must be \(item, rating\), or every entry an item id; got"):
+    with pytest.raises(DataError, match=r"every entry must be \(item, rating\) or .*, or every entry an item id; got"):
         encode_history([3, entry], NUMBERED, LIMITS, "history")
 
 
@@ -101,6 +108,6 @@ def test_ids_of_another_type_are_refused():
 def test_what_is_no_history_is_refused_with_the_forms_there_are(history):
     forms = r"expected \{item: rating, \.\.\.\}, \[\(item, rating\), \.\.\.\] or \[item, \.\.\.\]"
     with pytest.raises(DataError, match=forms):
-        is_one_user(history)
+        encode_history(history, NUMBERED, LIMITS, "history")
     with pytest.raises(DataError, match=f"history 1: {forms}"):
         encode_history(history, NUMBERED, LIMITS, "history 1")

@@ -18,11 +18,11 @@ HISTORY = {100: 5.0, 102: 4.0, 103: 1.0}
 def test_tiles_change_nothing(stocked, monkeypatch):
     monkeypatch.setattr(ranking, "STEP", 8)
     options = {"k": 20, "deviation": True, "where": {"price": (0.3, None)}, "block": [101]}
-    whole = stocked.recommend([HISTORY, {}], **options)
+    whole = stocked.batch.recommend([HISTORY, {}], **options)
     monkeypatch.setattr(ranking, "BYTES", 1)
     ranking._programs.cache_clear()
     tiled = mr.Recommender(stocked.trained, Predictor(stocked.trained, stocked.stock))  # with nothing cached
-    assert_same(tiled.recommend([HISTORY, {}], **options), whole)
+    assert_same(tiled.batch.recommend([HISTORY, {}], **options), whole)
     (side,) = tiled.predictor.ranker._sides.values()
     assert side.programs.length == 8
     assert len(side.tiles[0]) == 7
@@ -57,7 +57,7 @@ def test_filters_leave_only_what_they_say(stocked):
         cheap = {r.item for r in stocked.recommend({}, k=every, where={"price": (low, high)})}
         assert cheap == set((100 + np.flatnonzero((price >= (low or 0)) & (price <= (high or np.inf)))).tolist())
     assert {r.item for r in stocked.recommend({}, k=every, only=[101, 105, 999], block=[105])} == {101}
-    both = stocked.recommend([{}, {}], k=every, where=[{"colour": "red"}, None])
+    both = stocked.batch.recommend([{}, {}], k=every, where=[{"colour": "red"}, None])
     assert [len(found) for found in both] == [17, 50]
     assert {r.item for r in stocked.recommend(HISTORY, k=every)} == set(range(100, 150)) - set(HISTORY)
     assert {r.item for r in stocked.recommend(HISTORY, k=every, exclude_seen=False)} == set(range(100, 150))
@@ -95,9 +95,8 @@ def test_uncertainty_and_exploration(stocked, synthetic):
     assert ucb == sorted(logit, key=lambda i: -(logit[i] + 3 * deviations[i]))[:10]
 
     def drawn(histories, **options):
-        return [
-            tuple(r.item for r in found) for found in stocked.recommend(histories, k=5, explore="thompson", **options)
-        ]
+        lists = stocked.batch.recommend(histories, k=5, explore="thompson", **options)
+        return [tuple(r.item for r in found) for found in lists]
 
     draws = [drawn([HISTORY], seed=s)[0] for s in (1, 1, 2, 3)]
     assert draws[0] == draws[1]
@@ -179,7 +178,10 @@ def test_new_items_that_cannot_be_are_refused(stocked, items, message):
 def test_a_history_of_any_length_is_taken_and_the_latest_count(stocked):
     rng = np.random.default_rng(0)
     long = [(10**6 + int(i), float(r)) for i, r in enumerate(rng.integers(1, 6, 3000))]
-    assert stocked.recommend(long, k=3) == stocked.recommend(long[-512:], k=3)
+    with pytest.warns(mr.UnknownItemWarning, match="3,000 of 3,000 items"):
+        whole = stocked.recommend(long, k=3)
+    with pytest.warns(mr.UnknownItemWarning, match=r"\(1002488, 1002489, 1002490, \.\.\.\)"):
+        assert whole == stocked.recommend(long[-512:], k=3)
 
 
 def test_few_programs_are_compiled_for_any_sizes(stocked):
@@ -187,7 +189,7 @@ def test_few_programs_are_compiled_for_any_sizes(stocked):
     recommender = mr.Recommender(stocked.trained, Predictor(stocked.trained, stocked.stock))
     for users in (1, 2, 3, 4, 9, 16):
         for length in (0, 1, 5, 8):
-            recommender.recommend([{100 + i: 5.0 for i in range(length)}] * users, k=5)
+            recommender.batch.recommend([{100 + i: 5.0 for i in range(length)}] * users, k=5)
     (side,) = recommender.predictor.ranker._sides.values()
     assert side.programs.top._cache_size() == 3  # 1, 4 and 16 users
 
@@ -198,7 +200,7 @@ def test_nothing_is_compiled_again_for_another_store_a_loaded_model_or_new_items
     history = [HISTORY, {100: 4.0}]
 
     def work(recommender):
-        recommender.recommend(history, k=5)
+        recommender.batch.recommend(history, k=5)
         recommender.recommend(HISTORY, k=5, explore="ucb")
 
     def compiled():

@@ -41,7 +41,8 @@ def test_contradictions_the_later_one_counts_and_remove_takes_back(live):
 
 def test_attributes_alone_are_enough_and_context_of_users_is_checked(live):
     live.describe_user(1007, {"country": "de"})
-    assert live.recommend_to([1007, 1008], k=5) == live.recommend([{}, {}], k=5, user=[{"country": "de"}, None])
+    expected = live.batch.recommend([{}, {}], k=5, users=[{"country": "de"}, None])
+    assert live.batch.recommend_to([1007, 1008], k=5) == expected
     with pytest.raises(mr.DataError, match="'age' is unknown to the model; it knows: country"):
         live.describe_user(1007, {"age": 3})
     with pytest.raises(mr.DataError, match="context 'device' is unknown"):
@@ -51,7 +52,8 @@ def test_attributes_alone_are_enough_and_context_of_users_is_checked(live):
 def test_unknown_users_and_items_are_taken_and_told_apart_later(live):
     live.update([rated("ann", 7, 5.0)])
     unknown = live.recommend_to("ann", k=5)
-    assert unknown == live.recommend({7: 5.0}, k=5)
+    with pytest.warns(mr.UnknownItemWarning, match=r"1 of 1 items in the history are unknown to the model \(7\)"):
+        assert unknown == live.recommend({7: 5.0}, k=5)
     more = live.add_items({"item_id": [7], "colour": ["red"]})
     assert more.recommend_to("ann", k=5) == more.recommend({7: 5.0}, k=5)
     assert 7 not in {r.item for r in more.recommend_to("ann", k=60)}
@@ -59,8 +61,8 @@ def test_unknown_users_and_items_are_taken_and_told_apart_later(live):
 
 def test_later_events_weigh_more_as_documented(stocked, tmp_path):
     events = [Stored(1, "rating", 5.0, 0.0), Stored(2, "rating", 1.0, 100.0), Stored(3, "click", None, 300.0)]
-    items, ratings, weights = taste(events, (1.0, 5.0), 4.0, half_life=100.0)
-    assert items == [1, 2, 3]
+    kept, ratings, weights = taste(events, (1.0, 5.0), 4.0, half_life=100.0)
+    assert [event.item for event in kept] == [1, 2, 3]
     assert ratings.tolist() == [5.0, 1.0, 4.0]
     np.testing.assert_allclose(weights, [1 / 8, 1 / 4, 1])
     assert taste(events, (1.0, 5.0), 4.0, None)[2].tolist() == [1, 1, 1]
@@ -96,7 +98,7 @@ def test_ten_thousand_events_at_once(live):
         for t, (u, i) in enumerate(rng.integers(0, 40, (10_000, 2)) + 100)
     ]
     assert live.update(events) == 10_000
-    assert len(live.recommend_to(list(range(100, 140)), k=3)) == 40
+    assert len(live.batch.recommend_to(list(range(100, 140)), k=3)) == 40
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,10 @@ def test_arguments_are_checked(live):
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         live.recommend_to("ann", colour="red")
     with pytest.raises(mr.DataError, match="user: an id is an integer or a string"):
-        live.recommend_to([1.5])
-    assert live.recommend_to([], k=5) == []
+        live.batch.recommend_to([1.5])
+    with pytest.raises(mr.DataError, match=r"one id, got \[1, 2\]; several users: recommender.batch.recommend_to"):
+        live.recommend_to([1, 2])
+    with pytest.raises(mr.DataError, match="users: expected a list of ids, one per user, got 'ann'"):
+        live.batch.recommend_to("ann")
+    assert live.batch.recommend_to([], k=5) == live.batch.recommend([]) == []
     assert len(live.recommend_to("ann", k=5, where={"colour": "red"}, block=[100])) == 5

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import metarec_jax as mr
+from metarec_jax.data.schema import ITEM, STATISTICS
 from metarec_jax.tasks.observed import observe
 from metarec_jax.tasks.ranking_draws import drawn, widths_of
-from metarec_jax.tasks.statistics import NAME, ItemStatistics
+from metarec_jax.tasks.statistics import ItemStatistics
 
 DATA = mr.data.synthetic(users=150, items=80, ratings_per_user=(1, 40), seed=3)
 TARGET = mr.tasks.Target("ranking", 4.0, levels=(1.0, 3.0, 5.0))
@@ -197,7 +198,7 @@ def test_statistics_of_other_users_can_take_the_place_of_the_datas_own():
     some, target = HISTORIES.take(np.arange(40)), TARGET
     statistics = ItemStatistics.fit(some, target)
     found = observe(HISTORIES, target, statistics)
-    np.testing.assert_array_equal(found.features[f"item/{NAME}"], statistics.extend(DATA).item_features[NAME])
+    np.testing.assert_array_equal(found.features[ITEM + STATISTICS], statistics.extend(DATA).item_features[STATISTICS])
 
 
 @pytest.mark.parametrize("positives", [0, 1])

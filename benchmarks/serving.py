@@ -220,9 +220,9 @@ def million(strategy: str, items: int, users: int) -> None:
     sent = histories(recommender, users)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begun = time.perf_counter()
-    recommender.recommend(sent, k=100)
+    recommender.batch.recommend(sent, k=100)
     first = time.perf_counter() - begun
-    seconds = timed(lambda: recommender.recommend(sent, k=100), 3)
+    seconds = timed(lambda: recommender.batch.recommend(sent, k=100), 3)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
         f"| {strategy}, exact top 100 of {items:,} items for {users} users | {np.median(seconds):.2f} | {first:.2f} | "

@@ -78,7 +78,7 @@ def test_stored_users_are_predicted_as_their_histories_are(recommender):
     assert live.recommend_to("ann", by="rating") == recommender.recommend(HISTORY, by="rating")
     assert live.recommend_to("ann", by=0.3) == recommender.recommend(HISTORY, by=0.3)
     for wrong in ([1.5], 1.5, None):
-        with pytest.raises(mr.DataError, match="user: (an id is|expected one id)"):
+        with pytest.raises(mr.DataError, match=r"user: (an id is|expected one id)"):
             live.predict_for(wrong, [9])
 
 

@@ -8,18 +8,15 @@ from typing import Any
 
 from metarec_jax.api import load
 from metarec_jax.errors import DataError, ModelFileError
-from metarec_jax.inference.ranker import BATCHES, HISTORIES
 from metarec_jax.inference.recommendations import Choice
 from metarec_jax.inference.stock import Stock
 from metarec_jax.recommender import Recommender
 from metarec_jax.serving.categories import Categories
+from metarec_jax.serving.warming import VARIED, warm
 from metarec_jax.state.events import Store
 from metarec_jax.state.stores import open_store
 
-SIZES, LENGTHS = BATCHES[:-1], HISTORIES  # batch sizes and history lengths compiled by `warm`
-COUNTS = (10, 100, 1000)  # values of k, one per compiled size
 MOST = 1000  # maximum number of recommendations or ids per request
-VARIED = 0.7  # diversity of the start items
 TRIES = 5  # attempts to read a model that is being replaced
 
 
@@ -236,33 +233,8 @@ class Service:
         return load(self.path, users=self.users, half_life=self.half_life)
 
     def _warm(self, recommender: Recommender) -> None:
-        """Run requests of every size and option, so that all programs are compiled."""
-        if not SIZES:
-            return
         start = time.perf_counter()
-        item, low = recommender.stock.decode([1]).tolist()[0], recommender.limits[0]
-        unknown = "\0" if isinstance(item, str) else -1
-        option_sets: list[dict[str, Any]] = [{}, {"only": [item]}]
-        if recommender.strategy.deviation is not None:
-            option_sets += [{"deviation": True, **options} for options in option_sets]
-        if recommender.strategy.sample is not None:
-            option_sets += [{"explore": "thompson", **options} for options in option_sets]
-        rated = recommender.target.kind == "rating" or recommender.rater is not None
-        for size in SIZES:
-            for length in LENGTHS:
-                people = [recommender.predictor.person([(unknown, low)] * length)] * size
-                for options in option_sets:
-                    arguments = options | ({"where": [None] * size} if "only" in options else {})
-                    orders: list[Any] = ["score"]
-                    if rated and not options.keys() & {"deviation", "explore"}:
-                        orders += [0.5, "rating"]
-                    for count in COUNTS:
-                        for by in orders:
-                            recommender.predictor.top(people, count, None, Choice(by=by, **arguments))
-        for length in LENGTHS:
-            recommender.explain([(unknown, low)] * (length - 1) + [(item, low)], item)
-        for count in COUNTS:
-            recommender.recommend([], count, diversity=VARIED)
+        warm(recommender)
         self.report(f"ready after {time.perf_counter() - start:.0f} s of compilation")
 
 

@@ -192,8 +192,8 @@ class _State(NamedTuple):
         cls, strategy: Strategy, optimizer: optax.GradientTransformation, params: Params | None, seed: int
     ) -> "_State":
         """Return the state before the first epoch; `params` are copied, because `_step` donates its arguments."""
-        key = jax.random.key(seed)
-        params = jax.jit(strategy.init)(key) if params is None else jax.tree.map(jnp.array, params)
+        init_key, key = jax.random.split(jax.random.key(seed))
+        params = jax.jit(strategy.init)(init_key) if params is None else jax.tree.map(jnp.array, params)
         start = jax.device_get(params)
         best = Fitted(start, -1, [])
         return cls(params, jax.jit(optimizer.init)(params), start, best, np.random.default_rng(seed), key)

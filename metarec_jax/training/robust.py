@@ -57,6 +57,7 @@ def reweight(
         raise ValueError('reweight does not support rankings; train with objective="click" or "rating"')
     split, target = recommender.split(data, "reweight(recommender, data)"), recommender.target
     robust = reweighted(given(recommender.strategy, recommender.params))
+    initial = robust.init(jax.random.key(recommender.seed))
     with epochs_bar(progress, epochs, target.kind) as report:
         fitted = fit(
             robust,
@@ -69,12 +70,12 @@ def reweight(
             noise=noise,
             statistics=ItemStatistics.fit(split.train, target),
             seed=recommender.seed,
+            params=initial,
             report=report,
             **fit_options,
         )
-    initial = jax.tree.leaves(robust.init(jax.random.key(recommender.seed)))
-    learned = jax.tree.leaves(fitted.params)
-    if learning_rate and all(np.allclose(*pair, rtol=1e-4, atol=1e-7) for pair in zip(initial, learned, strict=True)):
+    pairs = zip(jax.tree.leaves(initial), jax.tree.leaves(fitted.params), strict=True)
+    if learning_rate and all(np.allclose(*pair, rtol=1e-4, atol=1e-7) for pair in pairs):
         raise ValueError(
             "the rating weights were not learned: in this strategy no gradient passes from a query to the weights "
             "of the support set; use alpaca, ridge or maml"

@@ -207,7 +207,8 @@ def _initial_params(
         raise TypeError(f"start must be a Recommender, got {type(start).__name__}; a saved one: mr.load(path)")
     if source.target.kind != target.kind:
         raise ValueError(f"start predicts a {source.target.kind}, this training a {target.kind}; use one target")
-    fresh = jax.jit(built.init)(jax.random.key(seed))
+    init_key, _ = jax.random.split(jax.random.key(seed))  # as `fit` does
+    fresh = jax.jit(built.init)(init_key)
     learned = {name: value for name, value in source.params.items() if name != TABLES}
     return carry_over(learned, fresh, fields_of(source.catalogue), fields_of(data), shared)
 

@@ -20,7 +20,7 @@ def model(stocked, tmp_path):
 @pytest.fixture
 def service(model, tmp_path, monkeypatch):
     """A service that compiles little before it is ready."""
-    monkeypatch.setattr("metarec_jax.serving.service.SIZES", ())
+    monkeypatch.setattr("metarec_jax.serving.warming.SIZES", ())
     return Service(model, tmp_path / "users.db")
 
 

@@ -16,7 +16,7 @@ def served(stocked, tmp_path_factory, run_app):
     folder = tmp_path_factory.mktemp("page")
     stocked.save(folder / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metarec_jax.serving.service.SIZES", ())
+        patch.setattr("metarec_jax.serving.warming.SIZES", ())
         service = Service(folder / "model")
         with run_app(service) as address:
             yield service, address

@@ -26,7 +26,7 @@ def recommender(request):
 
 @pytest.fixture
 def service(recommender, tmp_path, monkeypatch):
-    monkeypatch.setattr("metarec_jax.serving.service.SIZES", ())
+    monkeypatch.setattr("metarec_jax.serving.warming.SIZES", ())
     recommender.save(tmp_path / "model")
     return Service(tmp_path / "model", tmp_path / "users.db")
 

@@ -24,9 +24,9 @@ def compiled():
 
 
 def test_no_request_compiles_anything_after_ready(tmp_path, monkeypatch, compiled):
-    monkeypatch.setattr("metarec_jax.serving.service.SIZES", (1, 8))
-    monkeypatch.setattr("metarec_jax.serving.service.LENGTHS", (32, 128))
-    monkeypatch.setattr("metarec_jax.serving.service.COUNTS", (10, 100))
+    monkeypatch.setattr("metarec_jax.serving.warming.SIZES", (1, 8))
+    monkeypatch.setattr("metarec_jax.serving.warming.LENGTHS", (32, 128))
+    monkeypatch.setattr("metarec_jax.serving.warming.COUNTS", (10, 100))
     data = mr.data.synthetic(users=100, items=60)
     options = {"rank": 4, "sweeps": 1}
     mr.train(data, "ials", epochs=1, progress=False, buckets=1, strategy_options=options).save(tmp_path / "model")

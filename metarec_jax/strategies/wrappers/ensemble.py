@@ -100,13 +100,16 @@ def ensemble(
         return jnp.sqrt(averaged(g, deviations**2 + (scores - averaged(g, scores)) ** 2))
 
     def meta_loss(params: Params, task: Task, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        values, aux = group.loss(params["members"], task, key)
+        of_members, of_gate = jax.random.split(key) if gated else (key, key)
+        values, aux = group.loss(params["members"], task, of_members)
         # the gradient is that of the sum, not the mean, so that each member trains as it would alone
         total, value = values.sum(), jax.lax.stop_gradient(values.mean())
         if gated:
             assert loss is not None
             fixed = {**params, "members": jax.lax.stop_gradient(params["members"])}
-            value = query_loss(predict(fixed, adapt(fixed, task.support, key), task.query.features), task.query, loss)
+            value = query_loss(
+                predict(fixed, adapt(fixed, task.support, of_gate), task.query.features), task.query, loss
+            )
         return value + total - jax.lax.stop_gradient(total), aux
 
     def sample(params: Params, adapted: Adapted, keys: jax.Array, strength: jax.Array) -> Adapted:

@@ -78,8 +78,9 @@ def meta_sgd(
     strategy = from_inner_loop(model, loss, groups, learned, options)
 
     def init(key: jax.Array) -> Params:
-        params = strategy.init(key)
-        alpha = jax.random.uniform(jax.random.fold_in(key, 1), (), minval=ALPHA[0], maxval=ALPHA[1])
+        init_key, alpha_key = jax.random.split(key)
+        params = strategy.init(init_key)
+        alpha = jax.random.uniform(alpha_key, (), minval=ALPHA[0], maxval=ALPHA[1])
         return params | {"step_size": jax.tree.map(lambda a: jnp.full_like(a, alpha), params["step_size"])}
 
     return strategy._replace(init=init) if faithful else strategy

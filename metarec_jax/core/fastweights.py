@@ -90,6 +90,15 @@ def adapt(
     Raises:
       ValueError: `steps` or `count` is negative, `chunk` is less than 1, or `form` or `precision` is unknown.
 
+    Example:
+      One user with the example x = 1, y = 2, and the model w x from w = 0. The gradient of (w x - y)^2 is -4, so a step
+      of 0.1 moves w to 0.4:
+
+      >>> support = mr.Examples(jnp.ones((1, 1, 1)), jnp.array([[2.0]]), jnp.ones((1, 1)))  # one user, one example
+      >>> adapted = mr.core.adapt(lambda w, x: x @ w, jnp.zeros(1), support)
+      >>> mr.core.weights(jnp.zeros(1), adapted)
+      Array([[0.4]], dtype=float32)
+
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
       Li et al., Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017.
@@ -127,6 +136,16 @@ def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) 
 
     Raises:
       ValueError: `params` has another number of leaves than at `adapt`.
+
+    Example:
+      Two users, both with x = 1, start from w = 0. The first likes it (y = 2), the second does not (y = -2):
+
+      >>> apply, w = lambda w, x: x @ w, jnp.zeros(1)
+      >>> support = mr.Examples(jnp.ones((2, 1, 1)), jnp.array([[2.0], [-2.0]]), jnp.ones((2, 1)))
+      >>> adapted = mr.core.adapt(apply, w, support)
+      >>> mr.core.predict(apply, w, adapted, jnp.array([[[1.0], [2.0]]] * 2))
+      Array([[ 0.4,  0.8],
+             [-0.4, -0.8]], dtype=float32)
     """
     leaves = _matching(params, adapted)
     numbers = [leaf for leaf, entry in enumerate(adapted.leaves) if entry is not None]
@@ -170,6 +189,15 @@ def weights(params: Params, adapted: Adapted) -> Params:
 
     Raises:
       ValueError: `params` has another number of leaves than at `adapt`.
+
+    Example:
+      Only the bias adapts; the shared leaf is None:
+
+      >>> params = {"b": jnp.zeros(()), "w": jnp.zeros(1)}
+      >>> support = mr.Examples(jnp.ones((1, 1, 1)), jnp.array([[2.0]]), jnp.ones((1, 1)))
+      >>> apply = lambda params, x: x @ params["w"] + params["b"]
+      >>> mr.core.weights(params, mr.core.adapt(apply, params, support, adapted={"b": True, "w": False}))
+      {'b': Array([0.4], dtype=float32), 'w': None}
     """
     full = [
         None if entry is None else jax.vmap(partial(_value, w))(entry, adapted.failed)
@@ -194,6 +222,14 @@ def mean_change(params: Params, adapted: Adapted, share: jax.Array) -> Params:
 
     Raises:
       ValueError: `params` has another number of leaves than at `adapt`, or `share` is not `[users]`.
+
+    Example:
+      One user moves w from 0 to 0.4, the other to -0.8; the plain mean of the changes is -0.2:
+
+      >>> support = mr.Examples(jnp.ones((2, 1, 1)), jnp.array([[2.0], [-4.0]]), jnp.ones((2, 1)))
+      >>> adapted = mr.core.adapt(lambda w, x: x @ w, jnp.zeros(1), support)
+      >>> mr.core.mean_change(jnp.zeros(1), adapted, jnp.array([0.5, 0.5]))
+      Array([-0.2], dtype=float32)
     """
     if share.shape != adapted.failed.shape:
         raise ValueError(f"share must be [{len(adapted.failed)}], one weight a user, got {share.shape}")

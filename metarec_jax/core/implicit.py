@@ -31,6 +31,15 @@ def proximal(optimizer: optax.GradientTransformation, damping: Params) -> optax.
     Args:
       optimizer: any optax transformation.
       damping: a number, or a pytree prefix of the parameters with a number for each array or subtree.
+
+    Example:
+      The gradient of the loss is 1 twice. After the first step, -0.5, the proximal term adds -0.5 to it:
+
+      >>> import optax
+      >>> optimizer = mr.core.implicit.proximal(optax.sgd(0.5), damping=1.0)
+      >>> updates, state = optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(1)))
+      >>> updates, optimizer.update(jnp.ones(1), state)[0]
+      (Array([-0.5], dtype=float32), Array([-0.25], dtype=float32))
     """
 
     def init(params: Params) -> ProximalState:
@@ -87,6 +96,14 @@ def adapt(
 
     Raises:
       ValueError: `damping` is not positive, `steps` is less than 1, or `iterations` or `count` is negative.
+
+    Example:
+      The minimum of (w - 2)^2 + damping / 2 w^2 with damping = 2 is at w = 1:
+
+      >>> support = mr.Examples(jnp.ones((1, 1, 1)), jnp.array([[2.0]]), jnp.ones((1, 1)))  # one user, one example
+      >>> adapted = mr.core.implicit.adapt(lambda w, x: x @ w, jnp.zeros(1), support, damping=2.0, steps=40)
+      >>> np.asarray(mr.core.weights(jnp.zeros(1), adapted)).round(3)
+      array([[1.]], dtype=float32)
 
     References:
       Rajeswaran et al., Meta-Learning with Implicit Gradients, NeurIPS 2019, eq. 6 and algorithm 2.

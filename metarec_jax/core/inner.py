@@ -32,6 +32,10 @@ def partition(params: Params, mask: Params) -> Params:
 
     Raises:
       ValueError: a leaf of `mask` is not a bool.
+
+    Example:
+      >>> mr.core.partition({"embedding": 1.0, "head": {"w": 2.0, "b": 3.0}}, {"embedding": False, "head": True})
+      {'embedding': None, 'head': {'w': 2.0, 'b': 3.0}}
     """
     for flag in jax.tree.leaves(mask):
         if not isinstance(flag, bool | np.bool_):
@@ -42,7 +46,12 @@ def partition(params: Params, mask: Params) -> Params:
 
 
 def merge(fast: Params, params: Params) -> Params:
-    """Replace leaves of `params` by those of `fast`; where `fast` is None the shared leaf stays."""
+    """Replace leaves of `params` by those of `fast`; where `fast` is None the shared leaf stays.
+
+    Example:
+      >>> mr.core.merge({"embedding": None, "head": 5.0}, {"embedding": 1.0, "head": 2.0})
+      {'embedding': 1.0, 'head': 5.0}
+    """
     return jax.tree.map(lambda f, p: p if f is None else f, fast, params, is_leaf=lambda x: x is None)
 
 
@@ -87,6 +96,13 @@ def adapt(
     Raises:
       ValueError: `steps` or `count` is negative.
 
+    Example:
+      As in `fastweights.adapt`: a step of 0.1 along the gradient -4 moves w from 0 to 0.4.
+
+      >>> support = mr.Examples(jnp.ones((1, 1)), jnp.array([[2.0]]), jnp.ones((1, 1)))  # one user, one example
+      >>> mr.core.inner.adapt(lambda w, x: w * x, jnp.zeros(()), support)
+      Array([0.4], dtype=float32)
+
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
     """
@@ -128,6 +144,11 @@ def predict(apply: Apply, params: Params, fast: Params, features: Features) -> j
 
     Returns:
       Scores `[users, examples]`.
+
+    Example:
+      >>> mr.core.inner.predict(lambda w, x: w * x, jnp.zeros(()), jnp.array([2.0, 3.0]), jnp.ones((2, 1)))
+      Array([[2.],
+             [3.]], dtype=float32)
     """
     return jax.vmap(lambda w, x: apply(merge(w, params), x))(fast, features)
 

@@ -20,6 +20,14 @@ def query_loss(scores: jax.Array, query: Examples, loss: PointwiseLoss) -> jax.A
       scores: `[users, examples]`.
       query: `Examples` with arrays `[users, examples, ...]`.
       loss: elementwise loss of scores and targets.
+
+    Example:
+      The squared errors of the first user are 1 and 9, the second has no query:
+
+      >>> query = mr.Examples(None, jnp.zeros((2, 2)), jnp.array([[1.0, 1.0], [0.0, 0.0]]))
+      >>> scores = jnp.array([[1.0, 3.0], [7.0, 7.0]])
+      >>> float(mr.core.query_loss(scores, query, lambda score, target: (score - target) ** 2))
+      5.0
     """
     per_user = jax.vmap(partial(mean_loss, loss))(scores, query)
     return masked_mean(per_user, jnp.any(query.mask > 0, axis=-1))
@@ -39,6 +47,18 @@ def meta_step(loss: Loss, optimizer: optax.GradientTransformation, *, chunk: int
 
     Raises:
       ValueError: `chunk` is less than 1.
+
+    Example:
+      `loss` is that of a strategy; here the shared weight w is fitted to the query targets without adaptation. With
+      w = 0 and the target 2, the gradient is -4:
+
+      >>> import optax
+      >>> loss = lambda w, task, key: (((w - task.query.target) ** 2).mean(), {})
+      >>> step = jax.jit(mr.core.meta_step(loss, optax.sgd(0.1)))
+      >>> examples = mr.Examples(jnp.ones((1, 1)), jnp.array([[2.0]]), jnp.ones((1, 1)))
+      >>> w, state, aux = step(jnp.zeros(()), optax.sgd(0.1).init(0.0), mr.Task(examples, examples), jax.random.key(0))
+      >>> float(aux["loss"]), round(float(w), 3)
+      (4.0, 0.4)
     """
 
     if chunk is not None:
@@ -69,6 +89,15 @@ def chunked(loss: Loss, chunk: int) -> Loss:
 
     Raises:
       ValueError: `chunk` is less than 1.
+
+    Example:
+      The loss of four users, at most two at a time, with the targets 0 to 3:
+
+      >>> loss = lambda w, task, key: (((w - task.query.target) ** 2).mean(), {})
+      >>> examples = mr.Examples(jnp.ones((4, 1)), jnp.arange(4.0)[:, None], jnp.ones((4, 1)))
+      >>> value, aux = mr.core.chunked(loss, 2)(jnp.zeros(()), mr.Task(examples, examples), jax.random.key(0))
+      >>> float(value)  # (0 + 1 + 4 + 9) / 4
+      3.5
     """
     if chunk < 1:
         raise ValueError(f"chunk must be 1 or more, got {chunk}")

@@ -88,6 +88,19 @@ def meta_step(
       ValueError: a feature occurs twice. When `init` or `step` is traced: a path or feature is missing, a path occurs
         twice, a feature is not an integer array, or tables of one feature differ in rows.
 
+    Example:
+      A table of 1,000 rows and a batch that reads row 7: the other rows are never touched.
+
+      >>> import optax
+      >>> def loss(params, task, key):
+      ...     return ((params["table"][task.query.features["item_id"]] - task.query.target) ** 2).mean(), {}
+      >>> init, step = mr.core.sparse.meta_step(loss, optax.sgd(0.1), optax.sgd(0.1), {"item_id": "table"})
+      >>> examples = mr.Examples({"item_id": jnp.array([[7]])}, jnp.array([[2.0]]), jnp.ones((1, 1)))
+      >>> params = {"table": jnp.zeros(1000)}
+      >>> params, _, _ = jax.jit(step)(params, init(params), mr.Task(examples, examples), jax.random.key(0))
+      >>> round(float(params["table"][7]), 3), int((params["table"] != 0).sum())
+      (0.4, 1)
+
     References:
       Kingma and Ba, Adam, ICLR 2015, algorithm 1, here for each row. Lazy Adam is known from TensorFlow Addons
       (`LazyAdam`) and PyTorch (`SparseAdam`), whose bias correction counts all steps instead.
@@ -146,6 +159,14 @@ def rowwise_adagrad(
       learning_rate: step size, or a schedule of it.
       initial_accumulator_value: initial value of `a`, 0 or more.
       eps: added under the root for numerical stability, as in `optax.adagrad`.
+
+    Example:
+      The mean square of the gradient (1, 7) is 25, so the step is (1, 7) / 5 with a learning rate of 1:
+
+      >>> optimizer = mr.core.sparse.rowwise_adagrad(1.0, initial_accumulator_value=0.0)
+      >>> updates, state = optimizer.update(jnp.array([1.0, 7.0]), optimizer.init(jnp.zeros(2)))
+      >>> np.asarray(updates).round(3)
+      array([-0.2, -1.4], dtype=float32)
 
     References:
       Gupta, Bengio and Weston, Training Highly Multiclass Classifiers, JMLR 15, 2014; for embeddings Lerer et al.,

@@ -28,6 +28,13 @@ class Dataset:
       titles: `[item rows]` display names, or None.
       report: counts of the rows that cleaning touched.
       truth: `[user rows, item rows]` expected ratings; synthetic data only.
+
+    Example:
+      >>> data = mr.data.from_tables({"user_id": ["ann", "ann", "bob"], "item_id": ["tea", "rye", "tea"]}, name="shop")
+      >>> data
+      Dataset(shop: 3 interactions, 2 users, 2 items)
+      >>> data.item, data.items.ids  # row 1 is rye, row 2 is tea
+      (array([2, 1, 2], dtype=int32), array(['rye', 'tea'], dtype='<U3'))
     """
 
     name: str

@@ -66,6 +66,12 @@ def load(
 
     Raises:
       DataError: nothing could be found or read; the message says what to do.
+
+    Example:
+      >>> import polars as pl
+      >>> pl.DataFrame({"user_id": [1, 2], "item_id": ["tea", "rye"]}).write_csv("plays.csv")
+      >>> mr.data.load("plays.csv")
+      Dataset(plays: 2 interactions, 2 users, 2 items)
     """
     if path is not None:
         return movielens.read(path, name)

@@ -36,6 +36,14 @@ class Field:
       transform: transform before standardising, see `metarec_jax.data.normalise.transformed`.
       knots: fitted knots of the transform.
       gram: for text fields, the n-gram length, in letters; 0 for words only.
+
+    Example:
+      >>> colour = mr.data.Field.fit("colour", np.array(["red", "blue", "red"]))
+      >>> colour.encode(np.array(["blue", "red", "green"]))  # green is unknown
+      array([1, 2, 0], dtype=int32)
+      >>> price = mr.data.Field.fit("price", np.array([1.0, 3.0]))  # mean 2, standard deviation 1
+      >>> price.encode(np.array([4.0, np.nan])).tolist()
+      [[2.0], [0.0]]
     """
 
     name: str

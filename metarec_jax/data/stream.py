@@ -124,6 +124,14 @@ def prepare(
     Raises:
       DataError: a file is missing or damaged; an id, rating or time is invalid (with file and row); the disk is full;
         `out` holds something else; or an option is out of range.
+
+    Example:
+      >>> import polars as pl
+      >>> plays = {"user_id": [1, 1, 2], "item_id": [7, 8, 7], "rating": [5.0, 4.0, 3.0], "timestamp": [20, 10, 30]}
+      >>> pl.DataFrame(plays).write_parquet("plays.parquet")
+      >>> prepared = mr.data.prepare("plays.parquet", "histories", shards=2, progress=False)
+      >>> prepared.report
+      {'rows': 3, 'duplicates': 0, 'cut': 0, 'users': 2, 'items': 2}
     """
     files = [Path(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]
     if not files or shards < 1 or piece < 1 or (max_history is not None and max_history < 1):

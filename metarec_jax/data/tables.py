@@ -61,6 +61,15 @@ def from_tables(
       DataError: a column is missing; the table is empty; an id is missing, a float, or beyond 64 bits; a rating is
         missing, NaN, infinite or not a number; an attribute table has a duplicate id or an infinite value.
       ValueError: `fields` has an option that `Field.fit` rejects.
+
+    Example:
+      >>> plays = {"customer": ["ann", "ann", "bob"], "item_id": [10, 11, 10], "rating": [5, 2, 4]}
+      >>> items = {"item_id": [10, 11, 12], "title": ["Alien", "Heat", "Up"], "genre": ["horror", "crime", "family"]}
+      >>> data = mr.data.from_tables(plays, items=items, columns={"user_id": "customer"}, name="films")
+      >>> data
+      Dataset(films: 3 interactions, 2 users, 3 items)
+      >>> data.rating, [field.name for field in data.item_fields]
+      (array([5., 2., 4.], dtype=float32), ['genre'])
     """
     table, names, report = _cleaned(interactions, columns or {}, clean)
     user_ids, item_ids = (ids(table, names[c], "interactions") for c in ("user_id", "item_id"))
@@ -109,6 +118,12 @@ def read_table(path: str | Path) -> "pl.DataFrame":
 
     Raises:
       DataError: the file is missing, damaged, cut short, or of another format.
+
+    Example:
+      >>> import polars as pl
+      >>> pl.DataFrame({"user_id": [1, 2], "item_id": ["tea", "rye"]}).write_csv("plays.csv")
+      >>> mr.data.read_table("plays.csv").to_dicts()
+      [{'user_id': 1, 'item_id': 'tea'}, {'user_id': 2, 'item_id': 'rye'}]
     """
     import polars as pl
 

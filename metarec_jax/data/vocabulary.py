@@ -26,6 +26,13 @@ class Vocabulary:
         integers from strings.
       name: what the ids are, for error messages ("item_id").
       buckets: number of rows of a hashed vocabulary besides row 0; None if every id has its own row.
+
+    Example:
+      >>> items = mr.data.Vocabulary.of(["tea", "rye", "tea"])
+      >>> items.encode(["rye", "tea", "oil"])  # oil is unknown
+      array([1, 2, 0], dtype=int32)
+      >>> items.decode(np.array([2, 1])).tolist()
+      ['tea', 'rye']
     """
 
     ids: np.ndarray

@@ -82,4 +82,4 @@ def test_a_saved_stack_keeps_its_members_when_the_defaults_change(recommender, t
     again = mr.load(tmp_path / "model")
     if told:
         assert again.recommend(["sku0", "sku2"], k=5) == recommender.recommend(["sku0", "sku2"], k=5)
-    assert (again.strategy.novelty, len(again.params["weights"])) == (0.1 if told else 0.0, 3)
+    assert (again.strategy.novelty, len(again.params["weights"])) == (0.15 if told else 0.0, 3)

@@ -360,6 +360,9 @@ def test_a_loaded_model_is_evaluated_on_its_own_dataset_only(saved, synthetic):
     with pytest.raises(mr.DataError, match="does not have the items"):
         loaded.evaluate(mr.data.synthetic(users=60, items=61))
     assert loaded.evaluate(synthetic, support=3)
+    for wrong in ("3", -1, 1.5, True):
+        with pytest.raises(mr.OptionError, match="support: expected a number of interactions of 0 or more, or None"):
+            loaded.evaluate(synthetic, support=wrong)
 
 
 def test_unknown_names_and_impossible_data_are_refused(synthetic):

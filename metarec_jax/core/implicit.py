@@ -101,8 +101,9 @@ def adapt(
       The minimum of (w - 2)^2 + damping / 2 w^2 with damping = 2 is at w = 1:
 
       >>> support = mr.Examples(jnp.ones((1, 1, 1)), jnp.array([[2.0]]), jnp.ones((1, 1)))  # one user, one example
-      >>> adapted = mr.core.implicit.adapt(lambda w, x: x @ w, jnp.zeros(1), support, damping=2.0, steps=40)
-      >>> np.asarray(mr.core.weights(jnp.zeros(1), adapted)).round(3)
+      >>> apply, w = lambda w, x: x @ w, jnp.zeros(1)
+      >>> adapt = jax.jit(lambda w: mr.core.implicit.adapt(apply, w, support, damping=2.0, steps=40))
+      >>> np.asarray(mr.core.weights(w, adapt(w))).round(3)
       array([[1.]], dtype=float32)
 
     References:

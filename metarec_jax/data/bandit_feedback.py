@@ -40,6 +40,16 @@ class LoggedFeedback:
       affinity: `[n, actions]` float32 number of the user's earlier clicks on each item.
       timestamp: `[n]` int64 seconds, ascending.
       actions: number of actions.
+
+    Example:
+      Three rounds of your own uniform policy over two items, and the rate of a policy that always shows item 1:
+
+      >>> zeros, ones = np.zeros(3, np.int32), np.ones(3)
+      >>> log = mr.data.LoggedFeedback(
+      ...     action=np.array([0, 1, 1]), position=zeros, reward=np.array([0.0, 1.0, 0.0]), propensity=ones / 2,
+      ...     user=np.zeros((3, 4), np.int32), affinity=np.zeros((3, 2)), timestamp=np.arange(3), actions=2)
+      >>> mr.evaluation.counterfactual.snips(log.reward, log.propensity, target=(log.action == 1) * 1.0).value
+      0.5
     """
 
     action: np.ndarray

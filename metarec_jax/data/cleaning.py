@@ -26,6 +26,17 @@ class Rule(NamedTuple):
       name: the name in reports and errors.
       apply: table -> (table, number of rows dropped or changed).
       needs: required columns.
+
+    Example:
+      A rule of your own, which drops the test account:
+
+      >>> import polars as pl
+      >>> def without_tests(table):
+      ...     kept = table.filter(pl.col("user_id") != "test")
+      ...     return kept, table.height - kept.height
+      >>> plays = {"user_id": ["ann", "test"], "item_id": [7, 8]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.cleaning.Rule("test account", without_tests)]).report
+      {'rows': 2, 'test account': 1, 'duplicates': 0}
     """
 
     name: str
@@ -45,6 +56,14 @@ def clean(table: "pl.DataFrame", rules: Sequence[Rule]) -> tuple["pl.DataFrame",
 
     Raises:
       DataError: a rule needs a missing column or leaves no row; or two rules have the same name.
+
+    Example:
+      >>> import polars as pl
+      >>> table = pl.DataFrame({"user_id": [1, 1, 2], "item_id": [7, 7, 8], "rating": [4.0, 5.0, 11.0]})
+      >>> rules = [mr.data.cleaning.rating_between(1, 5), mr.data.cleaning.duplicates()]
+      >>> table, report = mr.data.cleaning.clean(table, rules)
+      >>> table.rows(), report
+      ([(1, 7, 5.0)], {'rating between': 1, 'duplicates': 1})
     """
     report: dict[str, int] = {}
     for rule in rules:
@@ -59,7 +78,13 @@ def clean(table: "pl.DataFrame", rules: Sequence[Rule]) -> tuple["pl.DataFrame",
 
 
 def duplicates() -> Rule:
-    """Keep the latest of several interactions of one user with one item (by time, then by row)."""
+    """Keep the latest of several interactions of one user with one item (by time, then by row).
+
+    Example:
+      >>> plays = {"user_id": [1, 1], "item_id": [7, 7], "rating": [2, 5]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.cleaning.duplicates()]).rating
+      array([5.], dtype=float32)
+    """
 
     def apply(table: "pl.DataFrame") -> tuple["pl.DataFrame", int]:
         rows = table.with_row_index("_row")
@@ -75,6 +100,11 @@ def rating_between(low: float, high: float) -> Rule:
 
     Raises:
       ValueError: `low` is not below `high`.
+
+    Example:
+      >>> plays = {"user_id": [1, 1, 1], "item_id": [7, 8, 9], "rating": [5.0, 11.0, float("nan")]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.cleaning.rating_between(1, 5)]).rating
+      array([5.], dtype=float32)
     """
     import polars as pl
 
@@ -91,6 +121,11 @@ def time_between(first: datetime | float, last: datetime | float) -> Rule:
 
     Raises:
       ValueError: `first` is not before `last`.
+
+    Example:
+      >>> plays = {"user_id": [1, 1], "item_id": [7, 8], "timestamp": [50, 150]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.cleaning.time_between(100, 200)]).timestamp
+      array([150])
     """
     import polars as pl
 
@@ -105,6 +140,11 @@ def milliseconds_to_seconds() -> Rule:
 
     Values of 10^11 and more, which as seconds lie after the year 5138, are divided by 1000; values of 10^14 and more
     are divided by 10^6.
+
+    Example:
+      >>> plays = {"user_id": [1, 1], "item_id": [7, 8], "timestamp": [1_700_000_000, 1_700_000_000_000]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.cleaning.milliseconds_to_seconds()]).timestamp
+      array([1700000000, 1700000000])
     """
     import polars as pl
 
@@ -123,6 +163,13 @@ def bots(per_day: int = 1000, per_minute: int = 60) -> Rule:
     Args:
       per_day: most interactions in a calendar day (UTC).
       per_minute: most interactions in a calendar minute.
+
+    Example:
+      User 1 plays four items within four seconds:
+
+      >>> plays = {"user_id": [1, 1, 1, 1, 2], "item_id": [7, 8, 9, 10, 7], "timestamp": [0, 1, 2, 3, 0]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.cleaning.bots(per_minute=3)]).users.ids
+      array([2])
     """
     import polars as pl
 
@@ -134,7 +181,13 @@ def bots(per_day: int = 1000, per_minute: int = 60) -> Rule:
 
 
 def one_rating_users(minimum: int = 20) -> Rule:
-    """Drop users with at least `minimum` ratings that are all equal: they carry no preference."""
+    """Drop users with at least `minimum` ratings that are all equal: they carry no preference.
+
+    Example:
+      >>> plays = {"user_id": [1, 1, 1, 2, 2, 2], "item_id": [7, 8, 9] * 2, "rating": [5, 5, 5, 5, 4, 5]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.cleaning.one_rating_users(minimum=3)]).users.ids
+      array([2])
+    """
     import polars as pl
 
     rating = pl.col("rating")
@@ -147,6 +200,13 @@ def outlier_users(deviations: float = 6.0) -> Rule:
 
     The log count of such a user is more than `deviations` robust standard deviations (1.4826 times the median absolute
     deviation) above the median, and the count more than twice the median.
+
+    Example:
+      Users 1 and 2 have two interactions, user 3 has nine:
+
+      >>> plays = {"user_id": [1, 1, 2, 2] + [3] * 9, "item_id": [1, 2, 1, 2, *range(9)]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.cleaning.outlier_users()]).users.ids
+      array([1, 2])
     """
     import polars as pl
 
@@ -172,6 +232,13 @@ def k_core(users: int = 5, items: int = 5) -> Rule:
 
     Raises:
       ValueError: `users` or `items` is below 1.
+
+    Example:
+      Item 9 has one user. Without it user 3 has one item:
+
+      >>> plays = {"user_id": [1, 1, 2, 2, 3, 3], "item_id": [7, 8, 7, 8, 7, 9]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.cleaning.k_core(users=2, items=2)]).users.ids
+      array([1, 2])
     """
     import polars as pl
 

@@ -16,6 +16,11 @@ def fingerprint(data: Dataset) -> str:
 
     Returns:
       12 hexadecimal digits, the same on every machine.
+
+    Example:
+      >>> data = mr.data.from_tables({"user_id": [1, 1], "item_id": [7, 8], "rating": [5, 3]}, name="shop")
+      >>> mr.evaluation.fingerprint(data)
+      '63925d1df6de'
     """
     digest = hashlib.sha256()
     arrays: dict[str, Any] = {"user": data.user, "item": data.item, "rating": data.rating, "timestamp": data.timestamp}

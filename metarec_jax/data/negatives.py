@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from metarec_jax.data.dataset import Dataset
+from metarec_jax.errors import DataError
 
 ROUNDS = 100  # of redrawing rejected items; a user still short then has interacted with nearly all items
 
@@ -34,10 +35,21 @@ def with_negatives(
       seed: random seed.
 
     Raises:
+      DataError: there are no interactions.
       ValueError: `per_positive` is below 1, or `by` is unknown.
+
+    Example:
+      Ann's only negative is rye, Bob's is tea:
+
+      >>> plays = {"user_id": ["ann", "bob"], "item_id": ["tea", "rye"], "rating": [1, 1]}
+      >>> data = mr.data.with_negatives(mr.data.from_tables(plays))
+      >>> data.items.decode(data.item).tolist(), data.rating.tolist()
+      (['tea', 'rye', 'rye', 'tea'], [1.0, 0.0, 1.0, 0.0])
     """
     if per_positive < 1 or by not in ("uniform", "popularity"):
         raise ValueError(f'need per_positive >= 1 and by "uniform" or "popularity", got {per_positive} and {by!r}')
+    if not len(data.rating):
+        raise DataError(f"{data.name} has no interactions, so that there is nothing to add negatives to")
     rng, items = np.random.default_rng(seed), len(data.items)
     source = np.repeat(np.arange(len(data.user)), per_positive)  # the positive of each negative
     taken = np.unique(data.user.astype(np.int64) * items + data.item)

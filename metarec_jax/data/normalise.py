@@ -27,6 +27,11 @@ def rescale(source: Scale, target: Scale = "stars") -> Rule:
     Raises:
       ValueError: a scale is unknown, or its ends are equal or not finite.
       DataError: when applied, a rating lies outside the source scale (drop it first with `cleaning.rating_between`).
+
+    Example:
+      >>> plays = {"user_id": [1, 1], "item_id": [7, 8], "rating": [0.0, 75.0]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.rescale("percent", "stars")]).rating  # 1 + 0.75 * 4
+      array([1., 4.], dtype=float32)
     """
     import polars as pl
 
@@ -62,6 +67,13 @@ def centre_users(middle: float, weight: float = 1.0) -> Rule:
 
     Raises:
       ValueError: `weight` is not above 0.
+
+    Example:
+      The running means of the user are 3 (the prior), then (3 + 5) / 2 = 4, then (3 + 5 + 4) / 3 = 4:
+
+      >>> plays = {"user_id": [1, 1, 1], "item_id": [7, 8, 9], "rating": [5, 4, 1], "timestamp": [1, 2, 3]}
+      >>> mr.data.from_tables(plays, clean=[mr.data.centre_users(3.0)]).rating
+      array([ 2.,  0., -3.], dtype=float32)
     """
     import polars as pl
 

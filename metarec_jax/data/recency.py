@@ -30,6 +30,13 @@ def with_recency(
     Raises:
       DataError: a timestamp is missing or not in seconds; a column is missing.
       ValueError: `gap` is not above 0.
+
+    Example:
+      The third play comes more than half an hour after the second:
+
+      >>> table = mr.data.with_recency({"user_id": [1, 1, 1], "item_id": [7, 8, 9], "timestamp": [0, 600, 7200]})
+      >>> table.select("hour", "since_previous", "session", "session_position").rows()
+      [('00', None, '1/0', 0), ('00', 600, '1/0', 1), ('02', 6600, '1/1', 0)]
     """
     import polars as pl
 

@@ -18,6 +18,12 @@ def by_item(data: Dataset) -> Dataset:
     The task attributes are those of the item. The new "items" are the users; they have no titles. Protocols, fields and
     metrics work unchanged: `ColdUsers` then splits cold items, and `ItemStatistics` summarises a user's ratings of the
     training items.
+
+    Example:
+      >>> plays = {"user_id": ["ann", "ann", "bob"], "item_id": ["tea", "rye", "tea"]}
+      >>> by_item = mr.data.by_item(mr.data.from_tables(plays))
+      >>> by_item.users.ids.tolist(), by_item.items.ids.tolist()
+      (['rye', 'tea'], ['ann', 'bob'])
     """
     return replace(
         data,
@@ -53,6 +59,14 @@ def by_key(data: Dataset, *keys: str | np.ndarray) -> Dataset:
       DataError: a key is unknown or not categorical, has a wrong length, or is unknown in every interaction; or two
         combinations of values have the same name.
       ValueError: no key is given.
+
+    Example:
+      >>> plays = {"user_id": ["ann", "ann", "bob"], "item_id": ["tea", "rye", "tea"], "device": ["phone", "tv", "tv"]}
+      >>> data = mr.data.from_tables(plays, context=["device"])
+      >>> mr.data.by_key(data, "context/device").users.ids.tolist()
+      ['phone', 'tv']
+      >>> mr.data.by_key(data, "user", "context/device").users.ids.tolist()
+      ['ann/phone', 'ann/tv', 'bob/tv']
     """
     if not keys:
         raise ValueError('by_key needs a key, for instance by_key(data, "item/merchant")')

@@ -21,7 +21,13 @@ def prefixed(prefix: str, tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields_of(data: Dataset) -> dict[str, Field]:
-    """Return the fields of a dataset's task batches, by the names of `metarec_jax.tasks.features`."""
+    """Return the fields of a dataset's task batches, by the names of `metarec_jax.tasks.features`.
+
+    Example:
+      >>> fields = mr.models.fields_of(mr.data.synthetic(users=30, items=40))
+      >>> {name: (field.kind, field.size) for name, field in fields.items()}  # 4 genres and an unknown one
+      {'item_id': ('categorical', 41), 'item/genre': ('categorical', 5)}
+    """
     item_id = Field(ITEM_ID, "categorical", len(data.items), 1, data.items)
     items = {ITEM + f.name: f for f in data.item_fields}
     users = {USER + f.name: f for f in data.user_fields}

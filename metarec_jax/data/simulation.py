@@ -39,6 +39,13 @@ def synthetic(
 
     Raises:
       ValueError: `ratings_per_user` is not an increasing range within [1, items].
+
+    Example:
+      >>> data = mr.data.synthetic(users=30, items=40)
+      >>> data
+      Dataset(synthetic: 853 interactions, 30 users, 40 items)
+      >>> data.truth.shape, [field.name for field in data.item_fields]
+      ((31, 41), ['genre'])
     """
     if not 1 <= ratings_per_user[0] <= ratings_per_user[1] <= items:
         raise ValueError(f"ratings_per_user must satisfy 1 <= low <= high <= items ({items}), got {ratings_per_user}")

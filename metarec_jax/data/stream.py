@@ -43,6 +43,14 @@ class Prepared:
       path: the folder.
       report: counts of `rows`, `duplicates`, rows `cut` from long histories, `users` and `items`.
       shards: number of shards.
+
+    Example:
+      >>> import polars as pl
+      >>> plays = {"user_id": [1, 1], "item_id": [7, 8], "rating": [5, 4], "timestamp": [20, 10]}
+      >>> pl.DataFrame(plays).write_csv("a.csv")
+      >>> prepared = mr.data.prepare("a.csv", "of-a", shards=1, progress=False)
+      >>> prepared.history(1)  # items, ratings and timestamps in order of time
+      (array([8, 7]), array([4., 5.], dtype=float32), array([10, 20]))
     """
 
     path: Path

@@ -19,6 +19,11 @@ class Estimate(NamedTuple):
       value: the estimate.
       error: its standard error.
       low, high: its 95 % interval.
+
+    Example:
+      >>> estimate = mr.evaluation.counterfactual.on_policy(np.array([1.0, 0.0, 0.0, 1.0]))
+      >>> estimate.value, round(estimate.error, 3), round(estimate.high, 3)  # 0.5 + 1.96 standard errors
+      (0.5, 0.289, 1.066)
     """
 
     value: float
@@ -28,7 +33,12 @@ class Estimate(NamedTuple):
 
 
 def on_policy(reward: np.ndarray) -> Estimate:
-    """Estimate the logging policy's own rate: the mean reward `[n]`."""
+    """Estimate the logging policy's own rate: the mean reward `[n]`.
+
+    Example:
+      >>> mr.evaluation.counterfactual.on_policy(np.array([1.0, 0.0, 0.0, 1.0])).value
+      0.5
+    """
     return _estimate(_finite("reward", reward))
 
 
@@ -45,6 +55,13 @@ def ips(reward: np.ndarray, propensity: np.ndarray, target: np.ndarray, *, clip:
     Raises:
       DataError: an array is empty, of another length or not finite, or has an invalid probability.
       ValueError: `clip` is not positive.
+
+    Example:
+      Two rounds of a uniform policy over two actions; the evaluated policy always takes the action of the first round:
+
+      >>> reward, propensity, target = np.array([1.0, 1.0]), np.array([0.5, 0.5]), np.array([1.0, 0.0])
+      >>> mr.evaluation.counterfactual.ips(reward, propensity, target).value  # (2 * 1 + 0 * 1) / 2
+      1.0
 
     References:
       Horvitz and Thompson, 1952. Strehl et al., Learning from Logged Implicit Exploration Data, NIPS 2010.
@@ -66,6 +83,11 @@ def snips(reward: np.ndarray, propensity: np.ndarray, target: np.ndarray, *, cli
     Raises:
       DataError: as in `ips`, or all weights are 0.
       ValueError: `clip` is not positive.
+
+    Example:
+      >>> reward, propensity, target = np.array([1.0, 0.0]), np.array([0.5, 0.5]), np.array([0.75, 0.25])
+      >>> mr.evaluation.counterfactual.snips(reward, propensity, target).value  # 1.5 * 1 / (1.5 + 0.5)
+      0.75
 
     References:
       Swaminathan and Joachims, The Self-Normalized Estimator for Counterfactual Learning, NIPS 2015, eq. 8.
@@ -90,6 +112,11 @@ def direct_method(expected: np.ndarray, policy: np.ndarray) -> Estimate:
 
     Raises:
       DataError: shapes differ, a value is not finite, or a row of `policy` is not a distribution.
+
+    Example:
+      >>> expected, policy = np.array([[0.25, 0.75], [0.5, 1.0]]), np.array([[0.0, 1.0], [0.5, 0.5]])
+      >>> mr.evaluation.counterfactual.direct_method(expected, policy).value  # (0.75 + 0.75) / 2
+      0.75
     """
     expected, policy = _policy(expected, policy)
     return _estimate((policy * expected).sum(1))
@@ -118,6 +145,15 @@ def doubly_robust(
     Raises:
       DataError: an array has a wrong shape, a value that is not finite or an invalid probability.
       ValueError: `clip` is not positive.
+
+    Example:
+      The model expects 0.5 everywhere. The first round corrects it by 2 * (1 - 0.5). The second corrects it by 0, since
+      the policy never takes its action:
+
+      >>> reward, propensity, action = np.array([1.0, 0.0]), np.array([0.5, 0.5]), np.array([0, 1])
+      >>> expected, policy = np.full((2, 2), 0.5), np.array([[1.0, 0.0]] * 2)
+      >>> mr.evaluation.counterfactual.doubly_robust(reward, propensity, action, expected, policy).value
+      1.0
 
     References:
       Dudík, Langford and Li, Doubly Robust Policy Evaluation and Learning, ICML 2011, eq. 3.

@@ -37,6 +37,8 @@ def evaluate(
     Returns:
       `{learner: {metric: value}}`.
     """
+    if support is not None and (isinstance(support, bool) or not isinstance(support, int) or support < 0):
+        raise OptionError(f"support: expected a number of interactions of 0 or more, or None for all, got {support!r}")
     if trained.target.kind == "ranking":
         sizes = SIZES if support is None else (support,)
         rankings = evaluate_rankings(trained, data, sizes=sizes, baselines=baselines)

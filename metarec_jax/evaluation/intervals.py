@@ -112,6 +112,10 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
     Args:
       p: p values by name.
+
+    Example:
+      >>> mr.evaluation.intervals.holm({"maml": 0.03, "ridge": 0.01, "cnp": 0.5})  # 2 * 0.03, 3 * 0.01, 1 * 0.5
+      {'maml': 0.06, 'ridge': 0.03, 'cnp': 0.5}
     """
     ordered = sorted(p, key=lambda name: p[name])
     corrected, highest = {}, 0.0

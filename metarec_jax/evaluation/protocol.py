@@ -32,6 +32,14 @@ def describe(
       seeds: seeds of the splits.
       support: largest support sizes; None for all.
       candidates: the items among which queries are ranked.
+
+    Example:
+      >>> data = mr.data.from_tables({"user_id": [1, 1], "item_id": [7, 8], "rating": [5, 3]})
+      >>> three, four = (mr.evaluation.describe(data, mr.NextItem(minimum=n), seeds=[0]) for n in (3, 4))
+      >>> three["protocol"], three["settings"]["minimum"]
+      ('NextItem', 3)
+      >>> three["hash"] == four["hash"]  # results on other users are not comparable
+      False
     """
     description = {
         "data": data.name,
@@ -48,7 +56,14 @@ def describe(
 
 
 def in_words(described: dict[str, Any]) -> str:
-    """Format a description as one line, the hash first."""
+    """Format a description as one line, the hash first.
+
+    Example:
+      >>> data = mr.data.from_tables({"user_id": [1, 1], "item_id": [7, 8], "rating": [5, 3]}, name="shop")
+      >>> words = mr.evaluation.in_words(mr.evaluation.describe(data, mr.NextItem(), seeds=[0, 1]))
+      >>> words.partition("] ")[2]  # the rest after the hash
+      'shop, NextItem(threshold=None, minimum=3, maximum=500), candidates query, splits 0 to 1'
+    """
     settings = ", ".join(f"{name}={value}" for name, value in described["settings"].items())
     seeds = described["seeds"]
     consecutive = seeds == list(range(seeds[0], seeds[0] + len(seeds)))

@@ -17,6 +17,10 @@ def coverage(lists: jax.Array, items: int) -> jax.Array:
     Args:
       lists: item rows `[users, k]`, -1 for none.
       items: number of item rows.
+
+    Example:
+      >>> float(mr.metrics.lists.coverage(jnp.array([[0, 1], [0, 1]]), items=8))
+      0.25
     """
     return (_counts(lists, items) > 0).mean()
 
@@ -29,6 +33,11 @@ def gini(lists: jax.Array, items: int) -> jax.Array:
     Args:
       lists: item rows `[users, k]`, -1 for none.
       items: number of item rows.
+
+    Example:
+      >>> even, uneven = jnp.array([[0, 1], [2, 3]]), jnp.array([[0, -1], [0, -1]])
+      >>> float(mr.metrics.lists.gini(even, items=4)), float(mr.metrics.lists.gini(uneven, items=4))
+      (0.0, 0.75)
     """
     count = jnp.sort(_counts(lists, items))
     rank = 1.0 + jnp.arange(items)
@@ -45,6 +54,10 @@ def novelty(lists: jax.Array, popularity: jax.Array) -> jax.Array:
 
     Returns:
       `[users]`; NaN for an empty list.
+
+    Example:
+      >>> mr.metrics.lists.novelty(jnp.array([[0, 1], [2, 2]]), popularity=jnp.array([0.5, 0.125, 0.25]))
+      Array([2., 2.], dtype=float32)
     """
     least = jnp.where(popularity > 0, popularity, jnp.inf).min() / 2
     bits = -jnp.log2(jnp.maximum(popularity, least))
@@ -57,6 +70,10 @@ def popularity_rank(lists: jax.Array, popularity: jax.Array) -> jax.Array:
     Args:
       lists: item rows `[users, k]`, -1 for none.
       popularity: `[items]`, any increasing measure. The most popular item has rank 1; ties share their mean rank.
+
+    Example:
+      >>> mr.metrics.lists.popularity_rank(jnp.array([[0, 1], [2, -1]]), popularity=jnp.array([9.0, 5.0, 7.0]))
+      Array([2., 2.], dtype=float32)
     """
     return _mean(len(popularity) + 1 - jax.scipy.stats.rankdata(popularity), lists)
 
@@ -70,6 +87,11 @@ def diversity(lists: jax.Array, vectors: jax.Array) -> jax.Array:
 
     Returns:
       `[users]`; NaN for lists with fewer than two items.
+
+    Example:
+      >>> vectors = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
+      >>> mr.metrics.lists.diversity(jnp.array([[0, 1], [0, 2]]), vectors)
+      Array([1., 0.], dtype=float32)
 
     References:
       Ziegler et al., WWW 2005.
@@ -90,6 +112,10 @@ def likeness(lists: jax.Array) -> jax.Array:
 
     Args:
       lists: item rows `[users, k]`, -1 for none.
+
+    Example:
+      >>> round(float(mr.metrics.lists.likeness(jnp.array([[0, 1], [1, 2]]))), 4)  # 1 shared item of 3
+      0.3333
     """
     lists = jnp.sort(jnp.asarray(lists), axis=1)
     users, _ = lists.shape

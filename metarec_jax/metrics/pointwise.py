@@ -20,12 +20,22 @@ BLOCK = 128  # users compared at a time, to fit a CPU's cache
 
 
 def mean_defined(per_user: jax.Array) -> jax.Array:
-    """Compute the mean over users whose value is not NaN; NaN if there is none."""
+    """Compute the mean over users whose value is not NaN; NaN if there is none.
+
+    Example:
+      >>> float(mr.metrics.mean_defined(jnp.array([1.0, jnp.nan, 0.5])))
+      0.75
+    """
     return jnp.nanmean(per_user)
 
 
 def rmse(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute the root mean squared error over all interactions, in units of the target."""
+    """Compute the root mean squared error over all interactions, in units of the target.
+
+    Example:
+      >>> float(mr.metrics.rmse(jnp.array([[4.0, 1.0]]), jnp.array([[3.0, 8.0]]), jnp.ones((1, 2))))
+      5.0
+    """
     return jnp.sqrt(_mean(jnp.subtract(scores, target) ** 2, mask))
 
 
@@ -38,18 +48,32 @@ def log_loss(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.
     """Compute the mean negative log-likelihood (nats) of 0/1 targets.
 
     Probabilities are clipped to [1e-7, 1 - 1e-7].
+
+    Example:
+      >>> round(float(mr.metrics.log_loss(jnp.array([[0.5, 0.5]]), jnp.array([[1, 0]]), jnp.ones((1, 2)))), 4)
+      0.6931
     """
     p = jnp.clip(probability, 1e-7, 1 - 1e-7)
     return _mean(-target * jnp.log(p) - (1 - target) * jnp.log1p(-p), mask)
 
 
 def accuracy(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute the share of interactions classified correctly at the cut-off 1/2."""
+    """Compute the share of interactions classified correctly at the cut-off 1/2.
+
+    Example:
+      >>> float(mr.metrics.accuracy(jnp.array([[0.9, 0.8, 0.1, 0.6]]), jnp.array([[1, 1, 0, 0]]), jnp.ones((1, 4))))
+      0.75
+    """
     return _mean((probability >= 0.5) == (target > 0.5), mask)
 
 
 def precision(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute the share of positives among interactions with `probability >= 1/2`; NaN if there is none."""
+    """Compute the share of positives among interactions with `probability >= 1/2`; NaN if there is none.
+
+    Example:
+      >>> float(mr.metrics.precision(jnp.array([[0.9, 0.8, 0.4]]), jnp.array([[1, 0, 1]]), jnp.ones((1, 3))))
+      0.5
+    """
     guess, true = (probability >= 0.5) & (mask > 0), (target > 0.5) & (mask > 0)
     return (guess & true).sum() / _or_nan(guess.sum())
 
@@ -70,6 +94,10 @@ def auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
     """Compute the area under the ROC curve over the pooled interactions of all users.
 
     On a CPU outside `jit`, numpy sorts, which is much faster than XLA there.
+
+    Example:
+      >>> float(mr.metrics.auc(jnp.array([[3.0, 2.0], [1.0, 0.0]]), jnp.array([[1, 0], [1, 0]]), jnp.ones((2, 2))))
+      0.75
     """
     if jax.default_backend() == "cpu" and not any(isinstance(x, jax.core.Tracer) for x in (scores, target, mask)):
         return jnp.float32(_host_auc(*(np.asarray(x).ravel() for x in (scores, target, mask))))
@@ -77,7 +105,12 @@ def auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def within_user_auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute the area under each user's own ROC curve, `[users]`; NaN for users with one class only."""
+    """Compute the area under each user's own ROC curve, `[users]`; NaN for users with one class only.
+
+    Example:
+      >>> mr.metrics.within_user_auc(jnp.array([[3.0, 2.0], [0.0, 1.0]]), jnp.array([[1, 0], [1, 0]]), jnp.ones((2, 2)))
+      Array([1., 0.], dtype=float32)
+    """
     each = _row_auc if jnp.shape(scores)[1] <= NARROW else jax.vmap(_auc)
     return each(scores, target, mask)
 
@@ -86,6 +119,10 @@ def precision_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) 
     """Compute P@k, `[users]`: the number of positives in the top k, divided by k.
 
     The denominator is k also for users with fewer candidates.
+
+    Example:
+      >>> mr.metrics.precision_at(2, jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[1, 0, 1]]), jnp.ones((1, 3)))
+      Array([0.5], dtype=float32)
     """
     return _defined(_top(k, scores, target, mask).sum(1) / k, mask)
 
@@ -95,6 +132,10 @@ def recall_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array, nor
 
     With `normalised` the denominator is min(k, positives), so that the best possible list has 1: Recall@R of Liang et
     al. (WWW 2018, section 4).
+
+    Example:
+      >>> mr.metrics.recall_at(2, jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[1, 0, 1]]), jnp.ones((1, 3)))
+      Array([0.5], dtype=float32)
     """
     positives = _kept(target, mask).sum(1)
     return _top(k, scores, target, mask).sum(1) / _or_nan(jnp.minimum(k, positives) if normalised else positives)
@@ -109,6 +150,10 @@ def hit_rate_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -
     """Compute the hit rate, `[users]`: 1 if a positive is in the top k, else 0.
 
     NaN for users without positives.
+
+    Example:
+      >>> mr.metrics.hit_rate_at(2, jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[0, 1, 1]]), jnp.ones((1, 3))).tolist()
+      [1.0]
     """
     hit = (_top(k, scores, target, mask) > 0).any(1)
     return jnp.where((_kept(target, mask) > 0).any(1), hit, jnp.nan)
@@ -119,6 +164,10 @@ def map_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax
 
     The mean over a user's positives of the precision at the rank of each in the top k, 0 for the others (as in
     trec_eval).
+
+    Example:
+      >>> mr.metrics.map_at(4, jnp.array([[4.0, 3.0, 2.0, 1.0]]), jnp.array([[1, 0, 0, 1]]), jnp.ones((1, 4)))
+      Array([0.75], dtype=float32)
     """
     top = _top(k, scores, target, mask)
     at_rank = jnp.cumsum(top, 1) / (1.0 + jnp.arange(top.shape[1]))
@@ -133,6 +182,11 @@ def ndcg_at(
     NaN for users without gain. The discount is 1 / log2(1 + rank). The gain is the target ("linear"; Järvelin and
     Kekäläinen, 2002) or 2^target - 1 ("exponential"; Burges et al., 2005). For clicks both equal nDCG@R of Liang et al.
     (WWW 2018, section 4): the ideal list has min(k, positives) positives at the top.
+
+    Example:
+      >>> ndcg = mr.metrics.ndcg_at(3, jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[0, 1, 0]]), jnp.ones((1, 3)))
+      >>> round(float(ndcg[0]), 4)  # 1 / log2(1 + 2)
+      0.6309
     """
     gains = target if gain == "linear" else jnp.exp2(jnp.asarray(target, jnp.float32)) - 1
     gained = _kept(gains, mask)
@@ -145,6 +199,10 @@ def mrr_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax
     """Compute the reciprocal rank of the first positive, `[users]`; 0 outside the top k.
 
     NaN for users without positives.
+
+    Example:
+      >>> mr.metrics.mrr_at(3, jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[0, 1, 1]]), jnp.ones((1, 3))).tolist()
+      [0.5]
     """
     hit = _top(k, scores, target, mask) > 0
     value = jnp.where(hit.any(1), 1 / (1.0 + hit.argmax(1)), 0.0)
@@ -158,6 +216,10 @@ def reliability(
 
     Returns:
       Mean probability, share of positives and count, each `[bins]`; the first two are NaN for empty bins.
+
+    Example:
+      >>> mr.metrics.reliability(jnp.array([[0.25, 0.75, 0.75]]), jnp.array([[0, 1, 0]]), jnp.ones((1, 3)), bins=2)
+      (Array([0.25, 0.75], dtype=float32), Array([0. , 0.5], dtype=float32), Array([1., 2.], dtype=float32))
     """
     kept = jnp.asarray(mask).ravel() > 0
     p = jnp.where(kept, jnp.asarray(probability).ravel(), 0.0)
@@ -172,6 +234,10 @@ def calibration_error(probability: jax.Array, target: jax.Array, mask: jax.Array
     """Compute the expected calibration error (Naeini et al., AAAI 2015).
 
     |mean probability - share of positives|, averaged over bins by their counts.
+
+    Example:
+      >>> float(mr.metrics.calibration_error(jnp.array([[0.75, 0.75]]), jnp.array([[1, 0]]), jnp.ones((1, 2))))
+      0.25
     """
     confidence, share, count = reliability(probability, target, mask, bins)
     return jnp.where(count > 0, jnp.abs(confidence - share) * count, 0.0).sum() / _or_nan(count.sum())
@@ -181,6 +247,11 @@ def click_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict
     """Compute the click metrics of probabilities.
 
     AUC, within-user AUC, P@5, R@5, nDCG@5, MRR@5, MAP@5, log-loss, calibration error, accuracy and F1.
+
+    Example:
+      >>> table = mr.metrics.click_metrics(jnp.array([[0.9, 0.2, 0.6]]), jnp.array([[1, 0, 0]]), jnp.ones((1, 3)))
+      >>> float(table["auc"]), float(table["mrr@5"])
+      (1.0, 1.0)
     """
     return {"auc": auc(scores, target, mask)} | _click_metrics(scores, target, mask)
 

@@ -29,6 +29,14 @@ class Lists(NamedTuple):
       rows: `[users, depth]` item rows, best first; -1 where no item is left.
       hits: `[users, depth]` bool, whether each is one of the user's query items.
       positives: `[users]` number of query items.
+
+    Example:
+      Two users with lists of two items. The first has one of three query items in the list, the second none of one:
+
+      >>> rows, hits = np.array([[7, 8], [9, 7]]), np.array([[True, False], [False, False]])
+      >>> lists = mr.metrics.Lists(rows, hits, positives=np.array([3, 1]))
+      >>> mr.metrics.list_metrics(lists)["recall@20"].round(3)
+      array([0.333, 0.   ])
     """
 
     rows: np.ndarray
@@ -85,6 +93,18 @@ def rank(
       strategy, params: the strategy and its parameters.
       histories, target, query, support: as in `ranking_tasks`.
       depth: length of the lists.
+
+    Example:
+      The score of this strategy is the item row, so it recommends the last rows; 39 is in the support of the user:
+
+      >>> data = mr.data.synthetic(users=30, items=40)
+      >>> test = mr.StrongGeneralisation(threshold=3.5).split(data).test
+      >>> strategy = mr.strategies.Strategy(
+      ...     init=lambda key: {}, adapt=lambda params, support, key: support.mask[:, :1], loss=None,
+      ...     predict=lambda params, adapted, features: 1.0 * features["item_id"])
+      >>> params = {"tables": {"items": {"item_id": jnp.arange(41)}}}
+      >>> mr.metrics.rank(strategy, params, test, mr.tasks.Target("ranking", 3.5), depth=3).rows[0]
+      array([40, 38, 37], dtype=int32)
     """
     return lists_of(
         lambda task: best(strategy, params, task.known, depth), histories, target, query=query, support=support
@@ -136,6 +156,16 @@ def list_metrics(lists: Lists) -> dict[str, np.ndarray]:
 
     Args:
       lists: recommended lists and hits.
+
+    Example:
+      One user whose two query items are first and third of the list:
+
+      >>> lists = mr.metrics.Lists(np.array([[7, 8, 9]]), np.array([[True, False, True]]), np.array([2]))
+      >>> table = mr.metrics.list_metrics(lists)
+      >>> round(float(table["ndcg@10"][0]), 4)  # (1 + 1 / log2(4)) / (1 + 1 / log2(3))
+      0.9197
+      >>> float(table["recall@20"][0]), float(table["mrr@10"][0])
+      (1.0, 1.0)
     """
     hits, positives = lists.hits, lists.positives
     depth = hits.shape[1]

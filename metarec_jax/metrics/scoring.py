@@ -21,6 +21,11 @@ class Scores(NamedTuple):
       scores: `[users, query]` click probabilities or ratings.
       target: `[users, query]` 0/1 clicks or ratings.
       mask: `[users, query]` 0 for padding.
+
+    Example:
+      >>> scores = mr.metrics.Scores(np.array([[4.0, 1.0]]), np.array([[3.0, 8.0]]), np.ones((1, 2)))
+      >>> mr.metrics.summarise(scores, "rating")["rmse"]  # the root of the mean of 1 and 49
+      5.0
     """
 
     scores: np.ndarray
@@ -50,6 +55,18 @@ def score_tasks(strategy: Strategy, params: Params, tasks: Iterator[Batch], targ
       strategy, params: the strategy and its parameters.
       tasks: task batches, as from `batches`.
       target: mapping of ratings to targets.
+
+    Example:
+      A strategy that predicts the mean of the support set, here 4 of the ratings 3 and 5:
+
+      >>> mean = mr.strategies.Strategy(
+      ...     init=lambda key: {}, adapt=lambda params, support, key: support.target.mean(1, keepdims=True), loss=None,
+      ...     predict=lambda params, adapted, features: jnp.broadcast_to(adapted, features["item_id"].shape))
+      >>> data = mr.data.from_tables({"user_id": [1, 1, 1], "item_id": [7, 8, 9], "rating": [1, 3, 5]})
+      >>> histories, target = mr.tasks.Histories.of(data, np.array([1])), mr.tasks.Target("rating")
+      >>> batches = mr.tasks.batches(histories, target, query=1, batch_size=1, buckets=(2,))
+      >>> mr.metrics.score_tasks(mean, {}, batches, target).scores
+      array([[4.]], dtype=float32)
     """
     parts: list[Any] = []
     positions = []
@@ -70,6 +87,12 @@ def summarise(scores: Scores, kind: str) -> dict[str, float]:
     Args:
       scores: scores of the queries.
       kind: "click" or "rating".
+
+    Example:
+      >>> scores = mr.metrics.Scores(np.array([[0.9, 0.4]]), np.array([[1.0, 0.0]]), np.ones((1, 2)))
+      >>> table = mr.metrics.summarise(scores, "click")
+      >>> table["auc"], table["accuracy"]
+      (1.0, 1.0)
     """
     table: Callable[..., dict[str, Any]] = metrics.click_metrics if kind == "click" else metrics.rating_metrics
     return {name: float(value) for name, value in table(*scores).items()}

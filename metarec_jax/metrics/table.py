@@ -11,9 +11,11 @@ class Table(dict[str, dict[str, float]]):
 
     Printed, it has a line for each metric and a column for each learner.
 
-    >>> print(Table({"stack": {"ndcg@10": 0.25}, "popularity": {"ndcg@10": 0.125}}))
-             stack  popularity
-    ndcg@10  0.250       0.125
+    Example:
+      >>> from metarec_jax.metrics.table import Table
+      >>> print(Table({"stack": {"ndcg@10": 0.25}, "popularity": {"ndcg@10": 0.125}}))
+               stack  popularity
+      ndcg@10  0.250       0.125
     """
 
     def __str__(self) -> str:

@@ -137,6 +137,14 @@ def transformer(
       ValueError: `layers` or `heads` is less than 1, or `width` is not a multiple of `heads`; see also
         `sequence_model`.
 
+    Example:
+      >>> model = mr.models.transformer(mr.models.fields_of(mr.data.synthetic(users=30, items=40)), width=4, tied=True)
+      >>> params = jax.eval_shape(model.init, jax.random.key(0))
+      >>> features = {"item_id": jnp.zeros((2, 5), int), "item/genre": jnp.zeros((2, 5), int)}
+      >>> past = mr.Examples(features, jnp.ones((2, 5)), jnp.ones((2, 5)))
+      >>> jax.eval_shape(lambda params: model.states(params, past, None), params).shape  # the last column is 1
+      (2, 6, 5)
+
     References:
       Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, section III.
     """
@@ -169,6 +177,12 @@ def hstu(
     Raises:
       ValueError: `layers` or `heads` is less than 1, or `width` is not a multiple of `heads`; see also
         `sequence_model`.
+
+    Example:
+      >>> model = mr.models.hstu(mr.models.fields_of(mr.data.synthetic(users=30, items=40)), width=4, layers=2)
+      >>> params = jax.eval_shape(model.init, jax.random.key(0))
+      >>> len(params["encoder"]["blocks"])
+      2
 
     References:
       Zhai et al., Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative

@@ -58,6 +58,13 @@ def mlp(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int] =
       fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
       width: width of each field's embedding.
       hidden: widths of the hidden layers.
+
+    Example:
+      >>> data = mr.data.synthetic(users=30, items=40)
+      >>> model = mr.models.mlp(mr.models.fields_of(data), width=4, hidden=(8,))
+      >>> features = mr.tasks.features(data, users=np.array([1, 2]), items=np.array([[1, 2, 3], [4, 5, 6]]))
+      >>> model.apply(jax.jit(model.init)(jax.random.key(0)), features).shape
+      (2, 3)
     """
     return from_nnx(lambda rngs: EmbeddingMLP(fields, width, hidden, rngs), profile(fields, width))
 
@@ -70,5 +77,15 @@ def linear(fields: Mapping[str, Field], *, width: int = 16) -> Model:
     Args:
       fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
       width: width of each item field's embedding.
+
+    Example:
+      The embeddings of the item and of its genre are joined, so that a user's factor has width 2 * 8:
+
+      >>> model = mr.models.linear(mr.models.fields_of(mr.data.synthetic(users=30, items=40)), width=8)
+      >>> model.width
+      16
+      >>> params = jax.eval_shape(model.init, jax.random.key(0))
+      >>> params["head"]["kernel"].shape, params["embedding"]["item_id"]["embedding"].shape
+      ((16, 1), (41, 8))
     """
     return mlp(fields, width=width, hidden=())

@@ -24,6 +24,14 @@ def design(fields: Mapping[str, Field]) -> Model:
 
     Args:
       fields: feature fields by name, from `metarec_jax.models.fields_of(data)`.
+
+    Example:
+      Item 1 has the first of four genres: the columns are 1, the unknown genre and the four genres.
+
+      >>> data = mr.data.synthetic(users=30, items=40)
+      >>> features = mr.tasks.features(data, users=np.array([1]), items=np.array([[1]]))
+      >>> mr.models.design(mr.models.fields_of(data)).embed({}, features)
+      Array([[[1., 0., 1., 0., 0., 0.]]], dtype=float32)
     """
     items = {n: f for n, f in fields.items() if n.startswith(ITEM) and n != ITEM + STATISTICS}
     users = {n: f for n, f in fields.items() if n.startswith(USER)}

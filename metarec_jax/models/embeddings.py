@@ -26,6 +26,14 @@ def pretrained(model: Model, arrays: Mapping[str, Any], *, freeze: bool = False)
 
     Raises:
       ValueError: the model has no such parameter, or its shape differs.
+
+    Example:
+      >>> data = mr.data.synthetic(users=30, items=40)
+      >>> vectors = np.ones((41, 4))  # a row for each code, the first for an unknown item
+      >>> model = mr.models.pretrained(
+      ...     mr.models.linear(mr.models.fields_of(data), width=4), {"embedding/item_id/embedding": vectors})
+      >>> jax.jit(model.init)(jax.random.key(0))["embedding"]["item_id"]["embedding"][1]
+      Array([1., 1., 1., 1.], dtype=float32)
     """
     known = {_name(path): leaf for path, leaf in _leaves(jax.eval_shape(model.init, jax.random.key(0)))}
     values = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}

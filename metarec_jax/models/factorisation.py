@@ -71,6 +71,13 @@ def fm(fields: Mapping[str, Field], *, width: int = 16) -> Model:
     Raises:
       ValueError: there is no item field.
 
+    Example:
+      >>> data = mr.data.synthetic(users=30, items=40)
+      >>> model = mr.models.fm(mr.models.fields_of(data), width=4)
+      >>> features = mr.tasks.features(data, users=np.array([1, 2]), items=np.array([[1, 2, 3], [4, 5, 6]]))
+      >>> model.apply(jax.jit(model.init)(jax.random.key(0)), features).shape
+      (2, 3)
+
     References:
       Rendle, Factorization Machines, ICDM 2010, eq. 1 and lemma 3.1.
     """
@@ -87,6 +94,11 @@ def deepfm(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[int
 
     Raises:
       ValueError: there is no item field.
+
+    Example:
+      >>> model = mr.models.deepfm(mr.models.fields_of(mr.data.synthetic(users=30, items=40)), width=4, hidden=(8,))
+      >>> model.width  # the sum of the item fields' vectors, and the last hidden layer
+      12
 
     References:
       Guo et al., DeepFM: A Factorization-Machine based Neural Network for CTR Prediction, IJCAI 2017, section 2.

@@ -28,6 +28,13 @@ class Model(NamedTuple):
         `past`, in time order. Dropout is active with a key (training) and off with None. Set together with `vectors`
         by networks whose score is the product `states . vectors`.
       vectors: `vectors(params, features) -> [..., width]`, item vectors from item features alone.
+
+    Example:
+      A model of your own, the linear score x . w of two features:
+
+      >>> model = mr.Model(init=lambda key: jnp.zeros(2), apply=lambda w, x: x @ w)
+      >>> model.apply(jnp.array([1.0, -1.0]), jnp.array([[3.0, 1.0], [0.0, 2.0]]))
+      Array([ 2., -2.], dtype=float32)
     """
 
     init: Callable[[jax.Array], Params]
@@ -49,6 +56,11 @@ class Encoder(NamedTuple):
       init: `init(key) -> params`.
       apply: `apply(params, features) -> [..., width]`.
       width: width of the vectors.
+
+    Example:
+      >>> age = mr.models.Encoder(init=lambda key: {}, apply=lambda params, x: x["user/age"][..., None] / 100, width=1)
+      >>> age.apply({}, {"user/age": jnp.array([[25.0]])})
+      Array([[[0.25]]], dtype=float32)
     """
 
     init: Callable[[jax.Array], Params]
@@ -68,6 +80,17 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], profile: Encoder | None = 
     Args:
       build: builds the module from `nnx.Rngs`; traced abstractly once, run on a device only by `init`.
       profile, history: see `Model`.
+
+    Example:
+      >>> from flax import nnx
+      >>> class Linear(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.head = nnx.Linear(3, 1, rngs=rngs)
+      ...     def __call__(self, features):
+      ...         return self.head(features)[..., 0]
+      >>> model = mr.models.from_nnx(lambda rngs: Linear(rngs))
+      >>> jax.eval_shape(model.apply, jax.eval_shape(model.init, jax.random.key(0)), jnp.ones((2, 5, 3))).shape
+      (2, 5)
     """
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graph, _ = nnx.split(abstract)

@@ -209,6 +209,13 @@ def gru(
     Raises:
       ValueError: `layers` is less than 1; see also `sequence_model`.
 
+    Example:
+      >>> model = mr.models.gru(mr.models.fields_of(mr.data.synthetic(users=30, items=40)), width=4)
+      >>> model.history  # it reads the user's past interactions
+      True
+      >>> model.width  # item and genre embeddings, the state, and the state times the item
+      16
+
     References:
       Hidasi et al., Session-based Recommendations with Recurrent Neural Networks, ICLR 2016.
     """

@@ -69,6 +69,13 @@ def two_tower(fields: Mapping[str, Field], *, width: int = 16, hidden: Sequence[
     Raises:
       ValueError: there is no item field.
 
+    Example:
+      >>> data = mr.data.synthetic(users=30, items=40)
+      >>> model = mr.models.two_tower(mr.models.fields_of(data), width=4, hidden=(8,))
+      >>> features = mr.tasks.features(data, users=np.array([0]), items=np.arange(41)[None])
+      >>> jax.eval_shape(model.embed, jax.eval_shape(model.init, jax.random.key(0)), features).shape  # item vectors
+      (1, 41, 4)
+
     References:
       Covington et al., Deep Neural Networks for YouTube Recommendations, RecSys 2016, section 3.
     """

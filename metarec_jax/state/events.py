@@ -17,6 +17,10 @@ class Event(NamedTuple):
       value: the rating; None for other kinds.
       time: seconds since 1970 (default: now).
       id: events of a user with the same id count once (default: a new id).
+
+    Example:
+      >>> mr.Event(user="ann", item="tea", value=5.0)
+      Event(user='ann', item='tea', kind='rating', value=5.0, time=None, id=None)
     """
 
     user: UserId

@@ -24,6 +24,17 @@ class SqliteStore:
 
     Raises:
       StoreError: a file that is not a store, is damaged, or was written by a newer version.
+
+    Example:
+      >>> store = mr.SqliteStore()  # in memory; give a path to keep the users
+      >>> event = mr.Event("ann", "tea", value=5.0, time=10.0, id="a")
+      >>> store.append([event, mr.Event("ann", "rye", kind="click", time=20.0)], [event])  # the id "a" counts once
+      [2, 0]
+      >>> (ann,) = store.read(["ann"], longest=1)
+      >>> ann.events
+      [Stored(item='rye', kind='click', value=None, time=20.0, context=None)]
+      >>> store.forget("ann")
+      2
     """
 
     def __init__(self, path: str | Path = ":memory:") -> None:

@@ -77,6 +77,19 @@ def ials(
       - The fold-in has a prior mean and covariance and meta-learned weights; the papers use a ridge penalty alone.
       - Log popularity is added to the score.
 
+    Example:
+      Two users know items 1 and 2, a third knows 3 and 4. For a new user who knows item 1, item 2 scores above item 3:
+
+      >>> data = mr.data.from_tables({"user_id": [1, 1, 2, 2, 3, 3], "item_id": [1, 2, 1, 2, 3, 4]})
+      >>> train = mr.tasks.Histories.of(data, np.arange(1, 4))
+      >>> strategy = mr.ials(mr.models.design(mr.models.fields_of(data)), rank=2)
+      >>> observed = mr.tasks.observed.observe(train, mr.tasks.Target("ranking", threshold=1.0))
+      >>> params = strategy.init(jax.random.key(0)) | {"tables": mr.strategies.observed.tables(strategy, observed)}
+      >>> support = mr.Examples({"item_id": jnp.array([[1]])}, jnp.ones((1, 1)), jnp.ones((1, 1)))
+      >>> vector = jax.jit(strategy.adapt)(params, support, jax.random.key(1))
+      >>> jax.jit(strategy.predict)(params, vector, {"item_id": jnp.array([[2, 3]])}).argmax(1)
+      Array([0], dtype=int32)
+
     References:
       Hu, Koren and Volinsky, Collaborative Filtering for Implicit Feedback Datasets, ICDM 2008, section 4.
       Rendle et al., Revisiting the Performance of iALS on Item Recommendation Benchmarks, RecSys 2022.

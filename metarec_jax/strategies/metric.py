@@ -56,6 +56,19 @@ def prototypes(
       - Bayes's rule keeps the log odds of the class frequencies, with weight b, because support sets are unbalanced.
       - The distances have a learned factor a.
 
+    Example:
+      A user likes item 0 and dislikes item 1. Each prototype is halfway between its item and the pseudo-example at 0:
+
+      >>> import optax
+      >>> model = mr.Model(init=lambda key: jnp.zeros(2), apply=lambda w, x: x @ w, embed=lambda w, x: x, width=2)
+      >>> strategy = mr.prototypes(model, loss=optax.losses.sigmoid_binary_cross_entropy)
+      >>> params, items = jax.jit(strategy.init)(jax.random.key(0)), jnp.eye(2)[None]  # [users, examples, width]
+      >>> support = mr.Examples(items, jnp.array([[1.0, 0.0]]), jnp.ones((1, 2)))
+      >>> classes = jax.jit(strategy.adapt)(params, support, jax.random.key(1))
+      >>> classes.mean, jax.jit(strategy.predict)(params, classes, items)
+      (Array([[[0. , 0.5],
+              [0.5, 0. ]]], dtype=float32), Array([[ 1., -1.]], dtype=float32))
+
     References:
       Snell et al., Prototypical Networks for Few-shot Learning, NIPS 2017, equations 1 and 2.
     """

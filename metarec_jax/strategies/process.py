@@ -52,6 +52,16 @@ def cnp(
       - Unless `faithful`: g corrects the score of a shared model, and h reads that score; the loss is that of the query
         set, where the paper predicts the support too.
 
+    Example:
+      >>> model = mr.Model(init=lambda key: jnp.ones(2), apply=lambda w, x: x @ w, embed=lambda w, x: x, width=2)
+      >>> strategy = mr.cnp(model, size=4, hidden=8)
+      >>> params, items = jax.jit(strategy.init)(jax.random.key(0)), jnp.eye(2)[None]  # [users, examples, width]
+      >>> support = mr.Examples(items[:, :1], jnp.array([[2.0]]), jnp.ones((1, 1)))
+      >>> jax.jit(strategy.adapt)(params, support, jax.random.key(1)).shape  # r_u
+      (1, 4)
+      >>> jax.jit(strategy.predict)(params, jnp.zeros((1, 4)), items)  # without support, the score of the shared model
+      Array([[1., 1.]], dtype=float32)
+
     References:
       Garnelo et al., Conditional Neural Processes, ICML 2018, equations 1 to 3.
     """

@@ -49,6 +49,18 @@ def ridge(
         paper solves the whole head and penalises its distance from zero.
       - There is no learned scale and offset of the score, which R2-D2 needs because it regresses classes.
 
+    Example:
+      A user rates item 0 with 2. The minimum of (d + b - 2)^2 + d^2 / 2 + b^2 / 2 is at d = b = 0.8:
+
+      >>> model = mr.Model(init=lambda key: jnp.zeros(2), apply=lambda w, x: x @ w, embed=lambda w, x: x, width=2)
+      >>> strategy = mr.ridge(model)
+      >>> params = strategy.init(jax.random.key(0))
+      >>> items = jnp.eye(2)[None]  # features [users, examples, width] of items 0 and 1
+      >>> support = mr.Examples(items[:, :1], jnp.array([[2.0]]), jnp.ones((1, 1)))
+      >>> head = jax.jit(strategy.adapt)(params, support, jax.random.key(1))
+      >>> np.asarray(jax.jit(strategy.predict)(params, head, items)).round(3)
+      array([[1.6, 0.8]], dtype=float32)
+
     References:
       Bertinetto et al., Meta-learning with Differentiable Closed-form Solvers, ICLR 2019, sections 3.2 and 3.3.
     """

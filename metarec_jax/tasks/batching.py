@@ -16,7 +16,17 @@ from metarec_jax.types import Examples, Task
 
 
 class Batch(NamedTuple):
-    """A task batch of numpy arrays, and its users' positions in `Histories` (without padding users)."""
+    """A task batch of numpy arrays, and its users' positions in `Histories` (without padding users).
+
+    Example:
+      >>> plays = {"user_id": [1, 1, 2, 2, 2], "item_id": [7, 8, 7, 8, 9], "rating": [5, 1, 4, 2, 3]}
+      >>> data = mr.data.from_tables(plays)
+      >>> histories = mr.tasks.Histories.of(data, np.array([1, 2]))
+      >>> (batch,) = mr.tasks.batches(histories, mr.tasks.Target("click"), query=1, batch_size=2, buckets=(4,))
+      >>> batch.positions, batch.task.support.mask
+      (array([0, 1]), array([[1., 0., 0., 0.],
+             [1., 1., 0., 0.]], dtype=float32))
+    """
 
     task: Task
     positions: np.ndarray
@@ -37,6 +47,12 @@ def features(
     Returns:
       `item_id` `[users, examples]` int32, and one entry `item/NAME`, `user/NAME` or `context/NAME` for each field,
       `[users, examples, ...]`. Batches add `order` `[users, examples]`, the number of the user's earlier interactions.
+
+    Example:
+      >>> data = mr.data.synthetic(users=30, items=40)
+      >>> gathered = mr.tasks.features(data, users=np.array([1, 2]), items=np.array([[1, 2, 3], [4, 5, 6]]))
+      >>> {name: array.shape for name, array in gathered.items()}
+      {'item_id': (2, 3), 'item/genre': (2, 3)}
     """
     gathered = {ITEM_ID: items.astype(np.int32)}
     for name, table in data.item_features.items():
@@ -62,6 +78,10 @@ def bucket_sizes(lengths: np.ndarray, count: int = 4, multiple: int = 8) -> tupl
       lengths: `[n]` lengths to be padded.
       count: largest number of padded lengths.
       multiple: every padded length is a multiple of this.
+
+    Example:
+      >>> mr.tasks.bucket_sizes(np.array([3, 5, 8, 30, 31]), count=2)
+      (8, 32)
     """
     rounded = -(-np.maximum(np.asarray(lengths), 1) // multiple) * multiple
     sizes, weights = np.unique(rounded, return_counts=True)
@@ -115,6 +135,14 @@ def batches(
       noise: share of support ratings replaced by random ones, uniform over the distinct ratings of the data; needs
         `rng`.
       statistics: exclude each user's own interactions from the field `training statistics`; for training users only.
+
+    Example:
+      >>> train = mr.ColdUsers().split(mr.data.synthetic(users=30, items=40)).train
+      >>> batches = mr.tasks.batches(train, mr.tasks.Target("rating"), query=10, batch_size=16, buckets=(16, 32))
+      >>> for task, positions in batches:
+      ...     print(task.support.mask.shape, task.query.mask.shape, len(positions))
+      (16, 16) (16, 10) 8
+      (16, 32) (16, 10) 16
     """
     order, skip = np.arange(len(histories)), np.zeros(len(histories), int)
     if rng is not None:

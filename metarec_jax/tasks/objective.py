@@ -30,6 +30,11 @@ class Ranking:
       folds: number of folds for cross-fitting: closed-form parts are fitted to the users of the other folds.
       query: largest number of query positives of a training user.
 
+    Example:
+      >>> objective = mr.Ranking(sample=256, by="popularity")  # for metarec_jax.train(data, objective=objective)
+      >>> objective.sample, objective.focus
+      (256, 0.8)
+
     References:
       Liang et al., Variational Autoencoders for Collaborative Filtering, WWW 2018, equation 2 (multinomial likelihood).
       Bengio and Senécal, Adaptive Importance Sampling, IEEE TNN 2008 (sampled softmax).

@@ -29,6 +29,13 @@ class TimeSplit:
       target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (find the clicks of
         the query among all items).
       threshold: lowest rating that is a click.
+
+    Example:
+      >>> plays = {"user_id": [1] * 6, "item_id": [1, 2, 3, 4, 5, 6], "timestamp": [10, 20, 30, 40, 50, 60]}
+      >>> data = mr.data.from_tables(plays)
+      >>> train, validation, test = mr.TimeSplit(moments=(30, 50), query=1).split(data)
+      >>> data.timestamp[train.index].tolist(), data.timestamp[test.index].tolist()  # latest first
+      ([20, 10], [60, 50, 40, 30, 20, 10])
     """
 
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
@@ -104,6 +111,14 @@ class Scenario:
       target: "click" (1 where the rating is at least `threshold`, else 0), "rating", or "ranking" (find the clicks of
         the query among all items).
       threshold: lowest rating that is a click.
+
+    Example:
+      >>> data = mr.data.synthetic(users=60, items=40)
+      >>> train, validation, test = mr.Scenario("cold both", query=2, minimum=3).split(data)
+      >>> np.intersect1d(train.users, test.users).size  # test users are new
+      0
+      >>> np.intersect1d(data.item[train.index], data.item[test.index]).size  # and so are the items of their tasks
+      0
 
     References:
       Lee et al., MeLU, KDD 2019, section 4.1.

@@ -39,6 +39,14 @@ class StrongGeneralisation:
         up to the number of positives, they still contain positives only.
       target: "ranking".
 
+    Example:
+      >>> data = mr.data.synthetic(users=30, items=40)
+      >>> train, validation, test = mr.StrongGeneralisation(threshold=3.5).split(data)
+      >>> len(train), len(validation), len(test)
+      (22, 3, 3)
+      >>> test.lengths, test.queries  # positives of each test user, and how many of them are held out
+      (array([10, 15, 17]), array([2, 3, 3]))
+
     References:
       Liang et al., Variational Autoencoders for Collaborative Filtering, WWW 2018, section 4.
     """
@@ -104,6 +112,15 @@ class NextItem:
       minimum: positives that a user must have; at least 3, one for each part.
       maximum: number of latest interactions that a task keeps.
       target: "ranking".
+
+    Example:
+      >>> plays = {"user_id": [1] * 4, "item_id": ["tea", "rye", "oil", "jam"], "timestamp": [1, 2, 3, 4]}
+      >>> data = mr.data.from_tables(plays)
+      >>> train, validation, test = mr.NextItem().split(data)
+      >>> data.items.decode(data.item[test.index]).tolist()  # latest first: the query, then the support
+      ['jam', 'oil', 'rye', 'tea']
+      >>> data.items.decode(data.item[train.index]).tolist()
+      ['rye', 'tea']
 
     References:
       Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, section IV.

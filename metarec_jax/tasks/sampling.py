@@ -51,6 +51,14 @@ def sampler(
     Raises:
       ModuleNotFoundError: Grain is not installed.
       ValueError: the shard does not exist, or has no users.
+
+    Example:
+      >>> train = mr.ColdUsers().split(mr.data.synthetic(users=30, items=40)).train
+      >>> batches = mr.tasks.sampler(train, mr.tasks.Target("rating"), batch_size=8, buckets=1)
+      >>> batches[1000].task.query.mask.shape
+      (8, 10)
+      >>> bool((batches[1000].positions == batches[1000].positions).all())  # a function of the number
+      True
     """
     try:
         import grain

@@ -27,6 +27,14 @@ class Histories:
       ordered: whether each user's interactions are sorted latest first. Tasks keep that order, also in training: every
         support precedes its query in time.
       queries: `[n]` query size of each user; None: the caller chooses.
+
+    Example:
+      >>> data = mr.data.from_tables({"user_id": [1, 1, 2], "item_id": [7, 8, 9], "timestamp": [10, 20, 30]})
+      >>> histories = mr.tasks.Histories.of(data, np.array([1, 2]))  # rows of the users
+      >>> histories.lengths
+      array([2, 1])
+      >>> data.items.decode(data.item[histories.latest_first().index])
+      array([8, 7, 9])
     """
 
     data: Dataset
@@ -100,7 +108,13 @@ class Histories:
 
 
 class Split(NamedTuple):
-    """Training, validation and test tasks; with `ColdUsers` their users are disjoint."""
+    """Training, validation and test tasks; with `ColdUsers` their users are disjoint.
+
+    Example:
+      >>> split = mr.ColdUsers().split(mr.data.synthetic(users=30, items=40))
+      >>> {name: len(histories) for name, histories in split._asdict().items()}
+      {'train': 24, 'validation': 3, 'test': 3}
+    """
 
     train: Histories
     validation: Histories
@@ -148,6 +162,14 @@ class ColdUsers:
       threshold: lowest rating that is a click.
       train_on: "window" trains on the split's training users only; "all" adds all users outside the window with at
         least two interactions.
+
+    Example:
+      >>> data = mr.data.synthetic(users=30, items=40)
+      >>> train, validation, test = mr.ColdUsers(query=5).split(data)
+      >>> len(train), len(validation), len(test)
+      (24, 3, 3)
+      >>> np.intersect1d(train.users, test.users).size  # test users are new
+      0
     """
 
     minimum: int = 13

@@ -29,6 +29,17 @@ class ItemStatistics:
       field: the dense field of width `values + 1`.
       pairs: if a task has an item more than once (see `by_key`), three arrays over the distinct pairs: sorted keys user
         * items + item, sum of (value - mean) `[pairs, values]`, and count. Otherwise None.
+
+    Example:
+      The mean rating is 3. The ratings of item 7, 5 and 3, sum to 2 above it, that of item 8 to 2 below it:
+
+      >>> data = mr.data.from_tables({"user_id": [1, 2, 1], "item_id": [7, 7, 8], "rating": [5, 3, 1]})
+      >>> train = mr.tasks.Histories.of(data, np.array([1, 2]))
+      >>> statistics = mr.tasks.ItemStatistics.fit(train, mr.tasks.Target("rating"))
+      >>> statistics.mean, statistics.total[:, 0], statistics.count  # the first row is the unknown item
+      (array([3.]), array([ 0.,  2., -2.]), array([0., 2., 1.]))
+      >>> [field.name for field in statistics.extend(data).item_fields]
+      ['training statistics']
     """
 
     target: Target

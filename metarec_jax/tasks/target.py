@@ -22,6 +22,13 @@ class Target:
       mean, scale: statistics that standardise a rating.
       levels: ratings in ascending order, at most `MOST_LEVELS`, for clicks and rankings. Support targets then are
         grades from the lowest to the highest (`grade`). None: support targets are clicks.
+
+    Example:
+      >>> target = mr.tasks.Target("rating", mean=3.0, scale=2.0)
+      >>> target.encode(np.array([3.0, 5.0])), target.decode(np.array([0.0, 1.0]))
+      (array([0., 1.], dtype=float32), array([3., 5.]))
+      >>> mr.tasks.Target("click", threshold=4.0).encode(np.array([3.0, 5.0]))
+      array([0., 1.], dtype=float32)
     """
 
     kind: str

@@ -1,6 +1,7 @@
 """Sampled negatives: never what a user did, drawn as often as asked, the same for the same seed."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,3 +72,6 @@ def test_bad_arguments_are_refused(data):
     for options in ({"per_positive": 0}, {"by": "magic"}):
         with pytest.raises(ValueError, match="per_positive"):
             with_negatives(data, **options)
+    nothing = {name: getattr(data, name)[:0] for name in ("user", "item", "rating", "timestamp")}
+    with pytest.raises(mr.DataError, match="has no interactions"):
+        with_negatives(replace(data, **nothing, context_fields=(), context_features={}))

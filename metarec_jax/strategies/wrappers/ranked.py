@@ -40,6 +40,18 @@ def ranked(strategy: Strategy, *, negatives: int = 32, ratio: float = 1.0) -> St
 
     Raises:
       TypeError: from `init`, if the parameters are not a dict.
+
+    Example:
+      Without a history the score is the log popularity of the items, here of the rows 1 and 2 of the catalogue:
+
+      >>> model = mr.Model(init=lambda key: jnp.zeros(3), apply=lambda w, x: w[x["item_id"]])
+      >>> strategy = mr.ranked(mr.maml(model), negatives=2)
+      >>> items, log_popularity = {"item_id": jnp.arange(3)}, jnp.array([-2.0, -1.0, -0.5])
+      >>> params = strategy.init(jax.random.key(0)) | {"tables": {"items": items, "log_popularity": log_popularity}}
+      >>> query = {"item_id": jnp.array([[1, 2]])}
+      >>> nothing = mr.Examples(query, jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+      >>> jax.jit(strategy.predict)(params, jax.jit(strategy.adapt)(params, nothing, jax.random.key(1)), query)
+      Array([[-1. , -0.5]], dtype=float32)
     """
     if strategy.ranks:
         return strategy

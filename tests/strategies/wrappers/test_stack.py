@@ -56,7 +56,7 @@ def test_a_stack_is_the_weighted_sum_of_its_members(made):
         log = jnp.log1p(count)
         delta = 10 * 0.01 * i * (1 + (log / 2 - 1) + (2 / (1 + count) - 0.3))
         wanted += np.asarray(scores) * np.exp(np.asarray(delta))[:, None] / len(members)
-    wanted -= 0.1 * np.asarray(params["tables"]["log_popularity"])
+    wanted -= 0.15 * np.asarray(params["tables"]["log_popularity"])
     np.testing.assert_allclose(found[:, 1:], wanted[:, 1:], rtol=2e-4, atol=2e-4)
     rows = jnp.broadcast_to(jnp.arange(41), (3, 41))
     np.testing.assert_allclose(score(stacked, params, items, adapted, known, rows), found, rtol=1e-4, atol=1e-4)

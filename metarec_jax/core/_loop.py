@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from metarec_jax.core._plan import DUAL, EXPLICIT, MERGED, Plan, step_factors
+from metarec_jax.core._spmd import varying
 from metarec_jax.core._trace import Program
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, mean_loss
 
@@ -141,6 +142,7 @@ class Loop(NamedTuple):
             return (values, coordinates, state, finite), None
 
         carry = (values, coordinates, self.optimizer.init(self._tree(values, coordinates)), jnp.array(True))
+        carry = varying(carry, mask)
         unrolled = UNROLLED if jax.default_backend() == "cpu" else UNROLLED_ELSEWHERE
         looped = self.steps > unrolled and not blocks
         for k in range(1 if looped else self.steps):  # the first step is never in the scan: its weights are shared
@@ -213,7 +215,7 @@ class Loop(NamedTuple):
             return value, {site.operand: local[site.operand] for site in sites.values() if not site.fixed}
 
         outputs = {at: program.shapes[program.ops[at].outputs[0]] for at in sites}
-        zeros = {at: jnp.zeros(a.shape, a.dtype) for at, a in outputs.items()}
+        zeros = varying({at: jnp.zeros(a.shape, a.dtype) for at, a in outputs.items()}, mask)
         (value, site_inputs), (gradient, taps) = jax.value_and_grad(support_loss, (0, 1), has_aux=True)(values, zeros)
         if self.first_order:
             gradient, taps, site_inputs = jax.lax.stop_gradient((gradient, taps, site_inputs))
@@ -353,16 +355,20 @@ def _zeros_where_failed(entry: Any, finite: jax.Array) -> Any:
 
 
 def healthy(support: Examples, finite: jax.Array) -> Examples:
-    """Replace the examples of failed users by those of a healthy user, with mask 0."""
-    if not len(finite):
-        return support
-    user = jnp.where(finite, jnp.arange(len(finite)), jnp.argmax(finite))
+    """Replace the examples of failed users by those of a healthy user, with mask 0.
+
+    The healthy user is summed out of the batch: over devices, its examples are all that is sent.
+    """
+    support = jax.tree.map(jnp.asarray, support)
+    return _healthy(support, finite) if len(finite) else support
+
+
+def _healthy(support: Examples, finite: jax.Array) -> Examples:
+    chosen = finite & (jnp.arange(len(finite)) == jnp.argmax(finite))  # none if all users failed
 
     def swap(a: jax.Array) -> jax.Array:
-        swapped = jnp.asarray(a)[user]
-        if not jnp.issubdtype(a.dtype, jnp.inexact):
-            return swapped
-        return jnp.where(jnp.any(finite), swapped, jnp.zeros((), a.dtype))  # zeros if all users failed
+        own = choose(chosen, a, 0)
+        return choose(finite, a, own.any(0) if a.dtype == bool else own.sum(0, dtype=a.dtype))
 
     return Examples(jax.tree.map(swap, support.features), swap(support.target), choose(finite, support.mask, 0))
 

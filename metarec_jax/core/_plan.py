@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from metarec_jax.core import _trace
+from metarec_jax.core._spmd import spec
 from metarec_jax.core._trace import Program, Site
 from metarec_jax.types import Apply, Features, Params
 
@@ -186,7 +187,7 @@ def step_factors(size: Any, shape: tuple[int, ...], axes: tuple[int, ...] | None
 
 def one_user(features: Features) -> Features:
     """Return the shapes and dtypes of one user's features."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), features)
+    return jax.tree.map(lambda a: spec(a, a.shape[1:]), features)
 
 
 def _spread(prefix: Params, start: Params) -> list[Any]:

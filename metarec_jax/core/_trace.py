@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core as jex
 
+from metarec_jax.core._spmd import spec
 from metarec_jax.types import Apply, Features, Params
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call")  # calls equivalent to their body
@@ -205,7 +206,7 @@ class Roles(NamedTuple):
 
 def model(apply: Apply, params: Params, features: Features, adapted: Sequence[int]) -> Program:
     """Trace `apply` for one user's `features`; `adapted` holds the numbers of the adapted leaves."""
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), (params, features))
+    shapes = jax.tree.map(lambda a: spec(a, jnp.shape(a)), (params, features))
     return trace(apply, *shapes, opened=adapted)
 
 

@@ -15,9 +15,10 @@ import optax
 from metarec_jax.core import _trace
 from metarec_jax.core._loop import Adapted, Explicit, Factored, Loop, as_precision, settled, with_precision
 from metarec_jax.core._plan import PlainFormWarning, costs, make_plan, one_user
+from metarec_jax.core._spmd import automatic, varying
 from metarec_jax.core._trace import Site
 from metarec_jax.core.inner import check_count, partition
-from metarec_jax.core.outer import pieces
+from metarec_jax.core.outer import joined, pieces
 from metarec_jax.types import Apply, Examples, Features, Params, PointwiseLoss
 
 __all__ = [
@@ -108,17 +109,21 @@ def adapt(
     check_count(count)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be 1 or more, got {chunk}")
-    optimizer = optax.sgd(0.1) if optimizer is None else optimizer
-    leaves, precision = jax.tree.leaves(params), as_precision(precision)
-    start = partition(params, adapted)
-    if steps == 0 or not jax.tree.leaves(start):
-        return Adapted((None,) * len(leaves), jnp.zeros(support.mask.shape[0], bool), precision)
-    plan = make_plan(apply, params, support.features, start, optimizer, steps, adapted, step_size, form)
-    loop = Loop(plan, jax.tree.structure(start), loss, optimizer, steps, first_order, count, remat, precision)
-    if chunk is None or chunk >= support.mask.shape[0]:
-        return loop.users(leaves, support)
-    results = jax.lax.map(jax.checkpoint(lambda piece: loop.users(leaves, piece)), pieces(support, chunk))
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[: support.mask.shape[0]], results)
+    inner, precision = optax.sgd(0.1) if optimizer is None else optimizer, as_precision(precision)
+
+    def run(params: Params, step_size: Params, count: float | jax.Array, support: Examples) -> Adapted:
+        params, users = varying(params, support.mask), support.mask.shape[0]
+        leaves, start = jax.tree.leaves(params), partition(params, adapted)
+        if steps == 0 or not jax.tree.leaves(start):
+            return Adapted((None,) * len(leaves), jnp.zeros(users, bool), precision)
+        plan = make_plan(apply, params, support.features, start, inner, steps, adapted, step_size, form)
+        loop = Loop(plan, jax.tree.structure(start), loss, inner, steps, first_order, count, remat, precision)
+        if chunk is None or chunk >= users:
+            return loop.users(leaves, support)
+        results = jax.lax.map(jax.checkpoint(lambda piece: loop.users(leaves, piece)), pieces(support, chunk))
+        return joined(results, users)
+
+    return automatic(run, params, step_size, count, support, like=support.mask)
 
 
 def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) -> jax.Array:
@@ -147,7 +152,13 @@ def predict(apply: Apply, params: Params, adapted: Adapted, features: Features) 
       Array([[ 0.4,  0.8],
              [-0.4, -0.8]], dtype=float32)
     """
-    leaves = _matching(params, adapted)
+    _matching(params, adapted)
+    return automatic(partial(_predict, apply), params, adapted, features, like=adapted.failed)
+
+
+def _predict(apply: Apply, params: Params, adapted: Adapted, features: Features) -> jax.Array:
+    params = varying(params, features)
+    leaves = jax.tree.leaves(params)
     numbers = [leaf for leaf, entry in enumerate(adapted.leaves) if entry is not None]
     program = _trace.model(apply, params, one_user(features), numbers)
     axes = {leaf: e.axes for leaf, e in enumerate(adapted.leaves) if isinstance(e, Factored)}

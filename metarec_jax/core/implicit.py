@@ -14,6 +14,7 @@ import optax
 
 from metarec_jax.core._loop import Adapted, Explicit, Factored, Loop, as_precision, choose, healthy, reset
 from metarec_jax.core._plan import EXPLICIT, MERGED, make_plan
+from metarec_jax.core._spmd import automatic, varying
 from metarec_jax.core.inner import check_count, partition
 from metarec_jax.types import Apply, Examples, Params, PointwiseLoss
 
@@ -114,22 +115,26 @@ def adapt(
             f"damping must be more than 0, steps 1 or more, iterations 0 or more; got {damping}, {steps}, {iterations}"
         )
     check_count(count)
-    start = partition(params, adapted)
-    pulled = proximal(optax.sgd(0.1) if optimizer is None else optimizer, damping)
-    plan = make_plan(apply, params, support.features, start, pulled, steps, adapted, 1.0, form, kept=(MERGED,))
-    loop = Loop(plan, jax.tree.structure(start), loss, pulled, steps, True, count, False, as_precision(precision))
-    leaves = jax.tree.leaves(params)
-    coordinates, finite = _solve(_Problem(loop, damping, iterations), leaves, support)
-    shared, still = loop.prepare(leaves, healthy(support, finite).features)
-    entries: dict[int, Any] = {}
-    for leaf, value in coordinates.items():
-        if plan.kinds[leaf] == EXPLICIT:
-            entries[leaf] = Explicit(value)
-            continue
-        axes = plan.sites[plan.sites_of(leaf)[0]].axes
-        inputs = jax.vmap(lambda still, leaf=leaf: loop.inputs(leaf, {**shared, **still}, {}))(still)
-        entries[leaf] = Factored(choose(finite, inputs, 0), value, axes)
-    return Adapted(tuple(entries.get(i) for i in range(len(leaves))), ~finite, loop.precision)
+    pulled, precision = proximal(optax.sgd(0.1) if optimizer is None else optimizer, damping), as_precision(precision)
+
+    def run(params: Params, count: float | jax.Array, support: Examples) -> Adapted:
+        params = varying(params, support.mask)
+        leaves, start = jax.tree.leaves(params), partition(params, adapted)
+        plan = make_plan(apply, params, support.features, start, pulled, steps, adapted, 1.0, form, kept=(MERGED,))
+        loop = Loop(plan, jax.tree.structure(start), loss, pulled, steps, True, count, False, precision)
+        coordinates, finite = _solve(_Problem(loop, damping, iterations), leaves, support)
+        shared, still = loop.prepare(leaves, healthy(support, finite).features)
+        entries: dict[int, Any] = {}
+        for leaf, value in coordinates.items():
+            if plan.kinds[leaf] == EXPLICIT:
+                entries[leaf] = Explicit(value)
+                continue
+            axes = plan.sites[plan.sites_of(leaf)[0]].axes
+            inputs = jax.vmap(lambda still, leaf=leaf: loop.inputs(leaf, {**shared, **still}, {}))(still)
+            entries[leaf] = Factored(choose(finite, inputs, 0), value, axes)
+        return Adapted(tuple(entries.get(i) for i in range(len(leaves))), ~finite, precision)
+
+    return automatic(run, params, count, support, like=support.mask)
 
 
 class _Problem(NamedTuple):

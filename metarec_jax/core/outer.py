@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metarec_jax.core._spmd import varying
 from metarec_jax.types import Examples, Params, PointwiseLoss, Task, masked_mean, mean_loss
 
 Loss = Callable[[Params, Task, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -118,7 +119,7 @@ def chunked(loss: Loss, chunk: int) -> Loss:
                 part, aux = loss(params, task, key)
                 return value + _weigh(share, part), aux
 
-            value, aux = jax.lax.scan(piece, jnp.zeros(()), inputs)
+            value, aux = jax.lax.scan(piece, varying(jnp.zeros(()), share), inputs)
             return value, jax.tree.map(partial(_join, share, users), aux)
 
         def forward(params: Params) -> tuple[Any, Params]:
@@ -127,7 +128,7 @@ def chunked(loss: Loss, chunk: int) -> Loss:
                 (part, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params, task, key)
                 return jax.tree.map(lambda sum, new: sum + _weigh(share, new), sums, (part, gradient)), aux
 
-            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+            zero = varying((jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)), share)
             (value, gradient), aux = jax.lax.scan(piece, zero, inputs)
             return (value, jax.tree.map(partial(_join, share, users), aux)), gradient
 
@@ -145,17 +146,25 @@ def _weigh(share: jax.Array, value: jax.Array) -> jax.Array:
 def _join(share: jax.Array, users: int, value: jax.Array) -> jax.Array:
     """Combine the chunks' auxiliary outputs `[chunks, ...]`."""
     if value.ndim > 1:
-        return value.reshape(-1, *value.shape[2:])[:users]
+        return joined(value, users)
     return jnp.where(share > 0, share * value, 0).sum() if jnp.issubdtype(value.dtype, jnp.inexact) else value.sum()
 
 
 def pieces(batch: Any, chunk: int) -> Any:
-    """Reshape arrays `[users, ...]` to `[chunks, chunk, ...]`; zeros (mask 0) pad the last chunk."""
+    """Reshape arrays `[users, ...]` to `[chunks, chunk, ...]`; zeros (mask 0) are added to fill the chunks.
+
+    Users of a chunk are a stride apart: if users are sharded over devices, so is each chunk.
+    """
     users = jax.tree.leaves(batch)[0].shape[0]
     missing = -users % chunk
 
     def cut(a: jax.Array) -> jax.Array:
         full = a if not missing else jnp.concatenate([a, jnp.zeros((missing, *a.shape[1:]), a.dtype)])
-        return full.reshape(-1, chunk, *a.shape[1:])
+        return full.reshape(chunk, -1, *a.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(cut, batch)
+
+
+def joined(parts: Any, users: int) -> Any:
+    """Invert `pieces`: reshape arrays `[chunks, chunk, ...]` to `[users, ...]`."""
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])[:users], parts)

@@ -102,7 +102,8 @@ def test_a_user_without_history_gets_a_ranking_that_follows_the_items_mean_ratin
 
 def test_unknown_items_are_allowed_and_repeated_ones_count_once_with_the_later_rating(recommender):
     known = recommender.recommend([(1, 5.0)], k=3)
-    assert len(recommender.recommend({10**12: 5.0, 1: 5.0}, k=3)) == 3
+    with pytest.warns(mr.UnknownItemWarning, match=r"1 of 2 items in the history are unknown"):
+        assert len(recommender.recommend({10**12: 5.0, 1: 5.0}, k=3)) == 3
     assert recommender.recommend([(1, 1.0), (1, 5.0)], k=3) == known
 
 
@@ -366,7 +367,7 @@ def test_a_loaded_model_is_evaluated_on_its_own_dataset_only(saved, synthetic):
 
 
 def test_unknown_names_and_impossible_data_are_refused(synthetic):
-    with pytest.raises(ValueError, match="'mammal' is unknown; choose from ridge"):
+    with pytest.raises(ValueError, match="'mammal' is unknown; choose from alpaca, prototypes"):
         mr.train(synthetic, "mammal")
     with pytest.raises(ValueError, match="model 'vgg' is unknown"):
         mr.train(synthetic, model="vgg")

@@ -69,7 +69,7 @@ def test_a_trained_sequence_learner_is_a_member_of_a_stack(ordered):
     known.items[:], known.target[:], known.weight[:] = [3, 4, 5], 1, 1
     alone = adapt(trained.strategy, trained.params, items, known)
     both = adapt(stacked.strategy, stacked.params, items, known)
-    side = stacked.strategy.items(stacked.params, items)
+    side, _ = stacked.strategy.items(stacked.params, items)
     expected = score_shared(trained.strategy, trained.params, alone, known, items)
     np.testing.assert_allclose(member.score({}, both[0][1], side[1]), expected, rtol=1e-5)
     (found,) = stacked.evaluate(baselines=False).values()

@@ -323,7 +323,7 @@ class Recommender:
         return replace(self, predictor=self.predictor.extended(items))
 
     def refit(self, progress: bool = True) -> "Recommender":
-        """Train again on all users, also those of validation and test, up to the best epoch of the training.
+        """Train again on the users of training, validation and test together, up to the best epoch of the training.
 
         Evaluate before: the result refuses to. Items of `add_items` are left out; add them again.
 

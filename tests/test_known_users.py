@@ -70,7 +70,7 @@ def test_attributes_and_ratings_of_the_dataset_count():
     np.testing.assert_array_equal(np.sort(person.ratings), np.sort(data.rating[own]))
 
 
-def test_all_users_come_as_one_table(recommender, table, tmp_path):
+def test_all_users_come_as_one_table(recommender, table, tmp_path, monkeypatch):
     found = recommender.recommend_all(k=3, block=["s00"])
     assert found.columns == ["user_id", "item_id", "rank", "score"]
     assert found.height == 300
@@ -81,6 +81,29 @@ def test_all_users_come_as_one_table(recommender, table, tmp_path):
         assert rows["rank"].to_list() == [1, 2, 3]
         assert rows["score"].is_sorted(descending=True)
     assert recommender.recommend_all(users=["u003"]).height == 10
+    assert recommender.recommend_all(users=[]).schema == found.schema
+    drawn = {"k": 3, "users": users[:3], "explore": "thompson", "seed": [1, 2, 3]}
+    whole = recommender.batch.recommend_to(drawn["users"], 3, explore="thompson", seed=[1, 2, 3])
+    with monkeypatch.context() as patch:
+        patch.setattr("metarec_jax.batch.CHUNK", 2)
+        in_chunks = recommender.recommend_all(**drawn)
+    assert in_chunks["item_id"].to_list() == [r.item for own in whole for r in own]
+    with pytest.raises(mr.OptionError, match="seed: got 3 entries for 100 users"):
+        recommender.recommend_all(k=3, seed=[1, 2, 3])
+    with pytest.raises(mr.OptionError, match="no column for deviations"):
+        recommender.recommend_all(k=3, deviation=True)
+    for path in (tmp_path / "lists.csv", tmp_path / "nowhere" / "lists.parquet"):
+        with pytest.raises(DataError, match=r"expected a [.]parquet file in a folder"):
+            recommender.recommend_all(k=3, path=path)
+    for call, message in (
+        (lambda: recommender.batch.recommend([(3, 5), (4, 1)]), r"history 0: \(3, 5\) is one interaction"),
+        (lambda: recommender.recommend(["s04"], user=[{"age": 3}]), "user attribute: expected a mapping"),
+        (lambda: recommender.recommend(["s04"], context="phone"), "context: expected a mapping"),
+    ):
+        with pytest.raises(DataError, match=message):
+            call()
+    with pytest.raises(TypeError, match=r"batch.recommend\(\) got an unexpected keyword argument 'user'.*users=\["):
+        recommender.batch.recommend([["s04"]], user=[{}])
     written = recommender.recommend_all(k=3, path=tmp_path / "lists.parquet", block=["s00"])
     assert written.equals(found)
     assert pl.read_parquet(tmp_path / "lists.parquet").equals(found)

@@ -57,7 +57,8 @@ def encode_history(
     Args:
       history: `{item: rating}`, `[(item, rating), ...]`, `[(item, rating, context), ...]`, or item ids alone,
         `[item, ...]`, which are positives with the rating `limits[1]`. Also an array or a column of ids, or a pandas,
-        polars or Arrow table with the column item_id and optionally rating and contexts.
+        polars or Arrow table of one user with the column item_id and optionally rating, timestamp (rows are then
+        sorted by it) and contexts.
       items: encoder of raw ids as rows.
       limits: lowest and highest rating of the training.
       who: prefix of error messages.
@@ -90,7 +91,7 @@ def _entries(history: Any, who: str, contexts: Sequence[str]) -> list[Entry]:
     elif hasattr(history, "to_list"):  # a pandas or polars column
         history = history.to_list()
     if isinstance(history, str | bytes) or not isinstance(history, Sequence):
-        raise DataError(f"{who}: expected {FORMS}, got {_shown(history)}")
+        raise DataError(f"{who}: expected {FORMS}, got {shown(history)}")
     entries = [_entry(entry, who) for entry in history]
     by_form = {entry.rating is POSITIVE: raw for entry, raw in zip(entries, history, strict=True)}
     if len(by_form) > 1:
@@ -110,12 +111,12 @@ def _entry(entry: Any, who: str) -> Entry:
         return Entry(entry, POSITIVE)
     if isinstance(entry, tuple) and len(entry) == 2:
         return _rated(*entry, who)
-    if isinstance(entry, tuple) and len(entry) == 3 and isinstance(entry[2], Mapping):
-        return _rated(*entry[:2], who)._replace(context=entry[2])
+    if isinstance(entry, tuple) and len(entry) == 3 and (entry[2] is None or isinstance(entry[2], Mapping)):
+        return _rated(*entry[:2], who)._replace(context=entry[2] or {})
     several = isinstance(entry, Mapping | list | np.ndarray) or _is_table(entry)
     raise DataError(
-        f"{who}: every entry must be (item, rating) or (item, rating, context), or every entry an item id; got "
-        + _shown(entry)
+        f"{who}: every entry must be a tuple (item, rating) or (item, rating, context), or every entry an item id; got "
+        + shown(entry)
         + ("; for several users call recommender.batch with a list of histories" if several else "")
     )
 
@@ -130,6 +131,13 @@ def _of_table(history: Any, who: str, contexts: Sequence[str]) -> list[Entry]:
     table = to_polars(history, "history")
     if "item_id" not in table.columns:
         raise DataError(f"{who}: a table needs the column item_id; it has {', '.join(table.columns)}")
+    if "user_id" in table.columns and table["user_id"].n_unique() > 1:
+        raise DataError(
+            f"{who}: the table holds {table['user_id'].n_unique()} users; give the rows of one, or the ids of known users "
+            "to recommender.batch.recommend_to"
+        )
+    if "timestamp" in table.columns:
+        table = table.sort("timestamp", maintain_order=True)
     items, count = table["item_id"].to_list(), len(table)
     known = [name for name in contexts if name in table.columns]
     rows = table.select(known).to_dicts() if known else [{}] * count
@@ -144,7 +152,7 @@ def _is_table(history: Any) -> bool:
     return hasattr(type(history), "columns")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a short representation of a value for error messages."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -175,7 +183,12 @@ def checked_rating(rating: Any, limits: tuple[float, float], what: str) -> float
 def encode_attributes(
     attributes: Mapping[str, Any] | None, fields: tuple[Field, ...], what: str = "user attribute"
 ) -> dict[str, np.ndarray]:
-    """Encode the attributes of one user, or one context, each `[...]`; omitted fields are unknown."""
+    """Encode the attributes of one user, or one context, each `[...]`; omitted fields and new values are unknown."""
+    if attributes is not None and not isinstance(attributes, Mapping):
+        raise DataError(
+            f"{what}: expected a mapping, {{field: value}}, got {shown(attributes)}; for several users call "
+            "recommender.batch"
+        )
     attributes = dict(attributes or {})
     if unknown := set(attributes) - {f.name for f in fields}:
         raise DataError(

@@ -1,5 +1,6 @@
 """Train: the path from a dataset to a trained model: protocol, split, target, network, training loop."""
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,7 @@ def train(
         fit_options["objective"] = ranking
     strategy = DEFAULT_STRATEGY[protocol.target] if strategy is None else strategy
     model = default_model(strategy) if model is None else model
+    strategy_options, model_options = (o and copy.deepcopy(dict(o)) for o in (strategy_options, model_options))
     plan = Plan(
         data, strategy, strategy_options, model, model_options, protocol, seed, graded, start, shared, tensorboard,
         fit_options,
@@ -130,7 +132,7 @@ def refit(trained: Trained, progress: bool = True) -> Trained:
     whole = split._replace(train=everything(split))
     if progress:
         used, users = len(np.unique(whole.train.index)), len(np.unique(whole.train.users))
-        print(f"refit: {users:,} users train on {used:,} interactions for {max(trained.epoch + 1, 0)} epochs")
+        print(f"refit: {users:,} users train on {used:,} interactions for {trained.epoch + 1} epochs")
     fitted = _trained(plan, whole, progress, trained.epoch)
     rater = None if trained.rater is None else refit(trained.rater, progress=False)
     return replace(fitted, history=trained.history, rater=rater, refitted=True, plan=None)
@@ -172,12 +174,12 @@ def _trained(plan: Plan, split: Split, progress: bool, last: int | None = None) 
     if options.get("checkpoint"):
         options["told"] = {**recipe, "data": fingerprint(extended)}
     if last is not None:
-        options |= {"epochs": max(last + 1, 1), "validate": False}
+        options |= {"epochs": last + 1, "validate": False}
         if options.get("checkpoint"):
             options["checkpoint"] = f"{options['checkpoint']}.refit"
     has_epochs = bool(jax.tree.leaves(jax.eval_shape(built.init, jax.random.key(0))))
-    epochs = options.get("epochs") or EPOCHS[target.kind]
-    own = options.pop("report", None)
+    epochs = EPOCHS[target.kind] if options.get("epochs") is None else options["epochs"]
+    own = options.pop("report", None) if last is None else None
     with (
         epochs_bar(progress and has_epochs, epochs, target.kind) as bar,
         event_files(None if last is not None else plan.tensorboard) as events,

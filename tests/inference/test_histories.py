@@ -67,10 +67,19 @@ def test_an_interaction_may_have_a_context():
     triples = [(3, 4.0, phone), (42, 1.0, tv)]
     assert encoded(triples) == [(1, 4.0), (3, 1.0)]
     assert encode_history(triples, NUMBERED, LIMITS, "history").contexts == [phone, tv]
+    assert encode_history([(3, 4.0, None)], NUMBERED, LIMITS, "history").contexts == [{}]
     table = pl.DataFrame({"item_id": [3, 42], "rating": [4.0, 1.0], "device": ["phone", "tv"], "title": ["a", "b"]})
     of_table = encode_history(table, NUMBERED, LIMITS, "history", ["device"])
     assert of_table.contexts == [phone, tv]
     assert encode_history(table.drop("rating"), NUMBERED, LIMITS, "history", ["device"]).ratings.tolist() == [5.0, 5.0]
+
+
+def test_a_table_is_of_one_user_and_in_order_of_time():
+    table = pl.DataFrame({"item_id": [3, 17, 3], "rating": [4.0, 2.0, 1.0], "timestamp": [9, 5, 1]})
+    assert encoded(table) == [(2, 2.0), (1, 4.0)]
+    assert encoded(table.with_columns(user_id=pl.lit(1))) == [(2, 2.0), (1, 4.0)]
+    with pytest.raises(DataError, match="history: the table holds 2 users"):
+        encoded(table.with_columns(user_id=pl.Series([1, 2, 2])))
 
 
 def test_an_item_that_comes_twice_counts_once_with_its_later_rating():
@@ -91,7 +100,7 @@ def test_ids_and_pairs_are_not_mixed(history):
 
 @pytest.mark.parametrize("entry", [None, 3.5, True, [17], [17, 5.0], {17: 5.0}, (17, 5.0, 1)])
 def test_an_entry_that_is_neither_an_id_nor_a_pair_is_named(entry):
-    with pytest.raises(DataError, match=r"every entry must be \(item, rating\) or .*, or every entry an item id; got"):
+    with pytest.raises(DataError, match=r"every entry must be a tuple .*, or every entry an item id; got"):
         encode_history([3, entry], NUMBERED, LIMITS, "history")
 
 

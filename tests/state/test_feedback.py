@@ -1,6 +1,7 @@
 """Feedback: what users do is kept, checked, and in the next recommendation."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,8 +53,13 @@ def test_attributes_alone_are_enough_and_context_of_users_is_checked(live):
 def test_unknown_users_and_items_are_taken_and_told_apart_later(live):
     live.update([rated("ann", 7, 5.0)])
     unknown = live.recommend_to("ann", k=5)
-    with pytest.warns(mr.UnknownItemWarning, match=r"1 of 1 items in the history are unknown to the model \(7\)"):
-        assert unknown == live.recommend({7: 5.0}, k=5)
+    for call in (
+        lambda: live.recommend({7: 5.0}, k=5),
+        lambda: live.batch.recommend([{7: 5.0}], k=5)[0],
+    ):
+        with pytest.warns(mr.UnknownItemWarning, match=r"1 of 1 items in the history are unknown to the model") as told:
+            assert [r.item for r in call()] == [r.item for r in unknown]
+        assert Path(told[0].filename).name == "test_feedback.py"
     more = live.add_items({"item_id": [7], "colour": ["red"]})
     assert more.recommend_to("ann", k=5) == more.recommend({7: 5.0}, k=5)
     assert 7 not in {r.item for r in more.recommend_to("ann", k=60)}

@@ -133,8 +133,8 @@ def _of_table(history: Any, who: str, contexts: Sequence[str]) -> list[Entry]:
         raise DataError(f"{who}: a table needs the column item_id; it has {', '.join(table.columns)}")
     if "user_id" in table.columns and table["user_id"].n_unique() > 1:
         raise DataError(
-            f"{who}: the table holds {table['user_id'].n_unique()} users; give the rows of one, or the ids of known users "
-            "to recommender.batch.recommend_to"
+            f"{who}: the table holds {table['user_id'].n_unique()} users; give the rows of one, or the ids of known "
+            "users to recommender.batch.recommend_to"
         )
     if "timestamp" in table.columns:
         table = table.sort("timestamp", maintain_order=True)

@@ -115,9 +115,9 @@ def _entry(entry: Any, who: str) -> Entry:
         return _rated(*entry[:2], who)._replace(context=entry[2] or {})
     several = isinstance(entry, Mapping | list | np.ndarray) or _is_table(entry)
     raise DataError(
-        f"{who}: every entry must be a tuple (item, rating) or (item, rating, context), or every entry an item id; got "
+        f"{who}: every entry must be (item, rating) or (item, rating, context), or every entry an item id; got "
         + shown(entry)
-        + ("; for several users call recommender.batch with a list of histories" if several else "")
+        + ("; a pair is a tuple; for several users call recommender.batch with a list of histories" if several else "")
     )
 
 

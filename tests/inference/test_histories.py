@@ -58,7 +58,9 @@ def test_an_empty_history_is_one_user_who_is_new(history):
     ],
 )
 def test_several_histories_are_not_one(batch):
-    with pytest.raises(DataError, match=r"for several users call recommender\.batch with a list of histories"):
+    with pytest.raises(
+        DataError, match=r"a pair is a tuple; for several users call recommender\.batch with a list of histories"
+    ):
         encode_history(batch, NUMBERED, LIMITS, "history")
 
 
@@ -100,7 +102,7 @@ def test_ids_and_pairs_are_not_mixed(history):
 
 @pytest.mark.parametrize("entry", [None, 3.5, True, [17], [17, 5.0], {17: 5.0}, (17, 5.0, 1)])
 def test_an_entry_that_is_neither_an_id_nor_a_pair_is_named(entry):
-    with pytest.raises(DataError, match=r"every entry must be a tuple .*, or every entry an item id; got"):
+    with pytest.raises(DataError, match=r"every entry must be \(item, rating\) or .*, or every entry an item id; got"):
         encode_history([3, entry], NUMBERED, LIMITS, "history")
 
 

@@ -58,7 +58,7 @@ def test_train_evaluate_and_recommend_in_a_row(ratings, tmp_path):
     assert shown[0] == 1.0  # relative to the first
     assert shown == sorted(shown, reverse=True)
     unknown = run("recommend", model, "999=5")
-    assert "does not know 999" in unknown.output
+    assert "unknown to the model (999)" in unknown.output
 
 
 @pytest.mark.parametrize("options", [("--objective", "click"), ("--target", "click"), ("--objective", "rating")])

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +229,11 @@ def recommend(model: str, ratings: tuple[str, ...], k: int, include_seen: bool, 
     known = history(recommender, ratings)
     dense = {f.name for f in recommender.catalogue.user_fields if f.kind == "dense"}
     attributes = {name: number(v, float, name) if name in dense else v for name, v in pairs(user)}
-    items = [entry[0] if isinstance(entry, tuple) else entry for entry in known]
-    unknown = [item for item, row in zip(items, recommender.stock.encode(items), strict=True) if not row]
-    if unknown:
-        click.echo(f"note: the model does not know {', '.join(map(str, unknown))}", err=True)
-    print_recommendations(recommender, recommender.recommend(known, k, exclude_seen=not include_seen, user=attributes))
+    with warnings.catch_warnings(record=True, action="always", category=mr.UnknownItemWarning) as notes:
+        recommended = recommender.recommend(known, k, exclude_seen=not include_seen, user=attributes)
+    for note in notes:
+        click.echo(f"note: {note.message}", err=True)
+    print_recommendations(recommender, recommended)
 
 
 @cli.command()

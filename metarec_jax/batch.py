@@ -12,7 +12,7 @@ import numpy as np
 from metarec_jax._files import write_whole
 from metarec_jax._progress import counter
 from metarec_jax.errors import DataError, OptionError, UnknownItemWarning
-from metarec_jax.inference.histories import History, shown
+from metarec_jax.inference.histories import History, is_table, shown
 from metarec_jax.inference.predictor import Attributes, EncodedUser, Predictor
 from metarec_jax.inference.recommendations import Choice, as_table
 from metarec_jax.state.events import UserId
@@ -160,7 +160,7 @@ def _checked_ids(users: Sequence[UserId]) -> list[Any]:
 def _listed(values: Any, name: str, what: str) -> list[Any]:
     """Return the entries of a list, an array or a column; raise `DataError` for anything else."""
     is_list = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
-    if not is_list or hasattr(type(values), "columns"):
+    if not is_list or is_table(values):
         raise DataError(f"{name}: expected a list of {what}, one per user, got {shown(values)}")
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
 
@@ -189,9 +189,9 @@ def warn_of_unknown(people: Sequence[EncodedUser], stacklevel: int = 3) -> None:
     """
     unknown = [item for person in people for item in person.unknown]
     if unknown:
-        total, shown = sum(len(person.rows) for person in people), ", ".join(map(repr, unknown[:3]))
+        total, first = sum(len(person.rows) for person in people), ", ".join(map(repr, unknown[:3]))
         warnings.warn(
-            f"{len(unknown):,} of {total:,} items in the history are unknown to the model ({shown}"
+            f"{len(unknown):,} of {total:,} items in the history are unknown to the model ({first}"
             f"{', ...' if len(unknown) > 3 else ''}); they tell only how high the user rates; check the ids, or add "
             "them with add_items",
             UnknownItemWarning,

@@ -84,7 +84,7 @@ def _entries(history: Any, who: str, contexts: Sequence[str]) -> list[Entry]:
     """Read a history of any form; see `encode_history`."""
     if isinstance(history, Mapping):
         return [_rated(item, rating, who) for item, rating in history.items()]
-    if _is_table(history):
+    if is_table(history):
         return _of_table(history, who, contexts)
     if isinstance(history, np.ndarray) and history.ndim == 1:
         history = history.tolist()
@@ -113,7 +113,7 @@ def _entry(entry: Any, who: str) -> Entry:
         return _rated(*entry, who)
     if isinstance(entry, tuple) and len(entry) == 3 and (entry[2] is None or isinstance(entry[2], Mapping)):
         return _rated(*entry[:2], who)._replace(context=entry[2] or {})
-    several = isinstance(entry, Mapping | list | np.ndarray) or _is_table(entry)
+    several = isinstance(entry, Mapping | list | np.ndarray) or is_table(entry)
     raise DataError(
         f"{who}: every entry must be (item, rating) or (item, rating, context), or every entry an item id; got "
         + shown(entry)
@@ -147,7 +147,7 @@ def _of_table(history: Any, who: str, contexts: Sequence[str]) -> list[Entry]:
     return [_rated(item, rating, who)._replace(context=context) for item, rating, context in rated]
 
 
-def _is_table(history: Any) -> bool:
+def is_table(history: Any) -> bool:
     """Return whether this is a pandas, polars or Arrow table."""
     return hasattr(type(history), "columns")
 

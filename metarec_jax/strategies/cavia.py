@@ -6,8 +6,7 @@ import optax
 
 from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
-from metarec_jax.strategies.concatenated import reader
-from metarec_jax.strategies.decoder import adapt_context
+from metarec_jax.strategies.decoder import adapt_context, reader
 from metarec_jax.strategies.gradient import default_inner, learns_step_size
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task

@@ -1,4 +1,4 @@
-"""Decoder: a shared network whose scores a per-user context vector corrects; many strategies adapt through it."""
+"""Decoder: a network on a shared model that reads a context vector of each user; many strategies adapt through it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from metarec_jax import core
 from metarec_jax.models.model import Model
+from metarec_jax.strategies.networks import dense, run
 from metarec_jax.types import Examples, Features, Params
 
 
@@ -66,6 +67,33 @@ def decoder(model: Model, size: int, hidden: int = 32) -> Decoder:
         return model.apply(params["model"], features) + linear + modulated @ params["out"]
 
     return Decoder(init, apply)
+
+
+def concatenated(model: Model, size: int, hidden: int = 32) -> Decoder:
+    """Build a network on `embed` whose first layer reads c too; arguments and errors as `decoder`.
+
+        score(x) = v . relu(W [phi(x), c] + b) + b_0
+
+    The score of the shared model is not added: its head is not used.
+    """
+    embed, width = need_embed(model)
+
+    def init(key: jax.Array) -> Params:
+        a, b = jax.random.split(key)
+        return {"model": model.init(a), "layers": dense(b, width + size, hidden, 1)}
+
+    def apply(params: Params, context: jax.Array, features: Features) -> jax.Array:
+        phi = embed(params["model"], features)
+        context = context[:, None] if context.ndim == 2 else context
+        context = jnp.broadcast_to(context, (*phi.shape[:-1], size))
+        return run(params["layers"], jnp.concatenate([phi, context], -1))[..., 0]
+
+    return Decoder(init, apply)
+
+
+def reader(model: Model, size: int, hidden: int = 32, *, faithful: bool) -> Decoder:
+    """Return `concatenated` if `faithful`, as in several papers, else `decoder`."""
+    return (concatenated if faithful else decoder)(model, size, hidden)
 
 
 def adapt_context(

@@ -7,8 +7,7 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import constant, profile_of
-from metarec_jax.strategies.concatenated import reader
-from metarec_jax.strategies.decoder import score_one
+from metarec_jax.strategies.decoder import reader, score_one
 from metarec_jax.strategies.gradient import default_inner, learns_step_size
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task

@@ -9,8 +9,7 @@ import optax
 
 from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
-from metarec_jax.strategies.concatenated import reader
-from metarec_jax.strategies.decoder import need_embed
+from metarec_jax.strategies.decoder import need_embed, reader
 from metarec_jax.strategies.likelihood import as_truth
 from metarec_jax.strategies.networks import dense, run
 from metarec_jax.strategies.strategy import Adapted, Strategy

@@ -166,6 +166,8 @@ def test_faithful_meta_sgd_steps_by_alpha_itself_from_one_random_number(task_bat
     assert (values <= 0.1).all()
     assert np.ptp(values) > 0.05
     params = strategy.init(KEY)
+    plain = mr.meta_sgd(tiny_model).init(jax.random.split(KEY)[0])
+    jax.tree.map(np.testing.assert_array_equal, params["model"], plain["model"])
     alpha = jax.tree.map(lambda w: jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params["model"])
     got = core.weights(params["model"], strategy.adapt(params | {"step_size": alpha}, support, KEY))
     for u in range(5):
@@ -446,77 +448,7 @@ def test_faithful_tanp_groups_by_the_sharpened_assignment_and_scores_by_its_deco
     np.testing.assert_allclose(aux["clustering"], rel_entr(d, c).sum(1).mean(), rtol=1e-3)
 
 
-# Memories
-
-
-def test_faithful_mamo_writes_each_memory_by_attention(task_batch, tiny_model):
-    model = tiny_model._replace(
-        profile=mr.models.model.Encoder(lambda key: {"w": jnp.eye(2)}, lambda p, x: x[..., :2] @ p["w"], 2)
-    )
-    task, lr, rate, tau = task_batch(), 0.05, 0.2, 0.7
-    own = np.random.default_rng(1).normal(size=(5, 1, 2)).astype(np.float32)
-
-    def fill(part):
-        features = np.concatenate([np.broadcast_to(own, (*part.mask.shape, 2)), part.features[..., 2:]], -1)
-        return part._replace(features=features)
-
-    task = Task(*map(fill, task))
-    strategy = mr.mamo(model, inner=optax.sgd(lr), steps=2, tau=tau, memories=3, size=4, hidden=5, faithful=True)
-    params = perturbed(strategy.init(KEY))
-    assert "log_step_size" not in params
-    assert strategy.outer == "own"
-    optimizer = optax.sgd(rate)
-    step = jax.jit(mr.meta_step(strategy.loss, optimizer))
-    after, _, aux = step(params, optimizer.init(params), task, KEY)
-    names = ("profile", "bias_term", "preference")
-    writes = jax.tree.map(jnp.zeros_like, {name: params[name] for name in names})
-    losses = []
-    for u in range(5):
-        (x, y), (xq, yq) = user(task.support, u), user(task.query, u)
-        p, memory = np.asarray(x[0, :2] @ params["encoder"]["w"]), np.asarray(params["profile"])
-        a = softmax(memory @ p / np.linalg.norm(memory, axis=1) / np.linalg.norm(p))
-
-        def read(memory, a=a):
-            return np.tensordot(a, np.asarray(memory), 1)
-
-        w = {
-            "user": jax.tree.map(lambda phi, m: phi - tau * read(m), params["user"], params["bias_term"]),
-            "preference": read(params["preference"]),
-            "head": params["head"],
-        }
-
-        def score(w, x, p=p):
-            e = jax.nn.relu(p @ w["user"]["weight"] + w["user"]["bias"])
-            phi = model.embed(params["model"], x)
-            z = jax.nn.relu(jnp.concatenate([jnp.broadcast_to(e, (len(x), 4)), phi], -1) @ w["preference"])
-            return z @ w["head"]["weight"] + w["head"]["bias"]
-
-        slope = jax.grad(lambda w: SQUARED(score(w, x), y).mean())
-        start = slope(w)["user"]
-        for _ in range(2):
-            w = jax.tree.map(lambda x, g: x - lr * g, w, slope(w))
-        losses.append(SQUARED(score(w, xq), yq).mean())
-        own_write = {"profile": p, "bias_term": start, "preference": w["preference"]}
-        writes = jax.tree.map(lambda total, x, a=a: total + np.multiply.outer(a, x) / 5, writes, own_write)
-    np.testing.assert_allclose(aux["loss"], np.mean(losses), rtol=1e-4)
-    for name in names:
-        expected = jax.tree.map(lambda m, x: (1 - rate) * m + rate * x, params[name], writes[name])
-        close(after[name], expected, atol=1e-5)
-
-
-def test_faithful_mamo_trains_all_but_the_memories_on_the_query_loss(task_batch, tiny_model):
-    task = task_batch()
-    options = {"steps": 2, "memories": 3, "size": 4, "hidden": 5}
-    strategy = mr.mamo(tiny_model, faithful=True, **options)
-    params = perturbed(strategy.init(KEY))
-
-    def query_loss(params):
-        scores = strategy.predict(params, strategy.adapt(params, task.support, KEY), task.query.features)
-        return core.query_loss(scores, task.query, SQUARED)
-
-    exact, got = jax.jit(jax.grad(query_loss))(params), run(strategy, params, task)[1]
-    for name in ("user", "head", "model"):
-        close(got[name], exact[name], rtol=1e-3, atol=1e-5)
+# By name
 
 
 @pytest.mark.parametrize("name", ["maml", "anp", "prototypes", "mamo"])

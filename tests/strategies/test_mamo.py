@@ -1,5 +1,7 @@
 """MAMO's memories and inner loop against numpy and against gradient descent on each user's own weights."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,30 @@ def batch(task_batch):
     return mr.Task(fill(task.support), fill(task.query))
 
 
+def by_hand(model, params, own, tau, shared):
+    """One user's profile, attention, initial weights, and the score of weights, with the shared model's if `shared`."""
+    p, memory = np.asarray(own @ params["encoder"]["w"]), np.asarray(params["profile"])
+    a = softmax(memory @ p / np.linalg.norm(memory, axis=1) / np.linalg.norm(p))
+
+    def start(memory):
+        return np.tensordot(a, np.asarray(memory), 1)
+
+    w = {
+        "user": jax.tree.map(lambda phi, m: phi - tau * start(m), params["user"], params["bias_term"]),
+        "preference": start(params["preference"]),
+        "head": params["head"],
+    }
+
+    def score(w, x):
+        e = jax.nn.relu(p @ w["user"]["weight"] + w["user"]["bias"])
+        phi = model.embed(params["model"], x)
+        z = jax.nn.relu(jnp.concatenate([jnp.broadcast_to(e, (len(x), 4)), phi], -1) @ w["preference"])
+        score = z @ w["head"]["weight"] + w["head"]["bias"]
+        return score + model.apply(params["model"], x) if shared else score
+
+    return p, a, w, score
+
+
 def test_memories_are_read_by_the_softmax_of_cosines():
     rng = np.random.default_rng(0)
     p, memory = rng.normal(size=(5, 3)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
@@ -60,24 +86,7 @@ def test_a_user_starts_from_what_the_memories_say_and_descends_from_there(model,
     scores = strategy.predict(params, adapted, batch.query.features)
     for u in range(5):
         n = int(batch.support.mask[u].sum())
-        p = np.asarray(batch.support.features[u, 0, :2] @ params["encoder"]["w"])
-        memory = np.asarray(params["profile"])
-        a = softmax(memory @ p / np.linalg.norm(memory, axis=1) / np.linalg.norm(p))
-
-        def start(memory, a=a):
-            return np.tensordot(a, np.asarray(memory), 1)
-
-        w = {
-            "user": jax.tree.map(lambda phi, m: phi - tau * start(m), params["user"], params["bias_term"]),
-            "preference": start(params["preference"]),
-            "head": params["head"],
-        }
-
-        def score(w, x, p=p):
-            e = jax.nn.relu(p @ w["user"]["weight"] + w["user"]["bias"])
-            phi = model.embed(params["model"], x)
-            z = jax.nn.relu(jnp.concatenate([jnp.broadcast_to(e, (len(x), 4)), phi], -1) @ w["preference"])
-            return model.apply(params["model"], x) + z @ w["head"]["weight"] + w["head"]["bias"]
+        _, _, w, score = by_hand(model, params, batch.support.features[u, 0, :2], tau, shared=True)
 
         def support_loss(w, u=u, n=n, score=score):
             return loss(score(w, batch.support.features[u, :n]), batch.support.target[u, :n]).mean()
@@ -85,6 +94,52 @@ def test_a_user_starts_from_what_the_memories_say_and_descends_from_there(model,
         for _ in range(steps):
             w = jax.tree.map(lambda x, g: x - lr * g, w, jax.grad(support_loss)(w))
         np.testing.assert_allclose(scores[u], score(w, batch.query.features[u]), rtol=1e-3, atol=1e-4)
+
+
+def test_faithful_mamo_writes_each_memory_by_attention(model, batch):
+    lr, rate, tau, squared = 0.05, 0.2, 0.7, optax.losses.squared_error
+    strategy = mr.mamo(model, inner=optax.sgd(lr), steps=2, tau=tau, memories=3, size=4, hidden=5, faithful=True)
+    params = perturbed(strategy.init(KEY))
+    assert "log_step_size" not in params
+    assert strategy.outer == "own"
+    optimizer = optax.sgd(rate)
+    step = jax.jit(mr.meta_step(strategy.loss, optimizer))
+    after, _, aux = step(params, optimizer.init(params), batch, KEY)
+    names = ("profile", "bias_term", "preference")
+    writes = jax.tree.map(jnp.zeros_like, {name: params[name] for name in names})
+    losses = []
+    for u in range(5):
+        (x, y), (xq, yq) = (
+            (part.features[u, : int(part.mask[u].sum())], part.target[u, : int(part.mask[u].sum())]) for part in batch
+        )
+        p, a, w, score = by_hand(model, params, x[0, :2], tau, shared=False)
+        slope = jax.grad(lambda w, x=x, y=y, score=score: squared(score(w, x), y).mean())
+        start = slope(w)["user"]
+        for _ in range(2):
+            w = jax.tree.map(lambda x, g: x - lr * g, w, slope(w))
+        losses.append(squared(score(w, xq), yq).mean())
+        own_write = {"profile": p, "bias_term": start, "preference": w["preference"]}
+        writes = jax.tree.map(lambda total, x, a=a: total + np.multiply.outer(a, x) / 5, writes, own_write)
+    np.testing.assert_allclose(aux["loss"], np.mean(losses), rtol=1e-4)
+    for name in names:
+        expected = jax.tree.map(lambda m, x: (1 - rate) * m + rate * x, params[name], writes[name])
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), after[name], expected)
+
+
+def test_faithful_mamo_trains_all_but_the_memories_on_the_query_loss(task_batch, tiny_model):
+    task = task_batch()
+    options = {"steps": 2, "memories": 3, "size": 4, "hidden": 5}
+    strategy = mr.mamo(tiny_model, faithful=True, **options)
+    params = perturbed(strategy.init(KEY))
+
+    def query_loss(params):
+        scores = strategy.predict(params, strategy.adapt(params, task.support, KEY), task.query.features)
+        return mr.core.query_loss(scores, task.query, optax.losses.squared_error)
+
+    exact = jax.jit(jax.grad(query_loss))(params)
+    got = jax.jit(jax.grad(lambda p: strategy.loss(p, task, KEY)[0]))(params)
+    for name in ("user", "head", "model"):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), got[name], exact[name])
 
 
 def test_every_memory_gets_the_exact_meta_gradient(model, batch):

@@ -1,6 +1,6 @@
 """metarec_jax: recommenders that learn a new user from a few interactions, by meta-learning in JAX."""
 
-from metarec_jax import core, data, evaluation, metrics, models, strategies, tasks
+from metarec_jax import core, data, distributed, evaluation, metrics, models, strategies, tasks
 from metarec_jax.api import load, reweight, train
 from metarec_jax.core import meta_step
 from metarec_jax.errors import DataError, ModelFileError, OptionError, StoreError, UnknownItemWarning
@@ -22,6 +22,7 @@ __all__ = [
     "ColdUsers", "DataError", "Event", "Examples", "History", "Model", "ModelFileError", "NextItem", "OptionError",
     "Recommendation", "Recommender", "RedisStore", "Scenario", "SqliteStore", "Store", "StoreError",
     "StrongGeneralisation", "Task", "TimeSplit", "UncertainRecommendation", "UnknownItemWarning", "core", "data",
-    "evaluation", "load", "meta_step", "metrics", "models", "reweight", "strategies", "tasks", "train",
+    "distributed", "evaluation", "load", "meta_step", "metrics", "models", "reweight", "strategies", "tasks",
+    "train",
 ]  # fmt: skip
 __all__ += strategies.registry.__all__

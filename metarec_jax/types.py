@@ -58,6 +58,11 @@ class History(NamedTuple):
     own: jax.Array
 
 
+def current(features: Features) -> Features:
+    """Return the features of the examples to score, without the past of a `History`."""
+    return features.now if isinstance(features, History) else features
+
+
 def masked_mean(values: jax.Array, mask: jax.Array, count: float | jax.Array = 0.0) -> jax.Array:
     """Compute the weighted mean of `values`; 0 if no weight is positive.
 

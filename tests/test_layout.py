@@ -22,6 +22,7 @@ ROOMS = [  # from the bottom to the top
     "batch",
     "recommender",
     "api",
+    "distributed",
     "__init__",
     "serving",
     "cli",

@@ -44,7 +44,7 @@ def known_tastes():
 def tastes(request):
     """Lists `{genre: rows}` of the default learner and of EASE, and which items are of each genre."""
     data, of_genre = request.param()
-    recommender = mr.train(data, seed=0, progress=False)
+    recommender = mr.train(data, seed=0, ratings=None, progress=False)
     count, several = np.bincount(data.item, minlength=len(data.items)), sum(of_genre.values())
     profiles = {
         name: [r for r in np.argsort(-count, kind="stable") if has[r] and several[r] == 1][:5]

@@ -162,6 +162,18 @@ class Field:
         codes[row[kept], place[kept]] = known[kept]
         return codes
 
+    def unseen(self, value: Any) -> list[str]:
+        """Return the categories of one raw value that have no code; none for numbers, texts and hashed fields.
+
+        Raises:
+          DataError: the value is of the wrong kind.
+        """
+        self.encode([value])
+        if self.vocabulary is None or self.vocabulary.buckets is not None or is_missing(value):
+            return []
+        categories = _listed(value) if self.kind == "multi" else [value]
+        return [str(v) for v in categories if self.vocabulary.encode(np.array([str(v)]))[0] == UNKNOWN]
+
     def unknown(self) -> np.ndarray:
         """Return the encoded row of an entity without known attributes."""
         return np.zeros(

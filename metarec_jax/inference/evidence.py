@@ -9,6 +9,7 @@ import numpy as np
 
 from metarec_jax.core._loop import Explicit, Factored, settled
 from metarec_jax.core.fastweights import Adapted
+from metarec_jax.data.schema import ORDER
 from metarec_jax.errors import OptionError
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks.batching import features
@@ -54,7 +55,7 @@ def evidence(
     for i in range(0, len(drawn), BATCH):
         index = np.resize(drawn[i : i + BATCH], BATCH)  # the last batch is padded by repeats, to compile once
         inputs = features(data, data.user[index], data.item[index][:, None])
-        inputs["order"] = np.zeros((BATCH, 1), data.order.dtype)
+        inputs[ORDER] = np.zeros((BATCH, 1), data.order.dtype)
         values: Any = target.grade(data.rating[index])[:, None]
         known: Any = np.ones_like(values)
         norms.append(np.asarray(change(strategy, params, Examples(inputs, values, known)))[: len(drawn) - i])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metarec_jax.data.schema import ORDER
 from metarec_jax.inference.ranker import Ranker
 from metarec_jax.models.profile import Blend
 from metarec_jax.strategies import Strategy
@@ -160,7 +161,7 @@ def _slopes_and_parts(
     last = (known.weight > 0).sum(1, keepdims=True).astype(jnp.int32)
     items = {name: table[rows] for name, table in tables.items()}
     whole = features(items, known.user, known.context, last)
-    names = sorted(name for name in whole if name != "order")
+    names = sorted(name for name in whole if name != ORDER)
 
     def of_shares(shares: jax.Array) -> jax.Array:
         blends = {

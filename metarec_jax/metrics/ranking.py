@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metarec_jax.core.layout import ONE_DEVICE, Layout, set_columns
 from metarec_jax.errors import DataError
 from metarec_jax.strategies.catalogue import adapt, score_shared
 from metarec_jax.strategies.strategy import Strategy
@@ -72,7 +73,7 @@ def top_rows(scores: jax.Array, seen: jax.Array, depth: int) -> jax.Array:
     Returns:
       `[users, depth]`, or `[users, items]` if there are fewer items; -1 where none is left.
     """
-    low = scores.at[:, 0].set(-jnp.inf).at[jnp.arange(len(scores))[:, None], seen].set(-jnp.inf)
+    low = set_columns(scores.at[:, 0].set(-jnp.inf), seen, -jnp.inf)
     value, rows = jax.lax.top_k(jnp.where(jnp.isnan(low), -jnp.inf, low), min(depth, scores.shape[1]))
     return jnp.where(value > -jnp.inf, rows, -1)
 
@@ -86,6 +87,7 @@ def rank(
     query: int = 10,
     support: int | None = None,
     depth: int = DEPTH,
+    layout: Layout = ONE_DEVICE,
 ) -> Lists:
     """Compute the lists of a ranking strategy.
 
@@ -93,6 +95,7 @@ def rank(
       strategy, params: the strategy and its parameters.
       histories, target, query, support: as in `ranking_tasks`.
       depth: length of the lists.
+      layout: the devices that hold `params`, over which the users are sharded.
 
     Example:
       The score of this strategy is the item row, so it recommends the last rows; 39 is in the support of the user:
@@ -106,9 +109,11 @@ def rank(
       >>> mr.metrics.rank(strategy, params, test, mr.tasks.Target("ranking", 3.5), depth=3).rows[0]
       array([40, 38, 37], dtype=int32)
     """
-    return lists_of(
-        lambda task: best(strategy, params, task.known, depth), histories, target, query=query, support=support
-    )
+
+    def recommend(task: RankingTask) -> np.ndarray:
+        return layout.gather(best(strategy, params, layout.batch(task.known), depth))[: len(task.query.mask)]
+
+    return lists_of(recommend, histories, target, query=query, support=support)
 
 
 def lists_of(

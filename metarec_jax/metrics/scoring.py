@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from metarec_jax.core.layout import ONE_DEVICE, Layout
 from metarec_jax.metrics import pointwise as metrics
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks.batching import Batch
@@ -48,13 +49,16 @@ def score(strategy: Strategy, params: Params, task: Task, key: jax.Array) -> jax
     return strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
 
 
-def score_tasks(strategy: Strategy, params: Params, tasks: Iterator[Batch], target: Target) -> Scores:
+def score_tasks(
+    strategy: Strategy, params: Params, tasks: Iterator[Batch], target: Target, layout: Layout = ONE_DEVICE
+) -> Scores:
     """Score all task batches; scores and targets are decoded.
 
     Args:
       strategy, params: the strategy and its parameters.
       tasks: task batches, as from `batches`.
       target: mapping of ratings to targets.
+      layout: the devices that hold `params`, over which the users are sharded.
 
     Example:
       A strategy that predicts the mean of the support set, here 4 of the ratings 3 and 5:
@@ -72,7 +76,8 @@ def score_tasks(strategy: Strategy, params: Params, tasks: Iterator[Batch], targ
     positions = []
     for batch in tasks:
         n, query = len(batch.positions), batch.task.query
-        raw = np.asarray(score(strategy, params, batch.task, jax.random.key(0)))[:n]
+        key = layout.place(jax.random.key(0))
+        raw = layout.gather(score(strategy, params, layout.batch(batch.task), key))[:n]
         wanted, mask = np.asarray(query.target[:n]), np.asarray(query.mask[:n])
         truth = wanted if target.kind == "click" else target.decode(wanted)
         parts.append((target.decode(raw), truth, mask))

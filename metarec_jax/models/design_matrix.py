@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from metarec_jax.core.layout import add_to_columns
 from metarec_jax.data.fields import NUMBERS, Field
 from metarec_jax.data.schema import ITEM, ITEM_ID, STATISTICS, USER
 from metarec_jax.models.model import Encoder, Model
@@ -67,5 +68,5 @@ def _shares(columns: int, kind: str, codes: jax.Array) -> jax.Array:
     flat = codes.reshape(-1, codes.shape[-1])
     known = (flat > 0).astype(jnp.float32)
     share = known / jnp.maximum(known.sum(1, keepdims=True), 1)
-    shares = jnp.zeros((len(flat), columns)).at[jnp.arange(len(flat))[:, None], flat % columns].add(share)
+    shares = add_to_columns(jnp.zeros((len(flat), columns)), flat % columns, share)
     return shares.reshape(*codes.shape[:-1], columns)

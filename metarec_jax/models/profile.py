@@ -10,7 +10,7 @@ from flax import nnx
 from metarec_jax.data.fields import NUMBERS, Field
 from metarec_jax.data.schema import USER
 from metarec_jax.models.model import Encoder
-from metarec_jax.types import Examples, History, Params
+from metarec_jax.types import Examples, Params, current
 
 ByField = Mapping[str, Any]  # features by field name, as built by `metarec_jax.tasks.features`
 
@@ -67,7 +67,7 @@ def profile_of(encoder: Encoder, params: Params, support: Examples) -> jax.Array
     User fields are the same in all of a user's examples, so the profile is the mean over unmasked examples. For a user
     without support it is read from the first, padded example: batches fill in the user's attributes there too.
     """
-    features = support.features.now if isinstance(support.features, History) else support.features
+    features = current(support.features)
     values = encoder.apply(params, features)
     first = jnp.arange(support.mask.shape[1]) == 0
     kept = jnp.where(jnp.any(support.mask > 0, axis=1, keepdims=True), support.mask > 0, first)[..., None]

@@ -11,7 +11,7 @@ from metarec_jax.data.schema import CONTEXT, ORDER, USER
 from metarec_jax.models.dense import EmbeddingMLP
 from metarec_jax.models.model import Model, from_nnx
 from metarec_jax.models.profile import bias, need_item_fields, profile, slots, sum_of_biases, table, vectors
-from metarec_jax.types import Examples, Features, History
+from metarec_jax.types import Examples, Features, History, current
 
 Encode = Callable[..., jax.Array]  # (tokens `[examples, width]`, order, `nnx.Rngs`) -> states `[examples + 1, width]`
 
@@ -58,8 +58,7 @@ class SequenceModel(EmbeddingMLP):
 
     def __call__(self, features: Features) -> jax.Array:
         """Compute scores `[...]` from features `[...]` or `[..., values]`."""
-        now = features.now if isinstance(features, History) else features
-        return (self.head(self.embed(features)) + self.bias(now))[..., 0]
+        return (self.head(self.embed(features)) + self.bias(current(features)))[..., 0]
 
     def joined(self, deep: jax.Array, state: jax.Array, now: Features) -> jax.Array:
         """Join the MLP's output and the state to the head's input, `[..., deep + 2 width]`."""
@@ -114,8 +113,8 @@ class TiedSequenceModel(nnx.Module):
 
     def __call__(self, features: Features) -> jax.Array:
         """Compute scores `[...]` from features `[...]` or `[..., values]`."""
-        now = features.now if isinstance(features, History) else features
-        return (self.head(self.embed(features)) + sum_of_biases(self.embedding_bias, now, self.fields))[..., 0]
+        biases = sum_of_biases(self.embedding_bias, current(features), self.fields)
+        return (self.head(self.embed(features)) + biases)[..., 0]
 
     def states(self, past: Examples, key: jax.Array | None) -> jax.Array:
         """Compute states `[users, examples + 1, width + 1]`: entry t has read the first t examples.

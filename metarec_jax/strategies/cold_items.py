@@ -16,8 +16,9 @@ from metarec_jax.models.profile import constant, profile_of
 from metarec_jax.strategies.decoder import adapt_context, decoder
 from metarec_jax.strategies.gradient import default_inner
 from metarec_jax.strategies.likelihood import as_truth
+from metarec_jax.strategies.networks import matrix
 from metarec_jax.strategies.strategy import Strategy
-from metarec_jax.types import Examples, Features, History, Params, PointwiseLoss, Task, masked_mean, mean_loss
+from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task, current, masked_mean, mean_loss
 
 
 class Generator(NamedTuple):
@@ -69,7 +70,7 @@ def metaemb(
 
     def init(key: jax.Array) -> Params:
         a, b = jax.random.split(key)
-        return {"profile": encoder.init(a), "out": normal(b, encoder.width, size)}
+        return {"profile": encoder.init(a), "out": matrix(b, encoder.width, size)}
 
     def start(params: Params, support: Examples) -> jax.Array:
         return jnp.tanh(profile_of(encoder, params["profile"], support) @ params["out"])
@@ -125,9 +126,9 @@ def gme(
         keys = jax.random.split(key, 5)
         params = {
             "profile": encoder.init(keys[0]),
-            "value": normal(keys[1], encoder.width, size),
-            "attention": normal(keys[2], size, 2),
-            "out": normal(keys[3], size, size),
+            "value": matrix(keys[1], encoder.width, size),
+            "attention": matrix(keys[2], size, 2),
+            "out": matrix(keys[3], size, size),
         }
         if existing is None:
             params["prototypes"] = 0.1 * jax.random.normal(keys[4], (neighbours, encoder.width))
@@ -199,19 +200,14 @@ def from_generator(
 
 def shared_values(existing: Mapping[str, jax.Array], support: Examples) -> jax.Array:
     """Count the values of these integer fields that a user and an existing task share, `[users, tasks]`."""
-    features = support.features.now if isinstance(support.features, History) else support.features
+    features = current(support.features)
     first = jnp.argmax(support.mask > 0, axis=1)  # a user's fields are in every real example; without one, in the first
     total = jnp.zeros((), jnp.int32)
     for name, codes in existing.items():
-        user_codes = features[name][jnp.arange(len(first)), first].reshape(len(first), 1, -1, 1)
+        user_codes = jax.vmap(jnp.take, (0, 0, None))(features[name], first, 0).reshape(len(first), 1, -1, 1)
         task_codes = jnp.asarray(codes).reshape(1, len(codes), 1, -1)
         total += ((user_codes == task_codes) & (task_codes > 0)).sum((2, 3))
     return total
-
-
-def normal(key: jax.Array, inputs: int, outputs: int) -> jax.Array:
-    """Draw a layer's weights `[inputs, outputs]`, scaled to preserve the variance of its inputs."""
-    return jax.random.normal(key, (inputs, outputs)) / inputs**0.5
 
 
 def check(steps: int, size: int, alpha: float) -> None:

@@ -68,7 +68,7 @@ def in_context(model: Model, *, loss: PointwiseLoss = optax.losses.squared_error
 
     def last_state(params: Params, support: Examples, key: jax.Array) -> Adapted:
         count = (support.mask > 0).sum(1)
-        return states(params["model"], support, None)[jnp.arange(len(count)), count]
+        return jnp.take_along_axis(states(params["model"], support, None), count[:, None, None], 1)[:, 0]
 
     def product(params: Params, adapted: Adapted, features: Features) -> jax.Array:
         return jnp.einsum("uw,unw->un", adapted, vectors(params["model"], features))

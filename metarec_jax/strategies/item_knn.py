@@ -8,6 +8,7 @@ import optax
 
 from metarec_jax.collaborative import factorise
 from metarec_jax.collaborative.item_to_item import padded
+from metarec_jax.core.layout import add_to_columns
 from metarec_jax.data.schema import ITEM_ID
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.ease import Weighed
@@ -76,11 +77,10 @@ def item_knn(
         fitted, count, keep = params["tables"]["fitted"], positives(support), support.mask > 0
         ids = jnp.where(keep, support.features[ITEM_ID], 0)
         weight = weigh(params, support, half_life) * jnp.where(keep, support.target, 0.0)
-        users = jnp.arange(len(ids))[:, None]
 
         def add(total: jax.Array, example: Any) -> tuple[jax.Array, None]:
             row, w = example
-            return total.at[users, fitted["columns"][row]].add(w[:, None] * fitted["values"][row]), None
+            return add_to_columns(total, fitted["columns"][row], w[:, None] * fitted["values"][row]), None
 
         sums, _ = jax.lax.scan(add, jnp.zeros((len(ids), len(fitted["columns"]))), (ids.T, weight.T))
         scale, sharpness = 4 * jnp.exp(at(params["scale"], count)), 30 * jnp.exp(at(params["sharpness"], count))

@@ -9,6 +9,7 @@ from metarec_jax.models.model import Model
 from metarec_jax.models.profile import constant, profile_of
 from metarec_jax.strategies.decoder import reader, score_one
 from metarec_jax.strategies.gradient import default_inner, learns_step_size
+from metarec_jax.strategies.networks import matrix
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task
 
@@ -71,9 +72,9 @@ def limaml(
     def init(key: jax.Array) -> Params:
         keys = jax.random.split(key, 4)
         block = {
-            "w1": jax.random.normal(keys[0], (profile.width, hidden)) / profile.width**0.5,
+            "w1": matrix(keys[0], profile.width, hidden),
             "b1": jnp.zeros(hidden),
-            "w2": 0.1 * jax.random.normal(keys[1], (hidden, size)) / hidden**0.5,
+            "w2": 0.1 * matrix(keys[1], hidden, size),
             "b2": jnp.zeros(size),
         }
         params = {"block": block, "network": network.init(keys[2]), "profile": profile.init(keys[3])}

@@ -7,9 +7,10 @@ import optax
 from metarec_jax import core
 from metarec_jax.models.model import Model
 from metarec_jax.models.profile import constant, profile_of
-from metarec_jax.strategies.cold_items import check, normal
+from metarec_jax.strategies.cold_items import check
 from metarec_jax.strategies.decoder import adapt_context, decoder, need_embed
 from metarec_jax.strategies.gradient import default_inner
+from metarec_jax.strategies.networks import matrix
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task, masked_mean
 
@@ -97,7 +98,7 @@ def mwuf(
 def perceptron(key: jax.Array, inputs: int, hidden: int, outputs: int) -> Params:
     """Return the parameters of a network with one hidden layer, whose outputs start small."""
     a, b = jax.random.split(key)
-    return {"in": normal(a, inputs, hidden), "bias": jnp.zeros(hidden), "out": 0.1 * normal(b, hidden, outputs)}
+    return {"in": matrix(a, inputs, hidden), "bias": jnp.zeros(hidden), "out": 0.1 * matrix(b, hidden, outputs)}
 
 
 def run(params: Params, x: jax.Array) -> jax.Array:

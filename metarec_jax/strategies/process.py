@@ -11,7 +11,7 @@ from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.decoder import need_embed, reader
 from metarec_jax.strategies.likelihood import as_truth
-from metarec_jax.strategies.networks import dense, run
+from metarec_jax.strategies.networks import dense, matrix, run
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.types import Examples, Features, Params, PointwiseLoss, Task, masked_mean, mean_loss, normal_per_user
 
@@ -203,7 +203,7 @@ def attention(key: jax.Array, size: int) -> Params:
     """Return the parameters of `attend`: four projections."""
     names = ("query", "key", "value", "out")
     keys = jax.random.split(key, len(names))
-    return {name: jax.random.normal(k, (size, size)) / size**0.5 for name, k in zip(names, keys, strict=True)}
+    return {name: matrix(k, size, size) for name, k in zip(names, keys, strict=True)}
 
 
 def attend(

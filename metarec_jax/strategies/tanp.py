@@ -10,7 +10,7 @@ import optax
 from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.decoder import need_embed
-from metarec_jax.strategies.networks import dense, run
+from metarec_jax.strategies.networks import dense, matrix, run
 from metarec_jax.strategies.process import (
     Normal,
     kl_weight,
@@ -158,7 +158,7 @@ def film_layer(key: jax.Array, width: int, out: int, size: int, gated: bool) -> 
     names = ("gamma", "beta", "eta", "delta") if gated else ("gamma", "beta")
     keys = jax.random.split(key, len(names) + 1)
     (layer,) = dense(keys[0], width, out)
-    return layer | {n: jax.random.normal(k, (size, out)) / size**0.5 for n, k in zip(names, keys[1:], strict=True)}
+    return layer | {n: matrix(k, size, out) for n, k in zip(names, keys[1:], strict=True)}
 
 
 def film(layer: Params, g: jax.Array, o: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from metarec_jax.collaborative.item_to_item import (
     vectors,
 )
 from metarec_jax.collaborative.item_to_item import transitions as counted
+from metarec_jax.core.layout import add_to_columns
 from metarec_jax.data.schema import ITEM, ITEM_ID
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.ease import MEMORY
@@ -194,12 +195,11 @@ def _gates(tables: Params, gates: Params, history: jax.Array, weight: jax.Array)
 def _scores(tables: Params, history: jax.Array, weight: jax.Array) -> jax.Array:
     """Return log probabilities `[users, items]`, finite except for column 0."""
     weights, popular = _gates(tables, tables["gates"], history, weight)
-    users = jnp.arange(len(history))[:, None]
 
     def add(total: jax.Array, lag: Any) -> tuple[jax.Array, None]:
         for k, (columns, values) in enumerate(zip(tables["columns"], tables["values"], strict=True)):
             rows = history[:, lag]
-            total = total.at[users, columns[rows]].add(weights[:, lag, k, None] * values[rows])
+            total = add_to_columns(total, columns[rows], weights[:, lag, k, None] * values[rows])
         return total, None
 
     total, _ = jax.lax.scan(add, popular[:, None] * tables["popularity"], jnp.arange(history.shape[1]))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache, partial
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from metarec_jax.core import meta_step
+from metarec_jax.core import Layout, meta_step
+from metarec_jax.data.fingerprint import fingerprint
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.wrappers.labels import SHIFTS
 from metarec_jax.strategies.wrappers.ranked import TABLES
@@ -69,6 +72,7 @@ def fit(
     patience: int = 8,
     batch_size: int = 32,
     chunk: int | None = None,
+    mesh: Mesh | None = None,
     max_support: int = 128,
     buckets: int | tuple[int, ...] = 2,
     average: float | None = None,
@@ -102,6 +106,9 @@ def fit(
       batch_size: users per meta-step.
       chunk: users differentiated at a time, which bounds the memory of a large batch. The result is the same, except
         for noise draws (anp, tanp) and tanp's grouping of users, which are per chunk.
+      mesh: devices to train on, with an axis "users" over which each batch is sharded, `jax.make_mesh((8,),
+        ("users",))`; see `metarec_jax.core.Layout`. Default: one device. Parameters are replicated. The result is that
+        of one device, to rounding, if `batch_size` is a multiple of the devices (else random draws may differ).
       max_support: largest support set; longer histories are resampled in each epoch.
       buckets: number of padded support widths, chosen to minimise padding; or the widths themselves.
       average: decay per epoch of the running average of the parameters, which is validated and returned (0: the last
@@ -129,36 +136,37 @@ def fit(
       FloatingPointError: the loss is not finite.
       ModelFileError: `checkpoint` is damaged or belongs to another training.
     """
-    kind = target.kind
+    kind, layout = target.kind, Layout(mesh)
     optimizer = default_optimizer() if optimizer is None else optimizer
     epochs = EPOCHS[kind] if epochs is None else epochs
     average = AVERAGE[kind] if average is None else average
     first = min(epochs // WARMUP[kind] if min_epochs is None else min_epochs, epochs - 1) if validate else epochs - 1
+    shared = max_support, buckets, statistics, seed, layout
     if kind == "ranking":
-        objective = Ranking() if objective is None else objective
-        source = ranking(strategy, split, target, objective, query, batch_size, max_support, buckets, statistics, seed)
+        source = ranking(strategy, split, target, objective or Ranking(), query, batch_size, *shared)
     else:
         short = SHORT[kind] if short is None else short
         sampling = {"query": query, "batch_size": batch_size, "unknown": unknown, "short": short, "noise": noise}
-        source = pointwise(strategy, split, target, sampling, max_support, buckets, statistics, seed)
-    current = _State.initial(strategy, optimizer, params, seed)
+        source = pointwise(strategy, split, target, sampling, *shared)
+    current = _State.initial(strategy, optimizer, params, seed, layout)
     if strategy.fit and not jax.tree.leaves({n: x for n, x in current.params.items() if n != SHIFTS}):  # closed form
-        return current.best._replace(params=source.whole(current.best.params))
+        return current.best._replace(params=_local(source.whole(current.best.params), layout))
     setting = source.setting | _identity(split, target, current.params, seed, average) | dict(told or {})
+    _agree(layout, split, setting | {"epochs": epochs, "first": first, "patience": patience, "chunk": chunk})
     if checkpoint is not None:
-        current = current.restored(checkpoint, setting)
+        current = current.restored(checkpoint, setting, layout)
     for epoch in range(len(current.best.history), epochs):
         if epoch - 1 > first and epoch - 1 - current.best.epoch >= patience:
             break
-        current, loss = _epoch(current, source, optimizer, chunk)
+        current, loss = _epoch(current, source, optimizer, chunk, layout)
         averaged = _average(current.averaged, current.params, average * (epoch > 0))
         entry = {"loss": loss} | (source.validate(averaged) if validate else {})
-        if report is not None:
+        if report is not None and layout.leads:
             report(epoch, entry)
         current = current._replace(averaged=averaged, best=_better(current.best, averaged, entry, kind, first))
-        if checkpoint is not None:
+        if checkpoint is not None and layout.leads:
             current.save(checkpoint, setting)
-    return current.best._replace(params=source.whole(current.best.params))
+    return current.best._replace(params=_local(source.whole(current.best.params), layout))
 
 
 def _identity(split: Split, target: Target, params: Params, seed: int, average: float) -> dict[str, Any]:
@@ -166,6 +174,13 @@ def _identity(split: Split, target: Target, params: Params, seed: int, average: 
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     users = sha256(split.train.users.tobytes()).hexdigest()
     return {"seed": seed, "average": average, "target": asdict(target), "params": paths, "users": users}
+
+
+def _agree(layout: Layout, split: Split, setting: dict[str, Any]) -> None:
+    """Raise an error on all processes of a training if they differ in data, options or versions."""
+    if layout.spans_processes:
+        versions = {"metarec_jax": version("metarec-jax"), "jax": jax.__version__}
+        layout.agree(setting | versions | {"data": fingerprint(split.train.data)})
 
 
 def _better(best: Fitted, params: Params, entry: dict[str, float], kind: str, first: int) -> Fitted:
@@ -189,26 +204,32 @@ class _State(NamedTuple):
 
     @classmethod
     def initial(
-        cls, strategy: Strategy, optimizer: optax.GradientTransformation, params: Params | None, seed: int
+        cls,
+        strategy: Strategy,
+        optimizer: optax.GradientTransformation,
+        params: Params | None,
+        seed: int,
+        layout: Layout,
     ) -> "_State":
         """Return the state before the first epoch; `params` are copied, because `_step` donates its arguments."""
         init_key, key = jax.random.split(jax.random.key(seed))
         params = jax.jit(strategy.init)(init_key) if params is None else jax.tree.map(jnp.array, params)
         start = jax.device_get(params)
+        state = jax.jit(optimizer.init)(params)
         best = Fitted(start, -1, [])
-        return cls(params, jax.jit(optimizer.init)(params), start, best, np.random.default_rng(seed), key)
+        return cls(layout.place(params), layout.place(state), start, best, np.random.default_rng(seed), key)
 
     def save(self, path: str | Path, setting: dict[str, Any]) -> None:
         past = {"history": self.best.history, "best": self.best.epoch, "rng": self.rng.bit_generator.state}
         write(path, self._arrays(), past | {"key": jax.random.key_data(self.key).tolist()}, setting)
 
-    def restored(self, path: str | Path, setting: dict[str, Any]) -> "_State":
+    def restored(self, path: str | Path, setting: dict[str, Any], layout: Layout) -> "_State":
         """Return the state that `save` wrote, or this initial state if there is no file yet."""
         saved = read(path, self._arrays(), setting)
         if not saved:
             return self
         arrays, past = saved
-        params, state = jax.tree.map(jnp.array, (arrays["params"], arrays["state"]))
+        params, state = layout.place((arrays["params"], arrays["state"]))
         best = Fitted(arrays["best"], past["best"], past["history"])
         self.rng.bit_generator.state = past["rng"]
         key = jax.random.wrap_key_data(jnp.array(past["key"], jnp.uint32))
@@ -219,15 +240,16 @@ class _State(NamedTuple):
 
 
 def _epoch(
-    current: _State, source: Source, optimizer: optax.GradientTransformation, chunk: int | None
+    current: _State, source: Source, optimizer: optax.GradientTransformation, chunk: int | None, layout: Layout
 ) -> tuple[_State, float]:
     """Run the meta-steps of one epoch and return the mean loss of its batches."""
     params, state, key = current.params, current.state, current.key
     losses = []
     for task, tables in source.batches(current.rng):
         key, step_key = jax.random.split(key)
+        step_key = layout.place(step_key)
         params, state, aux = _step(
-            params, state, tables, task, step_key, loss=source.loss, optimizer=optimizer, chunk=chunk
+            params, state, tables, task, step_key, loss=source.loss, optimizer=optimizer, chunk=chunk, layout=layout
         )
         losses.append(aux["loss"])
     loss = float(np.mean(jax.device_get(losses)))
@@ -239,7 +261,7 @@ def _epoch(
     return current._replace(params=params, state=state, key=key), loss
 
 
-@partial(jax.jit, static_argnames=("loss", "optimizer", "chunk"), donate_argnames=("params", "state"))
+@partial(jax.jit, static_argnames=("loss", "optimizer", "chunk", "layout"), donate_argnames=("params", "state"))
 def _step(
     params: Params,
     state: Any,
@@ -250,6 +272,7 @@ def _step(
     loss: Any,
     optimizer: Any,
     chunk: int | None,
+    layout: Layout,
 ) -> Any:
     """Run `meta_step`, compiled once per loss, optimiser and shape, across calls of `fit`.
 
@@ -259,7 +282,12 @@ def _step(
     def loss_with_tables(params: Params, task: Task, key: jax.Array) -> Any:
         return loss({**params, TABLES: tables} if tables else params, task, key)
 
-    return meta_step(loss_with_tables, optimizer, chunk=chunk)(params, state, task, key)
+    return layout.shared(meta_step(loss_with_tables, optimizer, chunk=chunk)(params, state, task, key))
+
+
+def _local(params: Params, layout: Layout) -> Params:
+    """Return parameters that this process holds whole, off the mesh."""
+    return params if layout.mesh is None else layout.gather(params)
 
 
 @jax.jit

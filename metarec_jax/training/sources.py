@@ -7,10 +7,10 @@ from dataclasses import asdict
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from metarec_jax.collaborative.factorise import one_thread
+from metarec_jax.core import Layout
 from metarec_jax.metrics.ranking import by_support, rank
 from metarec_jax.metrics.scoring import score_tasks, summarise
 from metarec_jax.strategies.observed import tables as fitted_tables
@@ -56,6 +56,7 @@ def pointwise(
     buckets: int | tuple[int, ...],
     statistics: ItemStatistics | None,
     seed: int,
+    layout: Layout,
 ) -> Source:
     """Build the source of clicks and ratings: support and query tasks with the strategy's loss.
 
@@ -67,7 +68,7 @@ def pointwise(
     if strategy.fit is not None:
         observed = observe(split.train, target)
         with one_thread():
-            full_tables = {"fitted": strategy.fit(observed)}
+            full_tables = layout.place({"fitted": strategy.fit(observed)})
 
     @cache
     def folds() -> list[tuple[Histories, Params]]:
@@ -79,14 +80,14 @@ def pointwise(
         with one_thread():
             fold_tables = [{"fitted": strategy.fit(observed.of(np.flatnonzero(fold_of != k)))} for k in range(FOLDS)]
         return [
-            (split.train.take(np.flatnonzero(fold_of[user_rows] == k)), jax.device_put(fold_tables[k]))
+            (split.train.take(np.flatnonzero(fold_of[user_rows] == k)), layout.place(fold_tables[k]))
             for k in range(FOLDS)
         ]
 
     def epoch(rng: np.random.Generator) -> Iterator[tuple[Any, Params]]:
         for histories, tables in folds():
             for batch in batches(histories, target, buckets=widths, statistics=statistics, rng=rng, **sampling):
-                yield batch.task, tables
+                yield layout.batch(batch.task), tables
 
     def whole(params: Params) -> Params:
         return params if full_tables is None else {**params, TABLES: full_tables}
@@ -96,7 +97,7 @@ def pointwise(
         tables = []
         for size in (3, None) if sampling["short"] else (None,):
             tasks = batches(split.validation, target, support=size, **shape)
-            tables.append(summarise(score_tasks(strategy, whole(params), tasks, target), target.kind))
+            tables.append(summarise(score_tasks(strategy, whole(params), tasks, target, layout), target.kind))
         return {name: float(np.mean([table[name] for table in tables])) for name in tables[0]}
 
     return Source(epoch, strategy.loss, validate, whole, sampling | {"widths": [*map(int, widths)]})
@@ -113,6 +114,7 @@ def ranking(
     buckets: int | tuple[int, ...],
     statistics: ItemStatistics | None,
     seed: int,
+    layout: Layout,
 ) -> Source:
     """Build the source of a ranking: tasks over all items, with tables fitted on the other folds of users."""
     widths = widths_of(split.train, max_support, buckets) if isinstance(buckets, int) else buckets
@@ -131,31 +133,31 @@ def ranking(
 
     @cache
     def full_tables() -> Params:
-        return jax.device_put(fitted_tables(strategy, observed))
+        return layout.place(fitted_tables(strategy, observed))
 
     @cache
     def folds() -> list[Params]:
         with one_thread(), ThreadPoolExecutor(os.cpu_count()) as threads:
             full = threads.submit(full_tables)
-            fold_tables = [jax.device_put(tables) for tables in threads.map(tables_without, range(objective.folds))]
+            fold_tables = [layout.place(tables) for tables in threads.map(tables_without, range(objective.folds))]
             full.result()
         return fold_tables
 
     following = strategy.prefixes is not None and split.train.ordered
     loss = _ranking_loss(strategy, objective, following)
     draw = partial(drawn, batch_size=batch_size, widths=widths, fold=fold, following=following)
-    validation_users = split.validation.take(np.arange(min(len(split.validation), VALIDATED)))
+    validation = split.validation.take(np.arange(min(len(split.validation), VALIDATED))), target
 
     def epoch(rng: np.random.Generator) -> Iterator[tuple[Any, Params]]:
         for task, k in draw(split.train, target, objective, rng=rng):
-            yield task, folds()[k]
+            yield layout.batch(task), folds()[k]
 
     def whole(params: Params) -> Params:
         return {**params, TABLES: full_tables()}
 
     def validate(params: Params) -> dict[str, float]:
         metrics = by_support(
-            lambda size: rank(strategy, whole(params), validation_users, target, query=query, support=size)
+            lambda size: rank(strategy, whole(params), *validation, query=query, support=size, layout=layout)
         )
         ndcg = [float(np.nanmean(values)) for name, values in metrics.items() if name.startswith("ndcg@100")]
         return {"ndcg@100": float(np.mean(ndcg))}

@@ -11,6 +11,7 @@ import numpy as np
 
 from metarec_jax._progress import epochs_bar
 from metarec_jax._progress import tensorboard as event_files
+from metarec_jax.core import Layout
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fingerprint import fingerprint
 from metarec_jax.data.schema import ITEM_ID, fields_of
@@ -78,8 +79,8 @@ def train(
         `metarec_jax.models.fields_of` (default: all common fields). Leave out "item_id" if the same id is another item.
       progress: show a progress bar.
       tensorboard: folder for event files with the loss and the validation metrics of each epoch.
-      **fit_options: other keyword arguments of `metarec_jax.training.fit`, such as `epochs`, `optimizer` or
-        `checkpoint`. The protocol sets the target and the query size.
+      **fit_options: other keyword arguments of `metarec_jax.training.fit`, such as `epochs`, `optimizer`, `checkpoint`
+        or `mesh`. The protocol sets the target and the query size.
 
     Raises:
       DataError: too few users for the protocol; all ratings of the training users are clicks, or none is.
@@ -106,6 +107,7 @@ def train(
     strategy = DEFAULT_STRATEGY[protocol.target] if strategy is None else strategy
     model = default_model(strategy) if model is None else model
     strategy_options, model_options = (o and copy.deepcopy(dict(o)) for o in (strategy_options, model_options))
+    progress = progress and Layout(fit_options.get("mesh")).leads
     plan = Plan(
         data, strategy, strategy_options, model, model_options, protocol, seed, graded, start, shared, tensorboard,
         fit_options,
@@ -115,7 +117,8 @@ def train(
         print(_describe_split(split, protocol))
     trained = _trained(plan, split, progress)
     if trained.target.kind == "ranking" and ratings is not None and np.ptp(data.rating) > 0:
-        rater = train(data, ratings, seed=seed, protocol=ratings_of(protocol), progress=False)
+        mesh = fit_options.get("mesh")
+        rater = train(data, ratings, seed=seed, protocol=ratings_of(protocol), progress=False, mesh=mesh)
         return replace(trained, rater=rater)
     return trained
 

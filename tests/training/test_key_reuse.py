@@ -10,14 +10,18 @@ QUICK = {"epochs": 2, "buckets": 1, "progress": False, "batch_size": 16}
 COLD = mr.ColdUsers(query=3, minimum=5)
 
 
-@pytest.mark.parametrize("strategy", ["alpaca", "melu", "anp", "prototypes", "ensemble", "mwuf", "mamo", "cavia"])
+def _one_and_grid(first: str, others: str) -> list:
+    return [first, *(pytest.param(name, marks=pytest.mark.grid) for name in others.split())]
+
+
+@pytest.mark.parametrize("strategy", _one_and_grid("prototypes", "alpaca melu anp ensemble mwuf mamo cavia"))
 def test_training_for_clicks_uses_each_key_once(strategy):
     with jax.debug_key_reuse(True):
         trained = mr.train(DATA, strategy, protocol=COLD, **QUICK)
         trained.recommend([3, 17], k=3)
 
 
-@pytest.mark.parametrize("strategy", ["stack", "ridge", "in_context", "softmax_ridge"])
+@pytest.mark.parametrize("strategy", _one_and_grid("stack", "ridge in_context softmax_ridge"))
 def test_training_for_rankings_uses_each_key_once(strategy):
     with jax.debug_key_reuse(True):
         trained = mr.train(DATA, strategy, ratings=None, **QUICK)

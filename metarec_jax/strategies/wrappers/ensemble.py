@@ -11,6 +11,7 @@ import optax
 from metarec_jax.core import query_loss
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.gradient import anil, melu
+from metarec_jax.strategies.networks import matrix
 from metarec_jax.strategies.ridge import ridge
 from metarec_jax.strategies.strategy import Adapted, Strategy
 from metarec_jax.strategies.wrappers.members import copies, several
@@ -136,7 +137,7 @@ def init_gate(key: jax.Array, members: int) -> Params:
     """Return the parameters of `gate`; the members' weights are equal at first."""
     inputs = 3 + members
     return {
-        "layer": jax.random.normal(key, (inputs, HIDDEN)) / inputs**0.5,
+        "layer": matrix(key, inputs, HIDDEN),
         "shift": jnp.zeros(HIDDEN),
         "out": jnp.zeros((HIDDEN, members)),
         "bias": jnp.zeros(members),

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metarec_jax.core.layout import set_columns
 from metarec_jax.data.schema import ITEM_ID
 from metarec_jax.strategies.catalogue import adapt, features, last, score, score_shared, support_of
 from metarec_jax.strategies.observed import popularity
@@ -184,9 +185,8 @@ def ranking_loss(
         sample = objective.sample if objective.sample is not None else (None if fits else SAMPLE)
         if sample is None or sample >= rows:
             scores = score_shared(strategy, params, adapted, known, items) + discount
-            users = jnp.arange(len(scores))[:, None]
             seen = jnp.where(task.known.weight > 0, task.known.items, 0)  # row 0 is the unknown item
-            scores = scores.at[:, 0].set(-jnp.inf).at[users, seen].set(-jnp.inf)
+            scores = set_columns(scores.at[:, 0].set(-jnp.inf), seen, -jnp.inf)
             chosen = jnp.take_along_axis(scores, task.query.rows, 1)
             total = jax.nn.logsumexp(scores, axis=1)
         else:

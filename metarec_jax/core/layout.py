@@ -1,0 +1,150 @@
+"""Layout: which device holds which part of a batch of users and of the parameters."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from metarec_jax.types import Params
+
+
+def set_columns(x: jax.Array, columns: jax.Array, value: Any) -> jax.Array:
+    """Set entries `columns` `[users, n]` of each row of `x` `[users, items]`; columns beyond the row are dropped.
+
+    The scatter has no index over users, so that sharded users stay on their devices.
+    """
+    return jax.vmap(lambda row, at: row.at[at].set(value, mode="drop"))(x, columns)
+
+
+def add_to_columns(x: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
+    """Add `values` `[users, n]` to entries `columns` `[users, n]` of each row of `x`; otherwise as `set_columns`."""
+    return jax.vmap(lambda row, at, value: row.at[at].add(value, mode="drop"))(x, columns, values)
+
+
+def _all_have(value: str) -> bool:
+    """Whether every process passes the same value."""
+    digest = np.frombuffer(sha256(value.encode()).digest(), np.uint32)
+    return not np.ptp(multihost_utils.process_allgather(digest), axis=0).any()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Users sharded over one axis of a mesh; parameters and tables replicated.
+
+    The mesh may span several processes (`jax.distributed.initialize`). Each of them then calls every method with the
+    same arguments, and `batch` with the whole batch, of which it keeps the users of its devices.
+
+    Attributes:
+      mesh: the devices, with axes of any type; None: the default device.
+      users: name of the axis over which users are sharded.
+
+    Raises:
+      ValueError: the mesh has no axis `users`.
+
+    Example:
+      >>> layout = mr.core.Layout(jax.make_mesh((1,), ("users",)))
+      >>> layout.batch({"mask": np.ones((3, 5))})["mask"].sharding.spec
+      PartitionSpec('users',)
+    """
+
+    mesh: Mesh | None = None
+    users: str = "users"
+
+    def __post_init__(self) -> None:
+        if self.mesh is None:
+            return
+        if self.users not in self.mesh.axis_names:
+            raise ValueError(
+                f"the mesh has no axis {self.users!r}, its axes are {', '.join(map(repr, self.mesh.axis_names))}: "
+                f'jax.make_mesh((jax.device_count(),), ("{self.users}",))'
+            )
+        automatic = (AxisType.Auto,) * len(self.mesh.axis_names)  # the compiler shards what strategies compute
+        object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=automatic))
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether the devices belong to several processes."""
+        return self.mesh is not None and self.mesh.is_multi_process
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and shows progress: one of them does."""
+        return self.mesh is None or jax.process_index() == min(d.process_index for d in self.mesh.devices.flat)
+
+    def agree(self, setting: Mapping[str, Any]) -> None:
+        """Raise an error on every process unless all call this with the same values.
+
+        Args:
+          setting: what must be equal, as JSON values.
+
+        Raises:
+          ValueError: some of it differs; the message names it.
+        """
+        if not self.spans_processes:
+            return
+        names = sorted(setting)
+        if not _all_have(json.dumps(names)):
+            different = ["the kind of training"]
+        else:  # each name is a collective call, made by all processes in the same order
+            different = [n for n in names if not _all_have(json.dumps(setting[n], sort_keys=True, default=str))]
+        if different:
+            raise ValueError(
+                f"the processes of this training differ in {', '.join(different)}; start all of them with the same "
+                "arguments, data and versions"
+            )
+
+    def place(self, tree: Params) -> Params:
+        """Copy host arrays to every device."""
+        return jax.device_put(tree) if self.mesh is None else self._put(tree, PartitionSpec())
+
+    def batch(self, tree: Any) -> Any:
+        """Shard host arrays `[users, ...]`; users are padded with zeros to a multiple of the devices."""
+        if self.mesh is None:
+            return tree
+        devices = self.mesh.shape[self.users]
+
+        def padded(x: Any) -> np.ndarray:
+            x = np.asarray(x)
+            missing = -len(x) % devices
+            return np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) if missing else x
+
+        return self._put(jax.tree.map(padded, tree), PartitionSpec(self.users))
+
+    def shared(self, tree: Params) -> Params:
+        """Constrain arrays, where they are traced, to be the same on every device."""
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def gather(self, tree: Any) -> Any:
+        """Return arrays on the host, whole on every process."""
+        if self.mesh is None:
+            return jax.device_get(tree)
+        replicated = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+        def whole(x: Any) -> np.ndarray:
+            partial = isinstance(x, jax.Array) and not x.is_fully_replicated
+            return np.asarray(replicated(x) if partial else x)
+
+        return jax.tree.map(whole, tree)
+
+    def _put(self, tree: Any, spec: PartitionSpec) -> Any:
+        assert self.mesh is not None
+        sharding = NamedSharding(self.mesh, spec)
+
+        def put(x: Any) -> jax.Array:
+            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(put(jax.random.key_data(x)))
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+        return jax.tree.map(put, tree)
+
+
+ONE_DEVICE = Layout()

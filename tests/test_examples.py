@@ -29,7 +29,6 @@ OTHERS = (
     *("core.sparse.meta_step", "core.sparse.rowwise_adagrad", "Event", "SqliteStore"),
     *("cnp", "ials", "maml", "prototypes", "ranked", "ridge", "stack"),
 )
-LIKE = "like {}; its file is at the limit of test_no_file_is_long"
 TRAINS = "reads a comparison, which takes seconds of training"
 EXCUSED = {
     "data.open_bandit": "needs the network",
@@ -42,12 +41,6 @@ EXCUSED = {
     "evaluation.load_comparison": TRAINS,
     "evaluation.markdown": TRAINS,
     "evaluation.report": TRAINS,
-    "metrics.f1": LIKE.format("precision"),
-    "metrics.f1_at": LIKE.format("precision_at"),
-    "metrics.mae": LIKE.format("rmse"),
-    "metrics.ranking_metrics": LIKE.format("click_metrics"),
-    "metrics.rating_metrics": LIKE.format("click_metrics"),
-    "metrics.recall": LIKE.format("precision"),
 }
 
 

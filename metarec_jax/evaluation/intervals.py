@@ -14,10 +14,11 @@ from metarec_jax.data.schema import USER
 from metarec_jax.evaluation.baselines import BASELINES
 from metarec_jax.evaluation.comparison import Comparison
 from metarec_jax.metrics import pointwise as metrics
+from metarec_jax.metrics import roc
 
 AT_5 = ("precision", "recall", "ndcg", "mrr", "map")
 PER_USER: dict[str, Callable] = {  # averaged over users whose value is defined
-    "within_user_auc": metrics.within_user_auc,
+    "within_user_auc": roc.within_user_auc,
     **{f"{name}@5": partial(getattr(metrics, f"{name}_at"), 5) for name in AT_5},
 }
 PER_INTERACTION: dict[str, Callable] = {  # averaged over all interactions

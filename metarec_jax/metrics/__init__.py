@@ -3,7 +3,6 @@
 from metarec_jax.metrics import lists
 from metarec_jax.metrics.pointwise import (
     accuracy,
-    auc,
     calibration_error,
     click_metrics,
     f1,
@@ -23,9 +22,9 @@ from metarec_jax.metrics.pointwise import (
     recall_at,
     reliability,
     rmse,
-    within_user_auc,
 )
 from metarec_jax.metrics.ranking import Lists, list_metrics, rank
+from metarec_jax.metrics.roc import auc, within_user_auc
 from metarec_jax.metrics.scoring import Scores, score_tasks, summarise
 
 __all__ = [

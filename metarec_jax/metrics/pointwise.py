@@ -1,22 +1,17 @@
 """Metrics in JAX, batched over users: scores and targets `[users, candidates]` with a mask.
 
-Ranking metrics sort a user's candidates by score; ties keep the order of the candidates. AUC counts a tie as one half.
+Ranking metrics sort a user's candidates by score; ties keep the order of the candidates. AUC is in `roc`.
 A NaN score ranks last. An undefined metric, of a user or overall, is NaN; `mean_defined` skips such users.
 
 In all functions `scores` or `probability`, `target` and `mask` are `[users, candidates]`; the mask is 0 for padding.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from metarec_jax.core.outer import pieces
-
-NARROW = 512  # candidates up to which pairwise comparison is faster than sorting
-BLOCK = 128  # users compared at a time, to fit a CPU's cache
+from metarec_jax.metrics.roc import auc, within_user_auc
 
 
 def mean_defined(per_user: jax.Array) -> jax.Array:
@@ -40,7 +35,12 @@ def rmse(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def mae(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute the mean absolute error over all interactions, in units of the target."""
+    """Compute the mean absolute error over all interactions, in units of the target.
+
+    Example:
+      >>> float(mr.metrics.mae(jnp.array([[4.0, 1.0]]), jnp.array([[3.0, 8.0]]), jnp.ones((1, 2))))
+      4.0
+    """
     return _mean(jnp.abs(jnp.subtract(scores, target)), mask)
 
 
@@ -79,40 +79,26 @@ def precision(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax
 
 
 def recall(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute the share of positives that have `probability >= 1/2`; NaN if there are no positives."""
+    """Compute the share of positives that have `probability >= 1/2`; NaN if there are no positives.
+
+    Example:
+      >>> float(mr.metrics.recall(jnp.array([[0.9, 0.8, 0.4]]), jnp.array([[1, 0, 1]]), jnp.ones((1, 3))))
+      0.5
+    """
     guess, true = (probability >= 0.5) & (mask > 0), (target > 0.5) & (mask > 0)
     return (guess & true).sum() / _or_nan(true.sum())
 
 
 def f1(probability: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute the harmonic mean of precision and recall at `probability >= 1/2`; 0 if both are."""
+    """Compute the harmonic mean of precision and recall at `probability >= 1/2`; 0 if both are.
+
+    Example:
+      >>> probability, target = jnp.array([[0.9, 0.8, 0.7, 0.4]]), jnp.array([[1, 0, 0, 0]])
+      >>> float(mr.metrics.f1(probability, target, jnp.ones((1, 4))))  # of precision 1/3 and recall 1
+      0.5
+    """
     guess, true = (probability >= 0.5) & (mask > 0), (target > 0.5) & (mask > 0)
     return 2 * (guess & true).sum() / jnp.maximum(guess.sum() + true.sum(), 1)
-
-
-def auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute the area under the ROC curve over the pooled interactions of all users.
-
-    On a CPU outside `jit`, numpy sorts, which is much faster than XLA there.
-
-    Example:
-      >>> float(mr.metrics.auc(jnp.array([[3.0, 2.0], [1.0, 0.0]]), jnp.array([[1, 0], [1, 0]]), jnp.ones((2, 2))))
-      0.75
-    """
-    if jax.default_backend() == "cpu" and not any(isinstance(x, jax.core.Tracer) for x in (scores, target, mask)):
-        return jnp.float32(_host_auc(*(np.asarray(x).ravel() for x in (scores, target, mask))))
-    return _auc(*(jnp.ravel(x) for x in (scores, target, mask)))
-
-
-def within_user_auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute the area under each user's own ROC curve, `[users]`; NaN for users with one class only.
-
-    Example:
-      >>> mr.metrics.within_user_auc(jnp.array([[3.0, 2.0], [0.0, 1.0]]), jnp.array([[1, 0], [1, 0]]), jnp.ones((2, 2)))
-      Array([1., 0.], dtype=float32)
-    """
-    each = _row_auc if jnp.shape(scores)[1] <= NARROW else jax.vmap(_auc)
-    return each(scores, target, mask)
 
 
 def precision_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
@@ -142,7 +128,13 @@ def recall_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array, nor
 
 
 def f1_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute the harmonic mean of P@k and R@k, `[users]`; NaN for users without positives."""
+    """Compute the harmonic mean of P@k and R@k, `[users]`; NaN for users without positives.
+
+    Example:
+      >>> scores, target = jnp.array([[4.0, 3.0, 2.0, 1.0]]), jnp.array([[0, 0, 1, 0]])
+      >>> mr.metrics.f1_at(3, scores, target, jnp.ones((1, 4)))  # of P@3 = 1/3 and R@3 = 1
+      Array([0.5], dtype=float32)
+    """
     return 2 * _top(k, scores, target, mask).sum(1) / (k + _or_nan(_kept(target, mask).sum(1)))
 
 
@@ -155,7 +147,7 @@ def hit_rate_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -
       >>> mr.metrics.hit_rate_at(2, jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[0, 1, 1]]), jnp.ones((1, 3))).tolist()
       [1.0]
     """
-    hit = (_top(k, scores, target, mask) > 0).any(1)
+    hit = (_top(k, scores, target, mask) > 0).any(1).astype(jnp.float32)
     return jnp.where((_kept(target, mask) > 0).any(1), hit, jnp.nan)
 
 
@@ -205,7 +197,7 @@ def mrr_at(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax
       [0.5]
     """
     hit = _top(k, scores, target, mask) > 0
-    value = jnp.where(hit.any(1), 1 / (1.0 + hit.argmax(1)), 0.0)
+    value = jnp.where(hit.any(1), 1 / (1 + hit.argmax(1).astype(jnp.float32)), 0.0)
     return jnp.where((_kept(target, mask) > 0).any(1), value, jnp.nan)
 
 
@@ -274,7 +266,13 @@ def _click_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dic
 
 @jax.jit
 def rating_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Compute RMSE and MAE in units of the rating, and nDCG@5 with the rating as gain."""
+    """Compute RMSE and MAE in units of the rating, and nDCG@5 with the rating as gain.
+
+    Example:
+      >>> table = mr.metrics.rating_metrics(jnp.array([[4.0, 1.0]]), jnp.array([[5.0, 2.0]]), jnp.ones((1, 2)))
+      >>> float(table["rmse"]), float(table["mae"]), float(table["ndcg@5"])
+      (1.0, 1.0, 1.0)
+    """
     return {
         "rmse": rmse(scores, target, mask),
         "mae": mae(scores, target, mask),
@@ -284,7 +282,13 @@ def rating_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dic
 
 @jax.jit
 def ranking_metrics(scores: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Compute nDCG@10 and @100, normalised recall@20 and @50, hit rate@10 and MRR@10 of 0/1 targets."""
+    """Compute nDCG@10 and @100, normalised recall@20 and @50, hit rate@10 and MRR@10 of 0/1 targets.
+
+    Example:
+      >>> table = mr.metrics.ranking_metrics(jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[0, 1, 0]]), jnp.ones((1, 3)))
+      >>> float(table["recall@20"]), float(table["hit_rate@10"]), float(table["mrr@10"])
+      (1.0, 1.0, 0.5)
+    """
     return {
         "ndcg@10": mean_defined(ndcg_at(10, scores, target, mask)),
         "ndcg@100": mean_defined(ndcg_at(100, scores, target, mask)),
@@ -300,11 +304,7 @@ def _mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _or_nan(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, x, jnp.nan)
-
-
-def _no_nan(scores: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    return jnp.where(x > 0, x, jnp.float32(jnp.nan))  # strongly typed also for counts
 
 
 def _defined(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -322,72 +322,3 @@ def _top(k: int, scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.A
     key = jnp.where(jnp.asarray(mask) > 0, jnp.where(jnp.isnan(scores), low, key), -jnp.inf)
     best = jax.lax.top_k(key, min(k, key.shape[1]))[1]  # ties: the earlier first
     return jnp.take_along_axis(_kept(target, mask), best, axis=1)
-
-
-def _auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute AUC as the Mann-Whitney statistic: the share of correctly ordered pairs, with ties as one half.
-
-    After sorting, a positive wins against the negatives before its tie group and half of those within it.
-    """
-    kept = jnp.asarray(mask) > 0
-    positive = kept & (jnp.asarray(target) > 0.5)
-    negative = kept & ~positive
-    key, order = jax.lax.sort_key_val(jnp.where(kept, _no_nan(scores), jnp.inf), jnp.arange(len(kept)))
-    up, down = (side[order].astype(jnp.int32) for side in (positive, negative))
-    before = jnp.cumsum(down)  # negatives so far
-    first = jnp.concatenate([jnp.ones(1, bool), key[1:] != key[:-1]])  # of a tie group
-    start = jax.lax.cummax(jnp.where(first, before - down, 0))
-    end = jax.lax.cummin(jnp.where(jnp.append(first[1:], True), before, before[-1]), reverse=True)
-    p, n = positive.sum(), negative.sum()
-    wins = jnp.where(up > 0, (start + end) / 2 / jnp.maximum(n, 1), 0.0).sum() / jnp.maximum(p, 1)
-    return jnp.where((p > 0) & (n > 0), wins, jnp.nan)
-
-
-def _host_auc(scores: np.ndarray, target: np.ndarray, mask: np.ndarray) -> float:
-    """Compute `_auc` in numpy, whose sorting and searching releases the GIL."""
-    with ThreadPoolExecutor() as threads:
-
-        def classes(part: slice) -> tuple[np.ndarray, np.ndarray]:
-            key, kept, positive = scores[part], mask[part] > 0, target[part] > 0.5
-            if len(key) and np.isnan(key.min()):
-                key = np.where(np.isnan(key), -np.inf, key)
-            return key[kept & positive], key[kept & ~positive]
-
-        def wins(part: slice) -> float:
-            """Count twice the pairs that a chunk of sorted positives wins, and ties once."""
-            positives = up[part]
-            low, high = np.searchsorted(down, positives[0], "left"), np.searchsorted(down, positives[-1], "right")
-            near = down[low:high]
-            below, at_most = (np.searchsorted(near, positives, side).sum(dtype=float) for side in ("left", "right"))
-            return 2.0 * low * len(positives) + below + at_most
-
-        def chunks(length: int, size: int) -> list[slice]:
-            return [slice(i, min(i + size, length)) for i in range(0, length, size)]
-
-        sides = zip(*threads.map(classes, chunks(len(scores), 1 << 22)), strict=True)
-        up, down = threads.map(lambda parts: np.sort(np.concatenate(parts)), sides)
-        if not len(up) or not len(down):
-            return float("nan")
-        return sum(threads.map(wins, chunks(len(up), 1 << 14))) / 2 / len(up) / len(down)
-
-
-@jax.jit
-def _row_auc(scores: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute `_auc` of each row of a narrow table by pairwise comparison, without sorting."""
-
-    def block(rows: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        scores, target, mask = (x.T for x in rows)  # [candidates, users]
-        positive = (mask > 0) & (target > 0.5)
-        negative = (mask > 0) & ~positive
-
-        def compare(j: int, wins: jax.Array) -> jax.Array:
-            return wins + jnp.where(negative[j], (scores > scores[j]) + 0.5 * (scores == scores[j]), 0.0)
-
-        wins = jax.lax.fori_loop(0, scores.shape[0], compare, jnp.zeros(scores.shape))
-        p, n = positive.sum(0), negative.sum(0)
-        value = jnp.where(positive, wins, 0.0).sum(0) / jnp.maximum(p * n, 1)
-        return jnp.where((p > 0) & (n > 0), value, jnp.nan)
-
-    rows = (_no_nan(jnp.asarray(scores)), jnp.asarray(target), jnp.asarray(mask))
-    size = min(len(rows[0]), BLOCK if jax.default_backend() == "cpu" else 1 << 16)
-    return jax.lax.map(block, pieces(rows, size)).reshape(-1)[: len(rows[0])] if size else jnp.zeros(0)

@@ -51,11 +51,12 @@ def ease(
       penalty: L2 penalty of B.
       rank: store B as this many components (`factorise.low_rank_ease`) instead of `items^2` numbers.
       half_life: see `metarec_jax.ials`.
-      memory: bytes that B may take; training makes five copies of it (one per fold).
+      memory: bytes that one fit of B may take: three matrices `[items, items]` (X'X, its inverse and B). Training fits
+        in parallel and keeps one B for each of `Ranking`'s folds and one for all users, five by default.
 
     Raises:
       ValueError: the model is another; a number is not positive.
-      DataError: from `fit`, before anything is allocated: B needs more than `memory`.
+      DataError: from `fit`, before anything is allocated: a fit needs more than `memory`.
 
     Differs from the paper:
       Support weights w and the scale tau are meta-learned, and log popularity is added; the paper's score is B alone.

@@ -13,6 +13,7 @@ from sklearn import metrics as sklearn
 from sklearn.calibration import calibration_curve
 
 from metarec_jax.metrics import pointwise as metrics
+from metarec_jax.metrics import roc
 
 USERS, CANDIDATES = 12, 9
 POINTWISE = ("rmse", "mae", "log_loss", "accuracy", "precision", "recall", "f1", "auc", "calibration_error")
@@ -139,7 +140,7 @@ def test_overall_metrics_equal_scikit_learn(seed):
 def test_within_user_auc_equals_scikit_learn_and_all_pairs(seed, ties):
     arrays = case(seed, ties)
     found = np.asarray(metrics.within_user_auc(*arrays))
-    by_sorting = jax.vmap(metrics._auc)(*(jnp.asarray(x) for x in arrays))
+    by_sorting = jax.vmap(roc._auc)(*(jnp.asarray(x) for x in arrays))
     np.testing.assert_allclose(by_sorting, found, rtol=1e-6)  # what tables of many candidates take
     users = kept(*arrays)
     np.testing.assert_allclose(found, [plain_auc(u) for u in users], rtol=1e-6)
@@ -278,6 +279,15 @@ def every_metric(scores, target, mask):
     for kind, table in tables.items():
         values |= {f"{kind} {name}": value for name, value in table(scores, target, mask).items()}
     return values
+
+
+@pytest.mark.parametrize("clicks", [np.float32, np.int32])
+def test_every_metric_is_a_strongly_typed_float32(clicks):
+    """A weakly typed array takes the type of what it is combined with, and compiles its users twice."""
+    scores, target, mask = case(0)
+    values = every_metric(scores, target.astype(clicks), mask)
+    weak = {name for name, x in values.items() if x.weak_type or x.dtype != jnp.float32}
+    assert not weak
 
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 1e30, 0.5])

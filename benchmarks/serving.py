@@ -1,7 +1,7 @@
-"""The recommender in use: latency and throughput in process and over HTTP, a catalogue of a million items, the store.
+"""The recommender in use: training time, latency and throughput in process and over HTTP, a million items, the store.
 
     python benchmarks/serving.py                  # everything; needs pip install -e '.[serve]'
-    python benchmarks/serving.py --only process   # or reuse, ready, http, million, store, start, explain
+    python benchmarks/serving.py --only process   # or train, reuse, ready, http, million, store, start, explain
 
 Each figure stands beside a peer of the same run: implicit's ALS (fold-in and the top 10), where it is installed, and
 for HTTP the same server with a handler that does nothing. Device and versions are printed.
@@ -21,14 +21,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from scipy.sparse import csr_matrix
 
 import metarec_jax as mr
 
-PARTS = ("process", "reuse", "ready", "http", "million", "store", "start", "explain")
+PARTS = ("train", "process", "reuse", "ready", "http", "million", "store", "start", "explain")
 
 
 def spread(seconds: list[float]) -> str:
@@ -60,6 +61,34 @@ def histories(recommender: mr.Recommender, users: int, length: int = 20) -> list
     ]
 
 
+TRAIN = """
+import sys, time
+import metarec_jax as mr
+data = mr.data.load("ml-100k")
+begun = time.perf_counter()
+mr.train(data, sys.argv[1], ratings=sys.argv[2] or None, progress=False)
+print(time.perf_counter() - begun)
+"""
+
+
+def train(times: int = 3) -> None:
+    """Seconds of a training of MovieLens-100K in a new process, with an empty and with a warm compilation cache."""
+    print("\n| train ml-100k | empty cache, s | warm cache, s: median (range) |\n|---|---|---|")
+    for strategy, ratings in (("stack", "als"), ("stack", ""), ("ials", "")):
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | {
+                "JAX_COMPILATION_CACHE_DIR": cache,
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
+            command = [sys.executable, "-c", TRAIN, strategy, ratings]
+            runs = [subprocess.run(command, env=environment, capture_output=True, check=True) for _ in range(1 + times)]
+        cold, *warm = (float(run.stdout) for run in runs)
+        name = f"{strategy}, and {ratings} for ratings" if ratings else strategy
+        print(f"| {name} | {cold:.1f} | {np.median(warm):.1f} ({min(warm):.1f} to {max(warm):.1f}) |")
+    if (fitted := implicit_als()) is not None:
+        print(f"| {fitted.name}, 15 iterations | | {fitted.seconds:.1f} |")
+
+
 def process(recommender: mr.Recommender) -> None:
     """Adapt and the full-catalogue top 10, in process."""
     users = histories(recommender, 2048)
@@ -70,24 +99,42 @@ def process(recommender: mr.Recommender) -> None:
     what = f"one user: adapt, top 10 of {len(recommender.stock) - 1:,} items"
     print(f"| {what} | {spread(one)} | {1 / np.median(one):,.0f} |")
     print(f"| 2,048 users in one call | | | {2048 / np.median(several):,.0f} |")
-    implicit_process(recommender, users)
+    implicit_process(users)
 
 
-def implicit_process(recommender: mr.Recommender, users: list[dict[Any, float]]) -> None:
-    """The same by implicit: ALS of the same width, users folded in."""
+class Peer(NamedTuple):
+    """ALS of implicit, fitted to MovieLens-100K."""
+
+    name: str
+    model: Any
+    data: mr.data.Dataset
+    seconds: float
+
+
+def implicit_als() -> Peer | None:
+    """Fit ALS of the same width by implicit; None if it is not installed."""
     try:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         import implicit
-        from scipy.sparse import csr_matrix
     except ImportError:
         print("\nimplicit is not installed: no peer (pip install implicit)")
-        return
+        return None
     data = mr.data.load("ml-100k")
     liked = data.rating >= 4
     shape = (len(data.users), len(data.items))
     known = csr_matrix((np.ones(liked.sum(), np.float32), (data.user[liked], data.item[liked])), shape=shape)
     model = implicit.als.AlternatingLeastSquares(factors=64, iterations=15, random_state=0, use_gpu=False)
+    begun = time.perf_counter()
     model.fit(known, show_progress=False)
+    return Peer(f"implicit {implicit.__version__} ALS, 64 factors", model, data, time.perf_counter() - begun)
+
+
+def implicit_process(users: list[dict[Any, float]]) -> None:
+    """The same by implicit: users folded in."""
+    peer = implicit_als()
+    if peer is None:
+        return
+    model, data = peer.model, peer.data
 
     def rows(histories: list[dict[Any, float]]) -> Any:
         encoded = [data.items.encode([i for i, r in h.items() if r >= 4]) for h in histories]
@@ -100,7 +147,7 @@ def implicit_process(recommender: mr.Recommender, users: list[dict[Any, float]])
     one = timed(lambda: model.recommend(0, rows([next(turns)]), N=10, recalculate_user=True), 1000)
     numbers = np.arange(len(users))
     several = timed(lambda: model.recommend(numbers, rows(users), N=10, recalculate_user=True), 5)
-    name = f"implicit {implicit.__version__} ALS, 64 factors, fold-in"
+    name = f"{peer.name}, fold-in"
     print(f"| {name}: one user | {spread(one)} | {1 / np.median(one):,.0f} |")
     print(f"| {name}: 2,048 users in one call | | | {2048 / np.median(several):,.0f} |")
 
@@ -360,6 +407,10 @@ def main() -> None:
     if given.child:
         return million(given.child, given.items, given.users)
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}")
+    if "train" in given.only:
+        train()
+    if given.only == ["train"]:
+        return None
     recommender = mr.load(given.model) if given.model else mr.train(mr.data.load("ml-100k"), progress=False)
     if "process" in given.only:
         process(recommender)

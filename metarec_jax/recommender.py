@@ -278,21 +278,22 @@ class Recommender:
         Users and items may be new. A new item is unknown until `add_items`. A user's latest event with an item counts.
 
         Args:
-          events: `Event`s, or mappings with the same keys, in any order and of any users. A click counts as the lowest
-            rating that is a click, a purchase as the highest rating, a dismissal as the lowest.
+          events: `Event`s, or mappings with the same keys, of any users, with or without a `context`. A click counts as
+            the lowest rating that is a click, a purchase as the highest rating, a dismissal as the lowest.
 
         Returns:
           Number of new events, without repeated ids of a user. They are stored as durably as `users` stores them.
 
         Raises:
-          DataError: an invalid event; none of the call's events is stored.
+          DataError: an invalid event, or an unknown context field or category; none of the call's events is stored.
           StoreError: the store cannot be written.
         """
         return self.users.append(self.checked(events))[0]
 
     def checked(self, events: Iterable[Event | Mapping[str, Any]]) -> list[Event]:
         """Return the events as `update` would store them; raise `DataError` if one is invalid."""
-        return checked(events, str if self.stock.trained.ids.dtype.kind == "U" else int, self.limits)
+        kind = str if self.stock.trained.ids.dtype.kind == "U" else int
+        return checked(events, kind, self.limits, self.catalogue.context_fields)
 
     def describe_user(self, user: UserId, attributes: Mapping[str, Any]) -> None:
         """Replace a user's stored attributes, `{"age": 30}`; raise `DataError` for an invalid one."""

@@ -4,6 +4,7 @@ Implicit feedback is a sparse matrix `[users, items]` of confidences, 0 without 
 initialised from these models, and comparison tables use them as baselines.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from metarec_jax.errors import DataError
 
-CELLS = 1 << 22  # maximum matrix elements of the linear systems solved in one batch
+CELLS = 1 << 22  # maximum matrix elements of the linear systems, or of a tile, computed at once
 
 
 class Factors(NamedTuple):
@@ -214,14 +215,25 @@ def item_knn(matrix: sp.csr_matrix, neighbours: int = 100, shrink: float = 10.0)
       Ferrari Dacrema et al., Are We Really Making Much Progress?, RecSys 2019, section 2.2 (shrinkage).
     """
     norm = np.sqrt(np.asarray(matrix.multiply(matrix).sum(0)).ravel())
-    product = (matrix.T @ matrix).tocoo()
-    keep = product.row != product.col
-    row, column, value = product.row[keep], product.col[keep], product.data[keep]
-    value = value / (norm[row] * norm[column] + shrink)
-    order = np.lexsort((-value, column))
-    place = np.arange(len(order)) - np.searchsorted(column[order], column[order])
-    order = order[place < neighbours]
-    return sp.csr_matrix((value[order], (row[order], column[order])), shape=product.shape)
+    columns, parts = matrix.tocsc(), []
+    count = np.bincount(matrix.indices, np.diff(matrix.indptr)[_row_of(matrix)], matrix.shape[1])
+    tile = np.cumsum(np.minimum(count, matrix.shape[1])) // CELLS  # entries of the product, at most
+    for start, stop in pairwise([0, *(1 + np.flatnonzero(np.diff(tile))), matrix.shape[1]]):
+        product = (matrix.T @ columns[:, start:stop]).tocoo()
+        keep = product.row != product.col + start
+        row, column, value = product.row[keep], product.col[keep] + start, product.data[keep]
+        value = value / (norm[row] * norm[column] + shrink)
+        order = np.lexsort((-value, column))
+        place = np.arange(len(order)) - np.searchsorted(column[order], column[order])
+        order = order[place < neighbours]
+        parts.append((value[order], row[order], column[order]))
+    value, row, column = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return sp.csr_matrix((value, (row, column)), shape=(matrix.shape[1],) * 2)
+
+
+def _row_of(matrix: sp.csr_matrix) -> np.ndarray:
+    """Return the row of each stored entry."""
+    return np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
 
 
 def dense_bytes(items: int, copies: int = 1) -> int:

@@ -1,7 +1,7 @@
 """Holdout: evaluate a trained model and the baselines on the test users of its protocol."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,18 +10,20 @@ import numpy as np
 
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.errors import OptionError
-from metarec_jax.evaluation.baselines import score_baselines
+from metarec_jax.evaluation.baselines import fit_baselines
 from metarec_jax.evaluation.ranking_baselines import ranking_baselines
 from metarec_jax.metrics.ranking import SIZES, Lists, by_support, rank
 from metarec_jax.metrics.scoring import Scores, score_tasks, summarise
 from metarec_jax.metrics.table import Table
+from metarec_jax.metrics.totals import summarise_blocks
 from metarec_jax.tasks.batching import batches
-from metarec_jax.tasks.candidates import Among, judged_on
+from metarec_jax.tasks.candidates import Among, Candidates, judged_on, most_others
 from metarec_jax.tasks.candidates import candidates as draw
-from metarec_jax.tasks.splits import Split
+from metarec_jax.tasks.splits import Histories, Split
 from metarec_jax.training.trained import Trained
 
 CELLS = 1 << 20  # users x items scored at once
+Learners = Iterator[tuple[str, Iterator[Scores]]]  # of each learner, its name and the scores of blocks of users
 
 
 def evaluate(
@@ -33,6 +35,8 @@ def evaluate(
     baselines: bool = True,
 ) -> Table:
     """Evaluate a model and the baselines; see `metarec_jax.Recommender.evaluate`.
+
+    With other candidates than the query the memory is that of one block of users, whatever their number.
 
     Returns:
       `{learner: {metric: value}}`.
@@ -47,8 +51,10 @@ def evaluate(
             for learner, metrics in rankings.items()
         }
         return Table(means)
-    scores = evaluate_scores(trained, data, support=support, candidates=candidates, baselines=baselines)
-    return Table({learner: summarise(scored, trained.target.kind) for learner, scored in scores.items()})
+    learners = _learners(trained, data, support, candidates, baselines)
+    if candidates == "query":
+        return Table({learner: summarise(_joined(blocks), trained.target.kind) for learner, blocks in learners})
+    return Table({learner: summarise_blocks(blocks) for learner, blocks in learners})
 
 
 def evaluate_rankings(
@@ -95,24 +101,44 @@ def evaluate_scores(
     Raises:
       ValueError: the model ranks.
     """
+    learners = _learners(trained, data, support, candidates, baselines)
+    return {learner: _joined(blocks) for learner, blocks in learners}
+
+
+def _learners(
+    trained: Trained, data: Dataset | None, support: int | None, candidates: Among, baselines: bool
+) -> Learners:
+    """Yield the model and the baselines, each with the scores of all test users in blocks, computed one by one."""
     if trained.target.kind == "ranking":
         raise ValueError("this recommender ranks the catalogue: see rankings(), or train for clicks or ratings")
-    split, query = _unseen(trained, data), trained.protocol.query
+    split, query, target = _unseen(trained, data), trained.protocol.query, trained.target
     test = split.test
-    chosen = draw(test, trained.target, candidates, query=query)
-    size = min(len(test), max(1, CELLS // chosen.item.shape[1]))
+    others = most_others(test, target, candidates)
+    size = min(len(test), max(1, CELLS // (query + others)))
     options: dict[str, Any] = {
         "query": query,
         "support": support,
         "batch_size": size,
         "buckets": (_width(test, query),),
     }
-    tasks = (judged_on(batch, test, chosen) for batch in batches(test, trained.target, **options))
-    name = trained.name or "strategy"
-    scores = {name: score_tasks(trained.strategy, trained.params, tasks, trained.target)}
+
+    def blocks(score: Callable[[Histories, Candidates], Scores]) -> Iterator[Scores]:
+        for start in range(0, len(test), size):
+            part = test.take(np.arange(start, min(start + size, len(test))))
+            yield score(part, draw(part, target, candidates, query=query, width=others))
+
+    def score_model(part: Histories, chosen: Candidates) -> Scores:
+        tasks = (judged_on(batch, part, chosen) for batch in batches(part, target, **options))
+        return score_tasks(trained.strategy, trained.params, tasks, target)
+
+    yield trained.name or "strategy", blocks(score_model)
     if baselines:
-        scores |= score_baselines(split.train, test, trained.target, query=query, support=support, among=candidates)
-    return scores
+        for name, score in fit_baselines(split.train, target, support):
+            yield name, blocks(score)
+
+
+def _joined(blocks: Iterator[Scores]) -> Scores:
+    return Scores(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
 
 def adaptation_cost(

@@ -19,6 +19,7 @@ from metarec_jax.tasks.ranking import LONGEST, Known
 from metarec_jax.training.trained import Trained
 
 CELLS = 1 << 20  # users x items scored at once
+SEEN = 1024  # rows to exclude by user that are listed; more are a mask of the stock
 CANDIDATES = 100, 1000  # minimum and maximum number of candidates for re-ranking
 Attributes = Mapping[str, Any] | None
 
@@ -147,18 +148,14 @@ class Predictor:
         seeds: np.ndarray,
     ) -> tuple[Ranked, np.ndarray]:
         """Rank the stock for a chunk of users; return the candidates and the scores for re-ranking."""
-        blocked = self.stock.encode(list(choice.block)) if len(choice.block) else np.zeros(0, np.int32)
         known = self.batch(chunk, context)
-        longest = _bucket(max(len(p.rows) for p in chunk) + len(blocked), 1024)
-        seen = np.full((len(known.items), longest), -1, np.int32)
-        seen[:, : len(blocked)] = blocked
-        if choice.exclude_seen:
-            for i, person in enumerate(chunk):
-                seen[i, len(blocked) : len(blocked) + len(person.rows)] = person.rows
         users, group = len(known.items), None
         seeds = np.resize(seeds[start : start + len(chunk)], users)  # padding users draw too
-        if allowed is not None and len(allowed) > 1:  # one mask per user of the batch
-            allowed, group = allowed[start : start + len(chunk)], np.arange(users, dtype=np.int32)
+        if allowed is not None and len(allowed) > 1:  # one mask per user
+            allowed = allowed[start : start + len(chunk)]
+        seen, allowed = self._excluded(chunk, users, choice, allowed)
+        if allowed is not None and len(allowed) == len(chunk):
+            group = np.arange(users, dtype=np.int32)
             allowed = np.pad(allowed, ((0, users - len(chunk)), (0, 0)))
         ranked = self.ranker.top(
             known, _bucket(wanted, 16, 8), seen=seen, allowed=allowed, group=group,
@@ -174,6 +171,29 @@ class Predictor:
                 kept = np.flatnonzero(np.isfinite(ranked.scores[i]))[:wanted]
                 scores[i, kept] = (1 - share) * _standardised(scores[i, kept]) + share * _standardised(ratings[i, kept])
         return ranked, scores
+
+    def _excluded(
+        self, chunk: Sequence[EncodedUser], users: int, choice: Choice, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the rows to exclude `[users, SEEN]`, -1 for padding, and `allowed`.
+
+        If a user has more than `SEEN` of them, all are excluded by one mask per user in `allowed` instead. Its shape is
+        that of filters by user, so that long histories compile no program of their own.
+        """
+        blocked = self.stock.encode(list(choice.block)) if len(choice.block) else np.zeros(0, np.int32)
+        own = [person.rows if choice.exclude_seen else person.rows[:0] for person in chunk]
+        seen = np.full((users, SEEN), -1, np.int32)
+        if len(blocked) + max(map(len, own)) <= SEEN:
+            seen[:, : len(blocked)] = blocked
+            for i, rows in enumerate(own):
+                seen[i, len(blocked) : len(blocked) + len(rows)] = rows
+            return seen, allowed
+        everything = np.ones((1, len(self.stock)), bool) if allowed is None else allowed
+        masks = np.repeat(everything, len(chunk) // len(everything), axis=0)
+        masks[:, blocked] = False
+        for mask, rows in zip(masks, own, strict=True):
+            mask[rows] = False
+        return seen, masks
 
     def _reranked(self, rows: np.ndarray, scores: np.ndarray, kept: np.ndarray, k: int, choice: Choice) -> np.ndarray:
         """Return positions of the `k` recommendations among one user's candidates `kept`."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from metarec_jax.core.staged import Staged, staged
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import ITEM, ITEM_ID, prefixed
 from metarec_jax.errors import OptionError
 from metarec_jax.inference.stock import Stock
 from metarec_jax.strategies import Strategy
@@ -59,7 +60,7 @@ class Ranker:
     ) -> None:
         self.strategy, self.stock, self.fields = strategy, stock, (tuple(user), tuple(context))
         self.params: Params = jax.device_put(params)  # else numpy arrays of a loaded model are copied in each call
-        tables = {"item_id": stock.code} | {f"item/{name}": table for name, table in stock.features.items()}
+        tables = {ITEM_ID: stock.code} | prefixed(ITEM, stock.features)
         room = capacity(len(stock)) - len(stock)
         self.tables: dict[str, jax.Array] = jax.device_put(
             {name: np.pad(table, [(0, room)] + [(0, 0)] * (table.ndim - 1)) for name, table in tables.items()}
@@ -154,7 +155,7 @@ class Ranker:
     def extended(self, stock: Stock) -> "Ranker":
         """Return the ranker of a stock with more items; only tiles with new items are recomputed."""
         other = Ranker(self.strategy, self.params, stock, *self.fields)
-        if len(other.tables["item_id"]) == len(self.tables["item_id"]):  # else shapes changed
+        if len(other.tables[ITEM_ID]) == len(self.tables[ITEM_ID]):  # else shapes changed
             first = len(self.stock)
             other._sides = {key: side.updated(self.params, other.tables, first) for key, side in self._sides.items()}
         return other
@@ -241,7 +242,7 @@ class _Programs(NamedTuple):
 @lru_cache(maxsize=64)
 def _programs(strategy: Strategy, deviation: bool, params: _Spec, tables: _Spec, user: _Spec) -> _Programs:
     like: dict[str, Any] = tables.tree
-    rows = like["item_id"].shape[0]
+    rows = like[ITEM_ID].shape[0]
     user_specs = (*user.tree, jax.ShapeDtypeStruct((), jnp.int32))  # with the user's position in time
 
     def stage_of(length: int) -> Staged:
@@ -327,7 +328,7 @@ def _explicit(strategy: Strategy, params: Params, items: Any) -> Staged:
         side = jax.tree.unflatten(of_items, values)
         return score_side(jax.tree.unflatten(of_params, fixed), adapted, side)[0], None
 
-    return Staged(first, second, items["item_id"].shape[0])
+    return Staged(first, second, items[ITEM_ID].shape[0])
 
 
 def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

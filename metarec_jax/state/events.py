@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-VERSION = 1  # of the stores' format
+VERSION = 2  # of the stores' format; 2 added the context of an event
 UserId = int | str
 
 
@@ -17,10 +17,11 @@ class Event(NamedTuple):
       value: the rating; None for other kinds.
       time: seconds since 1970 (default: now).
       id: events of a user with the same id count once (default: a new id).
+      context: context of the interaction by field, `{"device": "phone"}`; omitted fields are unknown.
 
     Example:
       >>> mr.Event(user="ann", item="tea", value=5.0)
-      Event(user='ann', item='tea', kind='rating', value=5.0, time=None, id=None)
+      Event(user='ann', item='tea', kind='rating', value=5.0, time=None, id=None, context=None)
     """
 
     user: UserId
@@ -29,10 +30,11 @@ class Event(NamedTuple):
     value: float | None = None
     time: float | None = None
     id: str | None = None
+    context: Mapping[str, Any] | None = None
 
 
 class Stored(NamedTuple):
-    """One event of a user as returned by a store; an interaction in a dataset also has its encoded `context`."""
+    """One event of a user as returned by a store, with its context as it was given."""
 
     item: UserId
     kind: str

@@ -1,13 +1,16 @@
 """Feedback: validation of user events and their conversion to ratings and weights."""
 
+import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from metarec_jax.data.fields import Field
+from metarec_jax.data.vocabulary import is_missing
 from metarec_jax.errors import DataError
-from metarec_jax.inference.histories import checked_rating, is_number
+from metarec_jax.inference.histories import checked_rating, is_number, shown
 from metarec_jax.state.events import Event, Stored
 
 KINDS = ("rating", "click", "purchase", "dismiss", "remove")
@@ -27,13 +30,16 @@ def worth(kind: str, value: float | None, limits: tuple[float, float], threshold
     return {"click": min(max(threshold, low), high), "purchase": high, "dismiss": low}[kind]
 
 
-def checked(events: Iterable[Event | Mapping[str, Any]], kind: type, limits: tuple[float, float]) -> list[Event]:
+def checked(
+    events: Iterable[Event | Mapping[str, Any]], kind: type, limits: tuple[float, float], fields: Sequence[Field] = ()
+) -> list[Event]:
     """Validate events and return them as `Event`s.
 
     Args:
       events: `Event`s, or mappings with the same keys.
       kind: type of item ids, `int` or `str`.
       limits: lowest and highest rating of the training.
+      fields: context fields of the model.
 
     Raises:
       DataError: an invalid event; the message tells its position and what is expected.
@@ -66,8 +72,42 @@ def checked(events: Iterable[Event | Mapping[str, Any]], kind: type, limits: tup
             raise DataError(f"{where}: id must be a string of 1 to 256 characters, got {event.id!r}")
         value = None if event.value is None else float(event.value)
         at = None if event.time is None else float(event.time)
-        valid.append(event._replace(user=user, item=item, value=value, time=at))
+        context = checked_context(event.context, fields, where)
+        valid.append(event._replace(user=user, item=item, value=value, time=at, context=context))
     return valid
+
+
+def checked_context(context: Any, fields: Sequence[Field], where: str) -> dict[str, Any] | None:
+    """Validate the context of an event; return it as values that JSON can hold, or None if it has none.
+
+    Args:
+      context: value by field; missing values are left out.
+      fields: context fields of the model.
+      where: prefix of error messages.
+
+    Raises:
+      DataError: an unknown field or category, or a value of the wrong kind.
+    """
+    if context is not None and not isinstance(context, Mapping):
+        raise DataError(f"{where}: context: expected a mapping, {{field: value}}, got {shown(context)}")
+    by_name, plain = {field.name: field for field in fields}, {}
+    for name, value in (context or {}).items():
+        if name not in by_name:
+            known = ", ".join(by_name) or "none"
+            raise DataError(f"{where}: context {name!r} is unknown to the model; it knows: {known}")
+        if is_missing(value):
+            continue
+        try:
+            plain[name] = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+            json.dumps(plain[name])
+            unseen = by_name[name].unseen(value)
+        except (DataError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: context {name!r}: {error}") from error
+        if unseen:
+            raise DataError(
+                f"{where}: context {name!r} has no category {unseen[0]!r} in the training data; leave the field out"
+            )
+    return plain or None
 
 
 def checked_id(value: Any, kind: type | None, what: str) -> Any:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metarec_jax.data.dataset import Dataset
+from metarec_jax.data.fields import Field
 from metarec_jax.data.vocabulary import UNKNOWN
 from metarec_jax.errors import DataError
 from metarec_jax.inference.predictor import EncodedUser, Predictor
@@ -18,7 +19,7 @@ EVENTS = 1 << 20  # events read per user: many, so that items seen long ago are 
 class Memory(NamedTuple):
     """Known users by their raw ids.
 
-    An interaction in the dataset has its context there; an event in the store has none.
+    An interaction has its context in the dataset or in the store.
 
     Attributes:
       store: events of users since the training.
@@ -33,9 +34,9 @@ class Memory(NamedTuple):
         trained, catalogue, encoded = predictor.trained, predictor.catalogue, []
         for user, stored in zip(ids, self.store.read(ids, EVENTS), strict=True):
             row = _row(catalogue, user)
-            events = _interactions(catalogue, row) + stored.events
-            events, ratings, weights = taste(events, trained.limits, trained.target.threshold, self.half_life)
             try:
+                events = _interactions(catalogue, row) + _encoded(catalogue.context_fields, stored.events)
+                events, ratings, weights = taste(events, trained.limits, trained.target.threshold, self.half_life)
                 attributes = predictor.attributes(stored.attributes)
                 if row != UNKNOWN and not stored.attributes:
                     attributes = {name: table[row] for name, table in catalogue.user_features.items()}
@@ -56,7 +57,7 @@ def _row(data: Dataset, user: UserId) -> int:
 
 
 def _interactions(data: Dataset, row: int) -> list[Stored]:
-    """Return a user's interactions in the dataset, in order of time."""
+    """Return a user's interactions in the dataset, in order of time, with encoded contexts."""
     if row == UNKNOWN:
         return []
     span = np.searchsorted(data.user, np.array([row, row + 1], data.user.dtype), sorter=data.by_user)
@@ -65,6 +66,21 @@ def _interactions(data: Dataset, row: int) -> list[Stored]:
     contexts = [{name: values[i] for name, values in data.context_features.items()} for i in index]
     interactions = zip(items, data.rating[index].tolist(), data.timestamp[index].tolist(), contexts, strict=True)
     return [Stored(item, "rating", rating, float(time), context) for item, rating, time, context in interactions]
+
+
+def _encoded(fields: Sequence[Field], events: list[Stored]) -> list[Stored]:
+    """Encode the contexts of stored events; fields that the model does not have are left out."""
+    given = [event.context for event in events if event.context]
+    columns = {f.name: f.encode([context.get(f.name) for context in given]) for f in fields if given}
+    rows = iter(range(len(given)))
+
+    def encode(event: Stored) -> Stored:
+        if not event.context:
+            return event
+        row = next(rows)
+        return event._replace(context={name: column[row] for name, column in columns.items()})
+
+    return [encode(event) for event in events]
 
 
 def _contexts(data: Dataset, events: Sequence[Stored]) -> dict[str, np.ndarray]:

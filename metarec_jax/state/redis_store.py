@@ -34,6 +34,8 @@ class RedisStore:
             self._db = redis.Redis.from_url(url, decode_responses=True)
             self._db.setnx(f"{prefix}:version", VERSION)
             version = int(self._db.get(f"{prefix}:version"))  # type: ignore[arg-type]
+            if version < VERSION:  # every older value can be read
+                self._db.set(f"{prefix}:version", VERSION)
         except (redis.RedisError, ValueError) as error:
             raise StoreError(f"{url}: no Redis server answers there ({error})") from error
         if version > VERSION:
@@ -45,7 +47,7 @@ class RedisStore:
         for group, events in enumerate(groups):
             for e in events:
                 at = now if e.time is None else e.time
-                event = json.dumps([e.item, e.kind, e.value, at])
+                event = json.dumps([e.item, e.kind, e.value, at, *([dict(e.context)] if e.context else [])])
                 packed.append(json.dumps([self._name(e.user), e.id or uuid.uuid4().hex, f"{at:.6f}", event, group + 1]))
         return self._call(lambda: self._append(keys=[self.prefix], args=[len(groups), *packed]))
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load, save
 
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import ITEM, prefixed
 from metarec_jax.data.vocabulary import Vocabulary
 from metarec_jax.errors import ModelFileError
 from metarec_jax.inference.stock import Stock
@@ -47,7 +48,7 @@ def write(
     if path.exists() and not (path / CONFIG).is_file():
         raise ModelFileError(f"{path} exists and is no model folder; choose another path or remove it")
     arrays = {f"params{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(params)}
-    arrays |= {f"item/{name}": table for name, table in catalogue.item_features.items()}
+    arrays |= prefixed(ITEM, catalogue.item_features)
     known = len(catalogue.items)
     arrays |= {f"added/{name}": table[known:] for name, table in stock.features.items()}
     added = {"ids": stock.added.tolist(), "titles": None if stock.titles is None else stock.titles[known:].tolist()}
@@ -183,7 +184,7 @@ def _restore(described: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Dat
         items=_vocabulary_from_json(described["items"]),
         user_fields=tuple(_field_from_json(f) for f in described["user_fields"]),
         item_fields=item_fields,
-        item_features={f.name: arrays[f"item/{f.name}"] for f in item_fields},
+        item_features={f.name: arrays[ITEM + f.name] for f in item_fields},
         context_fields=tuple(_field_from_json(f) for f in described.get("context_fields", [])),
         titles=None if titles is None else np.array(titles, object),
         report=described.get("report", {}),

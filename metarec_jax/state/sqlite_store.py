@@ -71,10 +71,14 @@ class SqliteStore:
                 )
                 db.execute(
                     "CREATE TABLE event (user INTEGER NOT NULL, id TEXT NOT NULL, number INTEGER NOT NULL, "
-                    "item NOT NULL, kind TEXT NOT NULL, value REAL, time REAL NOT NULL, PRIMARY KEY (user, id)) "
+                    "item NOT NULL, kind TEXT NOT NULL, value REAL, time REAL NOT NULL, context TEXT, "
+                    "PRIMARY KEY (user, id)) "
                     "WITHOUT ROWID"
                 )
                 db.execute("CREATE INDEX idle ON user (last)")
+            elif version < 2:
+                db.execute("ALTER TABLE event ADD COLUMN context TEXT")
+                db.execute(f"PRAGMA user_version = {VERSION}")
 
     def append(self, *groups: Iterable[Event]) -> list[int]:
         now, counts = time.time(), []
@@ -84,8 +88,9 @@ class SqliteStore:
                 for event in events:
                     at = now if event.time is None else event.time
                     key, number = self._key(db, event.user, at)
-                    row = (key, event.id or uuid.uuid4().hex, number, event.item, event.kind, event.value, at)
-                    new += db.execute("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, ?, ?, ?)", row).rowcount
+                    context = json.dumps(dict(event.context)) if event.context else None
+                    row = (key, event.id or uuid.uuid4().hex, number, event.item, event.kind, event.value, at, context)
+                    new += db.execute("INSERT OR IGNORE INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row).rowcount
                 counts.append(new)
         return counts
 
@@ -103,10 +108,11 @@ class SqliteStore:
                     stored_users.append(StoredUser({}, []))
                     continue
                 events = db.execute(
-                    "SELECT item, kind, value, time FROM event WHERE user = ? ORDER BY time DESC, number DESC LIMIT ?",
+                    "SELECT item, kind, value, time, context FROM event WHERE user = ? "
+                    "ORDER BY time DESC, number DESC LIMIT ?",
                     (row[0], longest),
                 ).fetchall()
-                stored_users.append(StoredUser(json.loads(row[1] or "{}"), [Stored(*e) for e in reversed(events)]))
+                stored_users.append(StoredUser(json.loads(row[1] or "{}"), [_stored(*e) for e in reversed(events)]))
         return stored_users
 
     def forget(self, user: UserId) -> int:
@@ -189,6 +195,10 @@ class SqliteStore:
                 f"{self.path}: the user is deleted, but another process reads the file, so the log still holds "
                 "the deleted data; delete again when that process is done"
             )
+
+
+def _stored(item: UserId, kind: str, value: float | None, at: float, context: str | None) -> Stored:
+    return Stored(item, kind, value, at, None if context is None else json.loads(context))
 
 
 class _Transaction:

@@ -33,7 +33,13 @@ class Candidates(NamedTuple):
 
 
 def candidates(
-    histories: Histories, target: Target, among: Among = "query", *, query: int = 10, seed: int = 0
+    histories: Histories,
+    target: Target,
+    among: Among = "query",
+    *,
+    query: int = 10,
+    seed: int = 0,
+    width: int | None = None,
 ) -> Candidates:
     """Select the candidates of every user, in the order of the histories.
 
@@ -45,14 +51,12 @@ def candidates(
         as not clicked.
       query: largest query size.
       seed: seed of the samples; a user's sample depends on it and the user row only.
+      width: padded number of items besides the query (default: that of `most_others`).
 
     Raises:
       ValueError: `among` is unknown, or not "query" for a rating target, which unseen items lack.
     """
-    if among not in ("query", "all") and (isinstance(among, bool | str) or among < 1):
-        raise ValueError(f'candidates must be "query", "all" or how many to sample, got {among!r}')
-    if among != "query" and target.kind != "click":
-        raise ValueError('items without a rating can only be ranked against clicks: use candidates="query"')
+    _check(target, among)
     data, column = histories.data, np.arange(query)
     count = np.minimum(query, np.maximum(histories.lengths - 1, 0))[:, None]
     mask = column < count
@@ -63,7 +67,7 @@ def candidates(
     if among == "query":
         return of_query
     others = [_unseen(histories, u, among, seed) for u in range(len(histories))]
-    width = max(map(len, others))
+    width = max(map(len, others)) if width is None else width
     other_items = np.zeros((len(others), width), np.int64)
     for row, unseen in zip(other_items, others, strict=True):
         row[: len(unseen)] = unseen
@@ -77,12 +81,33 @@ def candidates(
     return Candidates(item, index, values, mask)
 
 
+def most_others(histories: Histories, target: Target, among: Among) -> int:
+    """Return the largest number of candidates besides the query, over all users; arguments as in `candidates`."""
+    _check(target, among)
+    if among == "query":
+        return 0
+    items = len(histories.data.items)
+    owner = np.repeat(np.arange(len(histories)), histories.lengths)
+    pairs = np.unique(owner * items + histories.data.item[histories.index])
+    unseen = items - 1 - np.bincount(pairs // items, minlength=len(histories))
+    return int(unseen.max(initial=0) if among == "all" else np.minimum(unseen, among).max(initial=0))
+
+
+def _check(target: Target, among: Any) -> None:
+    if among not in ("query", "all") and (isinstance(among, bool | str) or among < 1):
+        raise ValueError(f'candidates must be "query", "all" or how many to sample, got {among!r}')
+    if among != "query" and target.kind != "click":
+        raise ValueError('items without a rating can only be ranked against clicks: use candidates="query"')
+
+
 def _unseen(histories: Histories, u: int, among: Any, seed: int) -> np.ndarray:
     """Return the item rows without an interaction of user `u`: all, or a sample."""
     data = histories.data
     seen, items = data.item[histories.index[histories.starts[u] : histories.starts[u + 1]]], len(data.items) - 1
     if among == "all":
-        return np.setdiff1d(np.arange(1, items + 1), seen)
+        unseen = np.arange(items + 1) > 0
+        unseen[seen] = False
+        return np.flatnonzero(unseen)
     rng = np.random.default_rng([seed, int(histories.users[u])])
     drawn = 1 + rng.choice(items, min(items, among + len(seen)), replace=False)
     return drawn[~np.isin(drawn, seen)][:among]

@@ -142,8 +142,10 @@ def test_low_rank_ease_at_full_rank_is_ease_off_the_diagonal():
     assert few.users.shape == few.items.shape == (15, 4)
 
 
+@pytest.mark.parametrize("cells", [1, 100, 1 << 22])
 @pytest.mark.parametrize(("neighbours", "shrink"), [(100, 10.0), (4, 10.0), (3, 0.0)])
-def test_item_knn_equals_a_dense_computation(neighbours, shrink):
+def test_item_knn_equals_a_dense_computation(neighbours, shrink, cells, monkeypatch):
+    monkeypatch.setattr(factorise, "CELLS", cells)
     matrix = confidences()
     x = matrix.toarray().astype(np.float64)
     norm = np.sqrt((x**2).sum(0))

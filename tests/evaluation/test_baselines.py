@@ -1,5 +1,7 @@
 """The plain baselines against hand computation, plain loops and data whose truth is known."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -138,6 +140,56 @@ def test_item_knn_equals_plain_loops(seed, neighbours):
         expected.append(mean + item_mean[q] + new + shift)
     found = item_knn(train, neighbours=neighbours)(items, target, query)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def dense_item_knn(train, items, target, query, neighbours, shrink=20.0, ridge=5.0):
+    """Item-kNN with dense matrices `[users, items]` and `[items, items]`."""
+    mean, item_mean = plain_means(train)
+    item_mean, owner = np.array(item_mean), np.unique(train.user, return_inverse=True)[1]
+    residual = train.target - mean - item_mean[train.item]
+    per_user = np.bincount(owner, residual) / (np.bincount(owner) + 5)
+    table, rated = np.zeros((2, owner.max() + 1, train.items))
+    table[owner, train.item] = residual - per_user[owner]
+    rated[owner, train.item] = 1
+    common = rated.T @ rated
+    norm = np.sqrt(((table**2).T @ rated) * (rated.T @ table**2))
+    similarity = (table.T @ table) / np.maximum(norm, 1e-9) * common / (common + shrink)
+    bias = (target - mean - item_mean[items]).sum() / (len(items) + 5)
+    weight = np.maximum(similarity[np.ix_(query, items)], 0).astype(np.float32)
+    if len(items) > neighbours:
+        weight = np.where(weight >= -np.sort(-weight, axis=1)[:, neighbours - 1 : neighbours], weight, 0)
+    rest = target - mean - item_mean[items] - bias
+    return mean + item_mean[query] + bias + (weight @ rest) / (weight.sum(1) + ridge * 0.1)
+
+
+@pytest.mark.parametrize("tile", [1, 70, 1 << 22])
+@pytest.mark.parametrize("neighbours", [3, 40])
+def test_item_knn_in_tiles_equals_dense_matrices(monkeypatch, tile, neighbours):
+    monkeypatch.setattr("metarec_jax.evaluation.baselines.CELLS", tile)
+    monkeypatch.setattr("metarec_jax.evaluation.baselines.COLUMNS", 500 if tile == 1 else 1 << 28)
+    train, rng = random_train(3, users=40, items=30), np.random.default_rng(1)
+    again = rng.integers(len(train.user), size=30)  # repeated pairs: the last counts
+    user, item = (np.concatenate([x, x[again]]) for x in (train.user, train.item))
+    train = Interactions(user, item, np.concatenate([train.target, rng.normal(3, 1, 30)]), train.items)
+    predict = item_knn(train, neighbours=neighbours)
+    for size, query in ((0, 5), (2, 30), (12, 4), (25, 30)):
+        items, asked = rng.permutation(30)[:size], rng.permutation(30)[:query]
+        target = rng.normal(3, 1, size)
+        expected = dense_item_knn(train, items, target, asked, neighbours)
+        np.testing.assert_allclose(predict(items, target, asked), expected, rtol=1e-5)
+
+
+def test_item_knn_holds_no_table_of_items(monkeypatch):
+    monkeypatch.setattr("metarec_jax.evaluation.baselines.COLUMNS", 1 << 22)
+    monkeypatch.setattr("metarec_jax.evaluation.baselines.CELLS", 1 << 18)
+    rng, items = np.random.default_rng(0), 8000
+    user, item = np.unique(rng.integers(0, [1000, items], (30_000, 2)), axis=0).T
+    train = Interactions(user, item, rng.normal(3, 1, len(user)), items)
+    tracemalloc.start()
+    item_knn(train)(np.arange(100, 300), rng.normal(3, 1, 200), np.arange(items))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6 < items * items * 4 / 10
 
 
 def test_neighbours_and_factors_find_tastes_that_two_means_cannot():

@@ -184,6 +184,25 @@ def test_a_history_of_any_length_is_taken_and_the_latest_count(stocked):
         assert whole == stocked.recommend(long[-512:], k=3)
 
 
+@pytest.mark.parametrize("where", [None, {"colour": "red"}, [{"colour": "red"}, None, {"tags": "new"}]], ids=str)
+def test_many_seen_and_blocked_items_are_left_out_as_few_are(stocked, monkeypatch, where):
+    histories = [{100 + i: 4.0 for i in range(n)} for n in (30, 0, 3)]
+    calls = (
+        {"block": [140, 141]},
+        {"block": [101, 101, 7], "exclude_seen": False},
+        {"only": range(100, 140)},
+        {"block": range(100, 148), "deviation": True},
+    )
+    few = [stocked.batch.recommend(histories, 50, where=where, **options) for options in calls]
+    monkeypatch.setattr("metarec_jax.inference.predictor.SEEN", 2)
+    for own, options in zip(few, calls, strict=True):
+        for found, expected in zip(stocked.batch.recommend(histories, 50, where=where, **options), own, strict=True):
+            assert {r.item for r in found} == {r.item for r in expected}
+            np.testing.assert_allclose([r.score for r in found], [r.score for r in expected], rtol=1e-5)
+    one = stocked.recommend(histories[0], 50, where={"colour": "red"})
+    assert {r.item for r in one} == {100 + i for i in range(30, 50) if i % 3 == 0}
+
+
 def test_few_programs_are_compiled_for_any_sizes(stocked):
     ranking._programs.cache_clear()
     recommender = mr.Recommender(stocked.trained, Predictor(stocked.trained, stocked.stock))

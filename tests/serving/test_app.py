@@ -6,6 +6,7 @@ import threading
 import time
 
 import httpx
+import numpy as np
 import pytest
 
 import metarec_jax as mr
@@ -66,6 +67,26 @@ def test_feedback_is_in_the_next_answer_and_forgotten_on_demand(client, stocked)
     assert client.post("/v1/explain", json={"history": [[100, 5]], "item": 101}).json()["causes"][0]["item"] == 100
     assert client.post("/v1/forget", json={"user": "ann"}).json() == {"events": 2}
     assert items(client.post("/v1/recommend", json={"user": "ann", "k": 3})) == as_pairs(stocked.recommend({}, k=3))
+
+
+def test_events_have_contexts(tmp_path, run_app):
+    data, rng = mr.data.synthetic(users=60, items=40, seed=0), np.random.default_rng(0)
+    device = rng.choice(["phone", "tv"], len(data.rating))
+    rows = {"user_id": data.user, "item_id": data.item, "rating": data.rating, "device": device}
+    protocol, options = mr.ColdUsers(query=3, minimum=5), {"epochs": 1, "progress": False, "buckets": 1}
+    trained = mr.train(mr.data.from_tables(rows, context=["device"]), "ridge", "deepfm", protocol=protocol, **options)
+    trained.save(tmp_path / "model")
+    service = Service(tmp_path / "model")
+    service.warm, service.ready = lambda: None, True
+    events = [{"user": "ann", "item": 3, "kind": "rating", "value": 5, "context": {"device": "phone"}}]
+    with run_app(service) as address, httpx.Client(base_url=address, timeout=60) as client:
+        assert client.post("/v1/update", json={"events": events}).json() == {"new": 1}
+        found = items(client.post("/v1/recommend", json={"user": "ann", "k": 3}))
+        assert found == as_pairs(trained.recommend([(3, 5.0, {"device": "phone"})], k=3))
+        for context, message in (({"place": "home"}, "it knows: device"), ({"device": "watch"}, "no category 'watch'")):
+            answer = client.post("/v1/update", json={"events": [events[0] | {"context": context}]})
+            assert answer.status_code == 400
+            assert message in answer.json()["error"]
 
 
 def test_items_are_found_by_title_health_and_metrics_are_there(client, service):

@@ -50,6 +50,80 @@ def test_attributes_alone_are_enough_and_context_of_users_is_checked(live):
         live.recommend_to(1007, context={"device": "phone"})
 
 
+@pytest.fixture(scope="module")
+def by_device():
+    """A rating recommender whose ratings are high on the phone and low on the TV; hours and tags are contexts too."""
+    data, rng = mr.data.synthetic(users=100, items=40, seed=0), np.random.default_rng(0)
+    device, tags = rng.choice(["phone", "tv"], len(data.rating)), np.array(["a", "b", "c"])
+    rows = {
+        "user_id": data.user, "item_id": data.item, "rating": np.where(device == "phone", 5.0, 1.0),
+        "timestamp": data.timestamp, "device": device, "hour": rng.integers(24, size=len(device)),
+        "tags": [list(rng.choice(tags, 2)) for _ in device],
+    }  # fmt: skip
+    data = mr.data.from_tables(rows, context=["device", "hour", "tags"])
+    protocol = mr.ColdUsers(query=3, minimum=5)
+    return mr.train(data, "ridge", "deepfm", protocol=protocol, epochs=1, progress=False, buckets=1)
+
+
+def test_the_context_of_an_event_is_that_of_its_interaction_in_a_history(by_device, tmp_path):
+    live = by_device.with_users(tmp_path / "users.db")
+    contexts = [{"device": "phone", "hour": 8, "tags": ["a", "c"]}, {"device": "tv", "tags": "b"}, {}]
+    history = [(i, v, c) for i, v, c in zip((1, 2, 3), (5.0, 1.0, 4.0), contexts, strict=True)]
+    for who, order in (("ann", slice(None)), ("bob", slice(None, None, -1))):
+        live.update([rated(who, i, v, 10.0 + i) | {"context": c} for i, v, c in history][order])
+    live.update([rated("cat", i, v, 10.0 + i) for i, v, _ in history])
+    expected = live.recommend(history, k=30)
+    assert live.recommend_to("ann", k=30) == live.recommend_to("bob", k=30) == expected
+    assert live.recommend_to("cat", k=30) == live.recommend([(i, v) for i, v, _ in history], k=30) != expected
+    assert live.predict_for("ann", [7, 9]) == live.predict(history, [7, 9]) != live.predict_for("cat", [7, 9])
+    assert live.explain("ann", 7).as_dict() == live.explain(history, 7).as_dict()
+    live.update([rated("ann", 1, 5.0, 20.0) | {"context": {"device": np.str_("tv"), "hour": np.int64(9)}}])
+    moved = [*history[1:], (1, 5.0, {"device": "tv", "hour": 9.0})]
+    assert live.recommend_to("ann", k=30) == live.recommend(moved, k=30)
+
+
+def test_the_contexts_of_the_dataset_and_of_the_store_are_one_history(by_device):
+    live = by_device.with_users(":memory:")
+    user, new = live.catalogue.users.ids[4].item(), {"device": "phone"}
+    (before,) = live.batch.remembered([user])
+    item = next(i for i in live.catalogue.items.ids.tolist() if live.stock.encode([i])[0] not in before.rows)
+    live.update([rated(user, item, 5.0) | {"context": new}])
+    (after,) = live.batch.remembered([user])
+    field = live.catalogue.context_fields[0]
+    np.testing.assert_array_equal(after.contexts["device"], [*before.contexts["device"], *field.encode(["phone"])])
+
+
+def test_a_stored_context_that_the_present_model_does_not_know_is_unknown(by_device):
+    live = by_device.with_users(":memory:")
+    live.users.append([mr.Event("ann", 1, value=5.0, context={"place": "home", "device": "watch"})])
+    assert live.recommend_to("ann", k=30) == live.recommend({1: 5.0}, k=30)
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ("phone", "event 0: context: expected a mapping, .field: value., got 'phone'"),
+        ({"place": "home"}, "event 0: context 'place' is unknown to the model; it knows: device, hour, tags"),
+        ({"device": "watch"}, "event 0: context 'device' has no category 'watch' in the training data"),
+        ({"tags": ["a", "z"]}, "event 0: context 'tags' has no category 'z'"),
+        ({"hour": "late"}, "event 0: context 'hour': .* holds 'late', which is no number"),
+        ({"hour": float("inf")}, "event 0: context 'hour': .* is infinite"),
+        ({"device": {1, 2}}, "event 0: context 'device': Object of type set is not JSON serializable"),
+    ],
+)
+def test_a_bad_context_of_an_event_is_named_and_nothing_is_kept(by_device, context, message):
+    live = by_device.with_users(":memory:")
+    with pytest.raises(mr.DataError, match=message):
+        live.update([rated("ann", 1, 5.0) | {"context": context}])
+    assert live.users.size()["events"] == 0
+    assert live.update([rated("ann", 1, 5.0) | {"context": {"device": None, "hour": float("nan")}}]) == 1
+
+
+def test_a_model_without_contexts_takes_none(live):
+    with pytest.raises(mr.DataError, match="event 0: context 'device' is unknown to the model; it knows: none"):
+        live.update([rated("ann", 100, 5.0) | {"context": {"device": "phone"}}])
+
+
 def test_unknown_users_and_items_are_taken_and_told_apart_later(live):
     live.update([rated("ann", 7, 5.0)])
     unknown = live.recommend_to("ann", k=5)

@@ -16,7 +16,7 @@ import pytest
 from metarec_jax.errors import StoreError
 from metarec_jax.state.events import VERSION, Event, Stored
 from metarec_jax.state.redis_store import RedisStore
-from metarec_jax.state.sqlite_store import SqliteStore
+from metarec_jax.state.sqlite_store import APPLICATION, SqliteStore
 from metarec_jax.state.stores import open_store
 
 
@@ -87,6 +87,15 @@ def test_an_event_that_comes_again_counts_once(store):
     assert store.append([event(1, 5, 10, name="a")], [event(1, 7, 12, name="b"), event(2, 5, 10, name="a")]) == [0, 2]
     assert [e.item for e in store.read([1], 10)[0].events] == [5, 7]
     assert store.append([Event(1, 9, "click", None, 20.0), Event(1, 9, "click", None, 20.0)]) == [2]  # without ids
+
+
+def test_the_context_of_an_event_is_kept(store):
+    phone = {"device": "phone", "tags": ["a", "b"], "hour": 8.5, "zoë ☃": True}
+    store.append(
+        [event("ann", 1, 1)._replace(context=phone), event("ann", 2, 2), event("ann", 3, 3)._replace(context={})]
+    )
+    assert [e.context for e in store.read(["ann"], 10)[0].events] == [phone, None, None]
+    assert store.read(["ann"], 2)[0].events[-1].context is None
 
 
 def test_attributes_are_kept_and_replaced(store):
@@ -200,6 +209,43 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
         SqliteStore(tmp_path / "newer.db")
     with pytest.raises(StoreError, match="cannot be opened"):
         SqliteStore(tmp_path / "no" / "folder.db")
+
+
+def test_a_file_of_version_1_is_brought_to_this_version_with_its_events(tmp_path):
+    old = sqlite3.connect(tmp_path / "users.db")
+    old.executescript(
+        f"""
+        PRAGMA application_id = {APPLICATION};
+        PRAGMA user_version = 1;
+        CREATE TABLE user (key INTEGER PRIMARY KEY, id UNIQUE NOT NULL, attributes TEXT,
+          last REAL NOT NULL, changes INTEGER NOT NULL);
+        CREATE TABLE event (user INTEGER NOT NULL, id TEXT NOT NULL, number INTEGER NOT NULL,
+          item NOT NULL, kind TEXT NOT NULL, value REAL, time REAL NOT NULL, PRIMARY KEY (user, id)) WITHOUT ROWID;
+        CREATE INDEX idle ON user (last);
+        INSERT INTO user VALUES (1, 'ann', '{{"age": 30}}', 20.0, 2);
+        INSERT INTO event VALUES (1, 'a', 1, 5, 'rating', 4.5, 10.0), (1, 'b', 2, 6, 'click', NULL, 20.0);
+        """
+    )
+    old.close()
+    before = [Stored(5, "rating", 4.5, 10.0), Stored(6, "click", None, 20.0)]
+    for _ in range(2):  # opened by this version, and opened again
+        store = SqliteStore(tmp_path / "users.db")
+        assert store.read(["ann"], 2) == [({"age": 30}, before)]
+        store.close()
+    store = SqliteStore(tmp_path / "users.db")
+    new = event("ann", 7, 30)._replace(context={"device": "tv"})
+    assert store.append([new, event("ann", 5, 10, name="a")]) == [1]
+    assert store.read(["ann"], 9)[0].events == [*before, Stored(7, "click", None, 30.0, {"device": "tv"})]
+    assert store._db.execute("PRAGMA user_version").fetchone() == (VERSION,)
+
+
+def test_redis_values_of_version_1_have_no_context(redis_url):
+    store = RedisStore(redis_url, prefix="older")
+    store._db.set("older:version", 1)
+    store._db.hset("older:events:s:ann", "a", '[[5,"rating",4.5,10.0],0]')
+    store = RedisStore(redis_url, prefix="older")
+    assert store.read(["ann"], 2)[0].events == [Stored(5, "rating", 4.5, 10.0)]
+    assert store._db.get("older:version") == str(VERSION)
 
 
 def test_a_newer_or_absent_redis_is_refused(redis_url):

@@ -1,11 +1,14 @@
 """Candidates: what is ranked against a query, drawn the same for everyone who scores it."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 import metarec_jax as mr
-from metarec_jax.evaluation.holdout import evaluate_scores
-from metarec_jax.tasks.candidates import candidates, judged_on
+from metarec_jax.evaluation.holdout import evaluate, evaluate_scores
+from metarec_jax.metrics.scoring import summarise
+from metarec_jax.tasks.candidates import candidates, judged_on, most_others
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,47 @@ def test_evaluate_ranks_among_all_items_and_the_baselines_do_too():
         np.testing.assert_array_equal(other.target, own.target)
     few, many = (recommender.evaluate(candidates=n)["prototypes"]["ndcg@5"] for n in ("query", "all"))
     assert many < few  # among more items the same clicks are harder to find
+
+
+@pytest.mark.parametrize("among", [25, "all"])
+def test_the_metrics_of_many_candidates_are_those_of_all_users_at_once(monkeypatch, among):
+    data = mr.data.synthetic(users=60, items=40, seed=0)
+    recommender = mr.train(data, strategy="prototypes", objective="click", epochs=2, progress=False, buckets=1)
+    scores = evaluate_scores(recommender.trained, candidates=among)
+    expected = {learner: summarise(each, "click") for learner, each in scores.items()}
+    test = recommender.split().test
+    whole = candidates(test, recommender.target, among, query=10)
+    width = most_others(test, recommender.target, among)
+    np.testing.assert_array_equal(scores["two means"].mask, whole.mask)
+    assert whole.item.shape[1] == 10 + width
+    monkeypatch.setattr("metarec_jax.evaluation.holdout.CELLS", 4 * (10 + width))  # four users at a time
+    for found in (recommender.evaluate(candidates=among), recommender.evaluate(candidates=among, baselines=False)):
+        for learner, row in found.items():
+            assert list(row) == list(expected[learner])
+            np.testing.assert_allclose(list(row.values()), list(expected[learner].values()), rtol=1e-5)
+    in_blocks = evaluate_scores(recommender.trained, candidates=among)
+    for learner, each in scores.items():
+        np.testing.assert_allclose(in_blocks[learner].scores, each.scores, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(in_blocks[learner].target, each.target)
+
+
+def test_evaluating_among_all_items_holds_no_table_of_users_and_items(monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = {"user_id": np.repeat(np.arange(300), 20), "item_id": rng.permutation(6000)}
+    data = mr.data.from_tables(rows | {"rating": rng.integers(1, 6, 6000)})
+    protocol, options = mr.ColdUsers(fractions=(0.5, 0.1, 0.4)), {"epochs": 1, "progress": False, "buckets": 1}
+    trained = mr.train(data, "prototypes", objective="click", protocol=protocol, **options).trained
+    monkeypatch.setattr("metarec_jax.evaluation.holdout.CELLS", 1 << 15)
+    monkeypatch.setattr("metarec_jax.metrics.totals.NEGATIVES", 1 << 15)
+    monkeypatch.setattr("metarec_jax.metrics.totals.EDGES", 1 << 10)
+    peaks = []
+    for call in (evaluate, evaluate_scores):
+        tracemalloc.start()
+        call(trained, candidates="all", baselines=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    table = 120 * 6000 * 4  # bytes of one number for each test user and item
+    assert peaks[0] < 3 * table < 5 * table < peaks[1]
 
 
 def test_what_cannot_be_ranked_is_refused(test_users):

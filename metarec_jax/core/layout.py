@@ -35,7 +35,7 @@ def _all_have(value: str) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Users sharded over one axis of a mesh; parameters and tables replicated.
+    """Users sharded over one axis of a mesh; parameters replicated, large tables sharded by rows over another axis.
 
     The mesh may span several processes (`jax.distributed.initialize`). Each of them then calls every method with the
     same arguments, and `batch` with the whole batch, of which it keeps the users of its devices.
@@ -43,9 +43,10 @@ class Layout:
     Attributes:
       mesh: the devices, with axes of any type; None: the default device.
       users: name of the axis over which users are sharded.
+      rows: name of the axis over which `split` shards tables; None: they are replicated.
 
     Raises:
-      ValueError: the mesh has no axis `users`.
+      ValueError: the mesh has no such axis.
 
     Example:
       >>> layout = mr.core.Layout(jax.make_mesh((1,), ("users",)))
@@ -55,15 +56,17 @@ class Layout:
 
     mesh: Mesh | None = None
     users: str = "users"
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         if self.mesh is None:
             return
-        if self.users not in self.mesh.axis_names:
-            raise ValueError(
-                f"the mesh has no axis {self.users!r}, its axes are {', '.join(map(repr, self.mesh.axis_names))}: "
-                f'jax.make_mesh((jax.device_count(),), ("{self.users}",))'
-            )
+        for axis in filter(None, (self.users, self.rows)):
+            if axis not in self.mesh.axis_names:
+                raise ValueError(
+                    f"the mesh has no axis {axis!r}, its axes are {', '.join(map(repr, self.mesh.axis_names))}: "
+                    f'jax.make_mesh((jax.device_count(),), ("{axis}",))'
+                )
         automatic = (AxisType.Auto,) * len(self.mesh.axis_names)  # the compiler shards what strategies compute
         object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=automatic))
 
@@ -102,6 +105,19 @@ class Layout:
     def place(self, tree: Params) -> Params:
         """Copy host arrays to every device."""
         return jax.device_put(tree) if self.mesh is None else self._put(tree, PartitionSpec())
+
+    def split(self, tree: Params) -> Params:
+        """Shard host arrays `[rows, ...]`, such as item tables and their optimiser states, over the axis `rows`.
+
+        Raises:
+          ValueError: the rows of an array do not divide by the size of the axis.
+        """
+        if self.mesh is None or self.rows is None:
+            return self.place(tree)
+        devices = self.mesh.shape[self.rows]
+        if wrong := [x.shape for x in jax.tree.leaves(tree) if not x.ndim or x.shape[0] % devices]:
+            raise ValueError(f"rows must be a multiple of {devices}, the size of {self.rows!r}; pad arrays {wrong}")
+        return self._put(tree, PartitionSpec(self.rows))
 
     def batch(self, tree: Any) -> Any:
         """Shard host arrays `[users, ...]`; users are padded with zeros to a multiple of the devices."""

@@ -72,6 +72,9 @@ def meta_step(
     become -1 and ids beyond the table stay beyond it; neither trains any row. Put a penalty on a whole table into
     `row_optimizer`.
 
+    Tables and their states may be sharded by rows over devices (`core.Layout.split`), users over others. Devices then
+    exchange ids and rows of the batch, never a table.
+
     Args:
       loss: `loss(params, task, key) -> (scalar, aux)`, the loss of a strategy.
       optimizer: any optax transformation, for the parameters that are not tables.

@@ -1,4 +1,4 @@
-"""SPMD: users sharded over eight devices get the loss and the gradient of one device, on every kind of mesh."""
+"""SPMD: users, and rows of tables, sharded over eight devices get the results of one device, on every kind of mesh."""
 
 import subprocess
 import sys
@@ -91,4 +91,56 @@ print("equal")
 )
 def test_sharded_users_get_the_loss_and_gradient_of_one_device(loss):
     ran = subprocess.run([sys.executable, "-c", SCRIPT, loss], capture_output=True, text=True, timeout=300, check=False)
+    assert ran.stdout.endswith("equal\n"), ran.stderr[-3000:]
+
+
+TABLES = r"""
+import os, re
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+import jax, jax.numpy as jnp, numpy as np, optax
+import metarec_jax as mr
+from metarec_jax import core
+
+USERS, EXAMPLES, ROWS, WIDTH = 32, 6, 80_000, 16
+rng = np.random.default_rng(0)
+
+def examples():
+    ids, y = rng.integers(0, ROWS, (USERS, EXAMPLES)), rng.normal(size=(USERS, EXAMPLES))
+    return mr.Examples({"item_id": ids.astype("i")}, y.astype("f"), np.ones((USERS, EXAMPLES), "f"))
+
+def apply(params, features):
+    return jnp.tanh(params["table"][features["item_id"]]) @ params["w"]
+
+def loss(params, task, key):
+    adapted = core.adapt(apply, params, task.support, steps=1)
+    scores = core.predict(apply, params, adapted, task.query.features)
+    return core.query_loss(scores, task.query, optax.losses.squared_error), {}
+
+init, step = core.sparse.meta_step(loss, optax.adam(0.01), optax.adagrad(0.1), {"item_id": "table"})
+params = {"table": rng.normal(size=(ROWS, WIDTH)).astype("f"), "w": rng.normal(size=WIDTH).astype("f")}
+task, state = mr.Task(examples(), examples()), init(jax.tree.map(jnp.array, params))
+one = jax.jit(step)(params, state, task, None)
+
+layout = core.Layout(jax.make_mesh((2, 4), ("users", "rows")), rows="rows")
+params = {"table": layout.split(params["table"]), "w": layout.place(params["w"])}
+state = core.sparse.State(layout.place(state.rest), layout.split(state.tables))
+given = params, state, layout.batch(task), None
+kept = jax.tree.map(lambda x: x.sharding, given[:2])
+compiled = jax.jit(step, out_shardings=(*kept, None)).lower(*given).compile()
+sent = re.findall(r"= (.*) (?:all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(", compiled.as_text())
+sizes = [size.split(",") for line in sent for size in re.findall(r"\[([\d,]+)\]", line)]
+numbers = [int(np.prod([int(n) for n in size])) for size in sizes]
+ids = 2 * USERS * EXAMPLES
+assert 0 < max(numbers) <= (ids + 2) * WIDTH, max(numbers)  # rows of the batch, no table
+whole = sum(x.nbytes for x in jax.tree.leaves(one[:2]))
+assert compiled.memory_analysis().argument_size_in_bytes < whole / 4 + 20_000
+assert compiled.memory_analysis().temp_size_in_bytes < whole / 20
+for a, b in zip(jax.tree.leaves(layout.gather(compiled(*given))), jax.tree.leaves(one), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+print("equal")
+"""
+
+
+def test_tables_sharded_by_rows_are_stepped_as_on_one_device():
+    ran = subprocess.run([sys.executable, "-c", TABLES], capture_output=True, text=True, timeout=300, check=False)
     assert ran.stdout.endswith("equal\n"), ran.stderr[-3000:]

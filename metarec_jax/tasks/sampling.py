@@ -42,7 +42,8 @@ def sampler(
       max_support: largest support size; longer histories are subsampled anew each time.
       buckets: number of padded support widths, chosen to minimise padding; or the widths themselves.
       seed: seed of order and draws.
-      shard: index of this process and number of processes; their users are disjoint.
+      shard: index of this process and number of processes; their users are disjoint. Batch i has the same shapes in all
+        of them, so that `jax.make_array_from_process_local_data` makes a global batch of theirs.
       **options: `unknown`, `short`, `noise` and `statistics` of `batches`.
 
     Returns:
@@ -50,7 +51,7 @@ def sampler(
 
     Raises:
       ModuleNotFoundError: Grain is not installed.
-      ValueError: the shard does not exist, or has no users.
+      ValueError: the shard does not exist, or there are fewer users than shards.
 
     Example:
       >>> train = mr.ColdUsers().split(mr.data.synthetic(users=30, items=40)).train
@@ -65,21 +66,36 @@ def sampler(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the sampler needs Grain: pip install 'metarec-jax[grain]'") from error
     number, count = shard
-    if not 0 <= number < count or len(histories) <= number:
-        raise ValueError(f"shard {number} of {count} does not exist or has none of the {len(histories)} users")
-    shard_users = np.arange(len(histories))[number::count]
-    supports = np.clip(histories.lengths[shard_users] - query, 1, max_support)
-    widths = bucket_sizes(supports, buckets) if isinstance(buckets, int) else tuple(buckets)
+    if not 0 <= number < count or len(histories) < count:
+        raise ValueError(f"shard {number} of {count} does not exist, or {len(histories)} users are too few")
+    supports = np.clip(histories.lengths - query, 1, max_support)
+    widths = _shared_widths(supports, bucket_sizes(supports, buckets) if isinstance(buckets, int) else buckets, count)
     bucket = np.minimum(np.searchsorted(widths, supports), len(widths) - 1)
     parts, weights = [], []
     for b, width in enumerate(widths):
-        if not len(users := shard_users[bucket == b]):
-            continue
+        everyone = np.flatnonzero(bucket == b)
+        users = everyone[number::count]
         build = partial(_batch, histories, target, query=query, batch_size=batch_size, buckets=(width,), **options)
         part = grain.MapDataset.source(users).seed(seed + b).shuffle().repeat().batch(batch_size, batch_fn=np.array)
         parts.append(part.random_map(build))
-        weights.append(float(len(users)))
+        weights.append(float(len(everyone)))  # the same for all shards
     return grain.MapDataset.mix(parts, weights)
+
+
+def _shared_widths(supports: np.ndarray, widths: tuple[int, ...], shards: int) -> tuple[int, ...]:
+    """Remove padded widths until each has users for every shard; users move to the next width, or from the one before.
+
+    There must be as many users as shards.
+    """
+    kept = list(widths)
+    while len(kept) > 1:
+        bucket = np.minimum(np.searchsorted(kept, supports), len(kept) - 1)
+        count = np.bincount(bucket, minlength=len(kept))
+        if count.min() >= shards:
+            break
+        few = int(np.argmax(count < shards))
+        del kept[few - 1 if few == len(kept) - 1 else few]
+    return tuple(kept)
 
 
 def _batch(histories: Histories, target: Target, users: np.ndarray, rng: np.random.Generator, **options: Any) -> Batch:

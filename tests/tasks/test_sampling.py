@@ -69,3 +69,10 @@ def test_a_shard_that_does_not_exist_is_refused(users):
     for shard in ((3, 3), (-1, 2), (89, 100)):
         with pytest.raises(ValueError, match="does not exist"):
             mr.tasks.sampler(*users, shard=shard)
+
+
+def test_batches_of_one_number_have_the_same_shapes_in_all_shards(users):
+    datasets = [mr.tasks.sampler(*users, query=5, batch_size=4, shard=(n, 7), buckets=6) for n in range(7)]
+    shapes = [[d[i].task.support.mask.shape for d in datasets] for i in range(40)]
+    assert all(len(set(each)) == 1 for each in shapes)
+    assert len({each[0] for each in shapes}) > 1  # several widths

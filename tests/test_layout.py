@@ -29,6 +29,7 @@ ROOMS = [  # from the bottom to the top
 ]
 LINES = 400  # of a file
 BODY = 60  # lines of a function, with its signature
+FACADE = 250  # lines of `recommender` without docstrings, which are the public documentation
 FACTORIES = ("Strategy", "Members")  # return annotations of strategy factories
 
 
@@ -89,6 +90,13 @@ def _lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     if ast.get_docstring(function) is None:
         return lines
     return lines - (function.body[0].end_lineno - function.body[0].lineno + 1)
+
+
+def test_the_facade_is_short():
+    source = MODULES["recommender"].read_text()
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docstrings = [n.body[0] for n in nodes if ast.get_docstring(n) is not None]
+    assert len(source.splitlines()) - sum(d.end_lineno - d.lineno + 1 for d in docstrings) <= FACADE
 
 
 def test_no_function_is_long():

@@ -3,7 +3,14 @@
 from metarec_jax import core, data, distributed, evaluation, metrics, models, strategies, tasks
 from metarec_jax.api import load, reweight, train
 from metarec_jax.core import meta_step
-from metarec_jax.errors import DataError, ModelFileError, OptionError, StoreError, UnknownItemWarning
+from metarec_jax.errors import (
+    DataError,
+    IgnoredContextWarning,
+    ModelFileError,
+    OptionError,
+    StoreError,
+    UnknownItemWarning,
+)
 from metarec_jax.inference.recommendations import Recommendation, UncertainRecommendation
 from metarec_jax.models import Model
 from metarec_jax.recommender import Recommender
@@ -19,10 +26,10 @@ from metarec_jax.types import Examples, History, Task
 __version__ = "0.1.0"
 
 __all__ = [
-    "ColdUsers", "DataError", "Event", "Examples", "History", "Model", "ModelFileError", "NextItem", "OptionError",
-    "Recommendation", "Recommender", "RedisStore", "Scenario", "SqliteStore", "Store", "StoreError",
-    "StrongGeneralisation", "Task", "TimeSplit", "UncertainRecommendation", "UnknownItemWarning", "core", "data",
-    "distributed", "evaluation", "load", "meta_step", "metrics", "models", "reweight", "strategies", "tasks",
+    "ColdUsers", "DataError", "Event", "Examples", "History", "IgnoredContextWarning", "Model", "ModelFileError",
+    "NextItem", "OptionError", "Recommendation", "Recommender", "RedisStore", "Scenario", "SqliteStore", "Store",
+    "StoreError", "StrongGeneralisation", "Task", "TimeSplit", "UncertainRecommendation", "UnknownItemWarning", "core",
+    "data", "distributed", "evaluation", "load", "meta_step", "metrics", "models", "reweight", "strategies", "tasks",
     "train",
 ]  # fmt: skip
 __all__ += strategies.registry.__all__

@@ -19,3 +19,7 @@ class StoreError(Exception):
 
 class UnknownItemWarning(UserWarning):
     """Items of a history are unknown to the model."""
+
+
+class IgnoredContextWarning(UserWarning):
+    """The context of a call, which the strategy does not read."""

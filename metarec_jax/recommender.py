@@ -139,7 +139,7 @@ class Recommender:
             unknown item, with an `UnknownItemWarning`. Only the last 512 interactions are used.
           k: number of items; fewer are returned if fewer are left.
           user: attributes of the user, `{"age": 30}`. Omitted attributes are unknown.
-          context: context of the call, `{"device": "phone"}`. Omitted fields are unknown.
+          context: context of the call, `{"device": "phone"}`; omitted fields are unknown. Some strategies ignore it.
           exclude_seen: exclude the items of the history.
           where: filter by item fields, `{"genres": ["Comedy", "Romance"], "price": (None, 20.0)}`: any of the
             categories, within the bounds.

@@ -50,8 +50,8 @@ class Layout:
 
     Example:
       >>> layout = mr.core.Layout(jax.make_mesh((1,), ("users",)))
-      >>> layout.batch({"mask": np.ones((3, 5))})["mask"].sharding.spec
-      PartitionSpec('users',)
+      >>> tuple(layout.batch({"mask": np.ones((3, 5))})["mask"].sharding.spec)
+      ('users',)
     """
 
     mesh: Mesh | None = None

@@ -1,5 +1,7 @@
 """Predictor: apply a trained model to encoded users and to all items that can be recommended."""
 
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -8,13 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metarec_jax.data.vocabulary import UNKNOWN
-from metarec_jax.errors import DataError, OptionError
+from metarec_jax.errors import DataError, IgnoredContextWarning, OptionError
 from metarec_jax.inference.explain import Cause, Explanation, effects, rank_correlation
 from metarec_jax.inference.histories import History, encode_attributes, encode_history
 from metarec_jax.inference.ranker import BATCHES, HISTORIES, USERS, Ranked, Ranker
 from metarec_jax.inference.recommendations import Choice, Recommendation, UncertainRecommendation, checked_count
 from metarec_jax.inference.rerank import diversify
 from metarec_jax.inference.stock import Stock
+from metarec_jax.strategies.catalogue import reads_context
 from metarec_jax.tasks.ranking import LONGEST, Known
 from metarec_jax.training.trained import Trained
 
@@ -113,6 +116,7 @@ class Predictor:
                 [r._replace(score=min(max(r.score, low), high)) for r in recommendations] for recommendations in lists
             ]
         checked_count(k)
+        self._warn_of_context(context, *([self.needed_rater()] if choice.by != "score" else []))
         allowed = self._allowed(choice, len(people))
         seeds = choice.seeds(len(people)) if choice.explore == "thompson" else np.zeros(len(people), np.uint32)
         wanted = max(k, min(max(10 * k, CANDIDATES[0]), CANDIDATES[1])) if choice.reranks else k
@@ -218,6 +222,7 @@ class Predictor:
             raise DataError(f"items: expected a list of item ids, got {items!r}")
         rows = self.rows_of(list(items))
         rater, answers = self.needed_rater(), []
+        rater._warn_of_context(context)
         target, limits = rater.target, rater.trained.limits
         for start in range(0, len(people), USERS):
             chunk = people[start : start + USERS]
@@ -256,6 +261,7 @@ class Predictor:
     def explain(self, person: EncodedUser, item: Any, context: Mapping[str, Any] | None) -> Explanation:
         """Explain an item's score for a user."""
         (row,) = self.rows_of([item])
+        self._warn_of_context(context)
         person = person.latest(LONGEST)
         raw_scores = effects(self.ranker, self.batch([person], context), int(row))
         after, before, *without = self.target.decode(
@@ -314,10 +320,38 @@ class Predictor:
         return known
 
     @cached_property
+    def reads_context(self) -> bool:
+        """Whether scores depend on the context of a call."""
+        known, ranker = Known.blank(1, HISTORIES[0], *self.ranker.fields), self.ranker
+        return bool(known.context) and reads_context(ranker.strategy, ranker.params, ranker.tables, known)
+
+    def _warn_of_context(self, context: Mapping[str, Any] | None, *others: "Predictor") -> None:
+        """Warn of a valid context that neither this predictor nor one of `others` reads."""
+        fields = {f.name for f in self.catalogue.context_fields}
+        if not isinstance(context, Mapping) or not context or not fields.issuperset(context):
+            return
+        if not any(predictor.reads_context for predictor in (self, *others)):
+            warnings.warn(
+                f"the strategy {self.trained.name or 'of this model'} ignores the context {dict(context)}: stack, "
+                "ials, ease, item_knn, content, transitions and als read no contexts; softmax_ridge and strategies "
+                "with a network, such as alpaca or prototypes, do",
+                IgnoredContextWarning,
+                stacklevel=_outside(),
+            )
+
+    @cached_property
     def _likeness(self) -> np.ndarray:
         """Unit item vectors `[rows, width]`, whose products are cosine similarities."""
         vectors = self.ranker.vectors()
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _outside() -> int:
+    """Return the `stacklevel` that names the first caller outside of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("metarec_jax"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _bucket(n: int, smallest: int, factor: int = 4) -> int:

@@ -36,6 +36,7 @@ def warm(recommender: Recommender) -> None:
         recommender.explain([(unknown, low)] * (length - 1) + [(item, low)], item)
 
     rank(SIZES[0], LENGTHS[0], COUNTS[0])
+    _ = recommender.predictor.reads_context  # traced once, kept by the predictor
     _in_threads([partial(rank, size, LENGTHS[0], COUNTS[0]) for size in SIZES[1:]])
     more = [partial(rank, size, LENGTHS[0], count) for size in SIZES for count in COUNTS[1:]]
     longer = [partial(rank, size, length, count) for size in SIZES for length in LENGTHS[1:] for count in COUNTS]

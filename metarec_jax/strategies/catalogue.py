@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metarec_jax.core._trace import trace
 from metarec_jax.data.schema import CONTEXT, ITEM_ID, ORDER, USER, prefixed
 from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.tasks.ranking import Known
@@ -92,6 +93,28 @@ def score_one(
         return scores, None
     assert strategy.deviation is not None
     return scores, strategy.deviation(params, adapted, merged)[0]
+
+
+def reads_context(strategy: Strategy, params: Params, tables: dict[str, jax.Array], known: Known) -> bool:
+    """Return whether the scores depend on the context of the recommendation, as their jaxpr tells.
+
+    Args:
+      strategy, params: a trained strategy.
+      tables: features of all items, each `[rows, ...]`.
+      known: users; only shapes matter.
+    """
+
+    def scores(context: dict[str, jax.Array], rest: Any) -> jax.Array:
+        params, tables, known, rows = rest
+        known = known._replace(context=context)
+        return score(strategy, params, tables, adapt(strategy, params, tables, known), known, rows)
+
+    rows = known.items[:, :1]
+    context, rest = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (known.context, (params, tables, known, rows))
+    )
+    program = trace(scores, context, rest)
+    return not program.dependents(program.inputs[0]).isdisjoint(o for o in program.outputs if isinstance(o, int))
 
 
 def last(known: Known) -> jax.Array:

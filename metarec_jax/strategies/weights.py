@@ -9,6 +9,7 @@ from metarec_jax.strategies.smooth import GAIN
 from metarec_jax.types import Examples, Params
 
 DISLIKE = -0.7  # initial log weight of a dislike
+ITEM_WEIGHT, DISLIKE_WEIGHT = "weight", "dislike"  # names of the parameters; the first has one number for each item
 
 
 def example_weights(items: int, half_life: float | None) -> Params:
@@ -18,7 +19,7 @@ def example_weights(items: int, half_life: float | None) -> Params:
       items: number of rows in the catalogue.
       half_life: see `weigh`; None: examples do not decay, and no half-life is learned.
     """
-    params = {"weight": jnp.zeros(items), "dislike": jnp.zeros(())}
+    params = {ITEM_WEIGHT: jnp.zeros(items), DISLIKE_WEIGHT: jnp.zeros(())}
     return params if half_life is None else params | {"half_life": jnp.zeros(())}
 
 
@@ -45,8 +46,8 @@ def weigh(params: Params, support: Examples, half_life: float | None) -> jax.Arr
       half_life: initial h; None: no decay.
     """
     keep = support.mask > 0
-    item_weight = look_up(lambda x: params["weight"][x][..., None], support.features[ITEM_ID], "categorical")[..., 0]
-    log_weight = item_weight + (GAIN * params["dislike"] + DISLIKE) * (1 - jnp.where(keep, support.target, 0.0))
+    item_weight = look_up(lambda x: params[ITEM_WEIGHT][x][..., None], support.features[ITEM_ID], "categorical")[..., 0]
+    log_weight = item_weight + (GAIN * params[DISLIKE_WEIGHT] + DISLIKE) * (1 - jnp.where(keep, support.target, 0.0))
     if half_life is not None:
         age = keep.sum(1, keepdims=True) - 1 - support.features[ORDER]
         log_weight -= jnp.log(2.0) / half_life * jnp.exp(GAIN * params["half_life"]) * jnp.maximum(age, 0)

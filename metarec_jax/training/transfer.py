@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from metarec_jax.data.fields import Field
+from metarec_jax.data.schema import ITEM_ID
 from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary
+from metarec_jax.strategies.weights import DISLIKE_WEIGHT, ITEM_WEIGHT
 from metarec_jax.types import Params
 
 
@@ -21,7 +23,8 @@ def carry_over(
 ) -> Params:
     """Return `fresh` with the matching parameters of `source` copied into it.
 
-    An array of a field with a vocabulary is a table, whose rows are the last axis but one. The rows of raw values in
+    An array of a field with a vocabulary is a table, whose rows are the last axis but one; the item weights of
+    closed-form rankers (`metarec_jax.strategies.weights`) are one of the items. The rows of raw values in
     both vocabularies, and the unknown row, are copied; the other rows stay fresh. An array belongs to the field whose
     name is among the keys of its path. Any other array is copied whole if the shapes agree. If they differ because the
     fields differ, as in the first layer, it stays fresh. Parameters of dense fields are copied as they are; each
@@ -48,23 +51,27 @@ def carry_over(
         )
     names, comparable = known.keys() | fields.keys(), common if shared is None else set(shared)
     before, after = (dict(jax.tree_util.tree_leaves_with_path(params)) for params in (source, fresh))
-    unmatched = {path for path in before.keys() ^ after.keys() if _field(path, names) is None}
-    if unmatched:
-        raise _mismatch(min(map(jax.tree_util.keystr, unmatched)))
+    for path in sorted(before.keys() ^ after.keys(), key=jax.tree_util.keystr):
+        if _field(path, names) is None:
+            raise _mismatch(path, before.get(path), after.get(path))
 
     def carried(path: tuple[Any, ...], new: jax.Array) -> jax.Array:
-        field, old = _field(path, names), before.get(path)
+        if path in before and ITEM_ID in common and _is_item_weight(path, after.keys()):
+            return table(path, ITEM_ID, before[path][..., None], new[..., None])[..., 0]
+        return table(path, _field(path, names), before.get(path), new)
+
+    def table(path: tuple[Any, ...], field: str | None, old: jax.Array | None, new: jax.Array) -> jax.Array:
         if old is None or (field is not None and field not in common):
             return new
         if field is not None and _is_table(old, known[field]) and _is_table(new, fields[field]):
             if old.shape[:-2] != new.shape[:-2] or old.shape[-1] != new.shape[-1]:
-                raise _mismatch(jax.tree_util.keystr(path))
+                raise _mismatch(path, old, new)
             source_rows, rows = _rows(
                 known[field].vocabulary, fields[field].vocabulary if field in comparable else None
             )
             return jnp.asarray(new).at[..., rows, :].set(jnp.asarray(old)[..., source_rows, :])
         if old.shape != new.shape and field is None and known.keys() == fields.keys():
-            raise _mismatch(jax.tree_util.keystr(path))
+            raise _mismatch(path, old, new)
         return jnp.asarray(old) if old.shape == new.shape else new
 
     return jax.tree_util.tree_map_with_path(carried, fresh)
@@ -89,8 +96,17 @@ def _rows(known: Vocabulary | None, new: Vocabulary | None) -> tuple[np.ndarray,
     return np.append(UNKNOWN, known_rows + 1), np.append(UNKNOWN, new_rows + 1)
 
 
-def _mismatch(path: str) -> ValueError:
+def _is_item_weight(path: tuple[Any, ...], paths: Collection[Any]) -> bool:
+    """Return whether this is the array of item weights that `strategies.weights.example_weights` makes."""
+    key, parent = jax.tree_util.DictKey, path[:-1]
+    return path[-1:] == (key(ITEM_WEIGHT),) and (*parent, key(DISLIKE_WEIGHT)) in paths
+
+
+def _mismatch(path: tuple[Any, ...], old: jax.Array | None, new: jax.Array | None) -> ValueError:
+    shapes = [None if x is None else x.shape for x in (old, new)]
+    there, here = ("it is missing" if shape is None else f"it has the shape {shape}" for shape in shapes)
     return ValueError(
-        f"the parameters to start from do not fit at {path}; strategy and model, with their options, must be "
-        "those that they were trained with"
+        f"start does not fit at {jax.tree_util.keystr(path)}: {there} in start, {here} in this training; strategy and "
+        "model, with their options, must be those of start (start.trained.recipe names them; the default members of a "
+        "stack depend on the size of the catalogue)"
     )

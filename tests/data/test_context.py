@@ -81,6 +81,53 @@ def test_a_recommender_reads_the_context_of_the_call_and_survives_saving(tmp_pat
         trained.recommend(history, context={"place": "home"})
 
 
+@pytest.fixture(scope="module")
+def ranking():
+    """A ranking by iALS with an ALS rater, of data with a context; neither reads it."""
+    data = mr.data.from_tables(table(60), context=["device"])
+    return mr.train(data, "ials", epochs=1, progress=False, buckets=1, strategy_options={"rank": 4, "sweeps": 1})
+
+
+def test_a_strategy_that_ignores_contexts_says_so_once_a_call(ranking, tmp_path):
+    live, context = ranking.with_users(":memory:"), {"device": "phone"}
+    live.update([{"user": "ann", "item": 3, "value": 5.0, "context": context}])
+    ranking.save(tmp_path / "model")
+    loaded = mr.load(tmp_path / "model")
+    ranks, rates = "the strategy ials ignores the context .'device': 'phone'.", "the strategy als ignores the context"
+    for call, message in (
+        (lambda **c: live.recommend([3, 17], **c), ranks),
+        (lambda **c: loaded.recommend([3, 17], **c), ranks),
+        (lambda **c: live.recommend([3, 17], by="rating", **c), rates),
+        (lambda **c: live.recommend([3, 17], by=0.5, **c), ranks),
+        (lambda **c: live.recommend_to("ann", **c), ranks),
+        (lambda **c: live.batch.recommend([[3], [17]] * 200, **c), ranks),
+        (lambda **c: live.predict([3, 17], [5], **c), rates),
+        (lambda **c: live.predict_for("ann", [5], **c), rates),
+        (lambda **c: live.explain("ann", 5, **c), ranks),
+        (lambda **c: live.recommend_all(3, **c), ranks),
+    ):
+        with pytest.warns(mr.IgnoredContextWarning, match=message) as told:
+            found = call(context=context)
+        assert len(told) == 1
+        assert told[0].filename == __file__
+        without = call()  # warnings are errors here: none without a context
+        assert found.equals(without) if hasattr(found, "equals") else found == without or hasattr(found, "causes")
+    for context in (None, {}):
+        live.recommend([3], context=context)
+    with pytest.raises(DataError, match="context 'place' is unknown"):
+        live.recommend([3], context={"place": "home"})
+
+
+@pytest.mark.parametrize("strategy", ["softmax_ridge", "ease", "transitions", "content", "item_knn", "stack"])
+def test_scores_change_with_the_context_where_it_is_read(strategy):
+    data = mr.data.from_tables(table(60), context=["device"])
+    predictor = mr.train(data, strategy, epochs=1, progress=False, buckets=1, ratings=None).predictor
+    known = predictor.batch([predictor.person([1, 2])], None)
+    phone, tv = (known._replace(context={"device": np.full(1, code, np.int32)}) for code in (1, 2))
+    one, two = (predictor.ranker.top(each, 5).scores for each in (phone, tv))
+    assert predictor.reads_context == (not np.allclose(one, two)) == (strategy == "softmax_ridge")
+
+
 READING = [name for name in MODELS if name != "design"]  # it reads the fields of items and users alone
 SOME = ("deepfm", "transformer")
 
@@ -95,6 +142,7 @@ def test_every_model_reads_contexts(name):
     trained = mr.train(data, "ridge", name, protocol=protocol, epochs=1, progress=False, buckets=1)
     one, two = (trained.recommend({1: 5.0}, 1, context={"device": d})[0].score for d in ("phone", "tv"))
     assert np.isfinite([one, two]).all()
+    assert trained.predictor.reads_context
 
 
 @pytest.mark.parametrize("wrong", ["device", ["device", "device"], ["rating"]], ids=str)

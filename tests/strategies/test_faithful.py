@@ -19,6 +19,7 @@ LOGISTIC, SQUARED = optax.losses.sigmoid_binary_cross_entropy, optax.losses.squa
 KEY = jax.random.key(0)
 NAMES = [name for name, make in mr.STRATEGIES.items() if "faithful" in inspect.signature(make).parameters]
 INNER = [name for name in NAMES if "learn_step_size" in inspect.signature(mr.STRATEGIES[name]).parameters]
+FAMILIES = ("maml", "cavia", "limaml", "mamo", "anp", "prototypes")
 OPTIONS = {"lora": {"groups": ("embedding",)}}  # the only matrix of `tiny_model`
 
 
@@ -53,7 +54,7 @@ def concatenated(params, context, phi):
 # All of them
 
 
-@pytest.fixture(params=NAMES, scope="module")
+@pytest.fixture(params=[n if n in FAMILIES else pytest.param(n, marks=pytest.mark.grid) for n in NAMES], scope="module")
 def strategy(request, tiny_model):
     return mr.STRATEGIES[request.param](tiny_model, loss=LOGISTIC, faithful=True, **OPTIONS.get(request.param, {}))
 

@@ -56,6 +56,9 @@ def test_shapes_are_those_of_the_interface(strategy, task_batch):
     assert isinstance(aux, dict)
 
 
+@pytest.mark.parametrize(
+    "strategy", [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.grid) for n in mr.STRATEGIES], indirect=True
+)
 def test_padding_and_empty_users_never_change_loss_gradient_or_scores(strategy, task_batch):
     task, params = task_batch(mask=False), parameters(strategy)
 

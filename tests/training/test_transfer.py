@@ -134,16 +134,51 @@ def test_fields_that_mean_something_else_or_are_new_stay_fresh():
     np.testing.assert_array_equal(got["embedding"]["item_id"]["embedding"][1, :, 0], tables["item_id"])
 
 
+@pytest.mark.parametrize("name", ["ials", "ease", "item_knn", "stack"])
+def test_item_weights_of_closed_form_rankers_land_where_their_raw_ids_are(worlds, name, tmp_path):
+    quick = {"epochs": 0, "progress": False, "buckets": 1, "ratings": None}
+    first = mr.train(worlds[0], name, **quick)
+
+    def weights(params):
+        return params["members"][0] if name == "stack" else params
+
+    weights(first.params)["weight"] = np.arange(61) + 0.5
+    weights(first.params)["dislike"] = np.float32(7)
+    first.save(tmp_path / "model")
+    known, items = worlds[0].items, worlds[1].items
+    both = np.intersect1d(known.ids, items.ids)
+    for start in (first, mr.load(tmp_path / "model")):
+        own = weights(mr.train(worlds[1], name, start=start, **quick).params)
+        np.testing.assert_array_equal(own["weight"][items.encode(both)], known.encode(both) + 0.5)
+        assert own["weight"][0] == 0.5
+        assert own["dislike"] == 7
+        assert not own["weight"][items.encode(np.setdiff1d(items.ids, known.ids))].any()
+    apart = weights(mr.train(worlds[1], name, start=first, shared=["item/genre"], **quick).params)
+    assert np.flatnonzero(apart["weight"]).tolist() == [0]
+
+
+def test_stacks_of_other_members_are_refused_with_what_to_do(worlds):
+    quick = {"epochs": 0, "progress": False, "buckets": 1, "ratings": None}
+    first = mr.train(worlds[0], "stack", strategy_options={"members": ["ease", "content"]}, **quick)
+    with pytest.raises(ValueError, match=r"start does not fit at .*missing in start.*start.trained.recipe names them"):
+        mr.train(worlds[1], "stack", start=first, **quick)
+    options = first.trained.recipe["strategy"]["options"]
+    assert mr.train(worlds[1], "stack", start=first, strategy_options=options, **quick).recommend([1001], 3)
+
+
 def test_what_does_not_fit_is_refused(worlds, source, train):
     def other(*args, model_options=QUICK["model_options"], **options):
         given = {"protocol": PROTOCOL, "model_options": model_options, "progress": False, "epochs": 0} | options
         return mr.train(worlds[1], *args, start=source, **given)
 
-    with pytest.raises(ValueError, match=r"do not fit at .*embedding.*strategy and model"):
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit at .*embedding.*shape .*, 4. in start, .* .*, 8. in this training; strategy and model",
+    ):
         other("ridge", model_options={"width": 8})
-    with pytest.raises(ValueError, match=r"do not fit at .*layers"):
+    with pytest.raises(ValueError, match=r"does not fit at .*layers"):
         other("ridge", "mlp")
-    with pytest.raises(ValueError, match=r"do not fit at .*log_"):
+    with pytest.raises(ValueError, match=r"does not fit at .*log_"):
         other("pretrain", "linear")
     with pytest.raises(ValueError, match="start predicts a rating, this training a click"):
         other(protocol=replace(PROTOCOL, target="click"))

@@ -297,13 +297,19 @@ def test_a_model_is_swapped_without_dropping_a_request(serve, service, model, st
                 statuses.append(answer.status_code)
                 versions.add(answer.json()["model"])
 
+    def await_answer(arrived):
+        deadline = time.monotonic() + 30
+        while not arrived() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     with serve() as address:
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
+        await_answer(lambda: before in versions)
         stocked.add_items({"item_id": [7], "title": ["Brand new"]}).save(model)
         answer = httpx.post(f"{address}/v1/model/reload", timeout=120)
-        time.sleep(0.3)
+        await_answer(lambda: answer.json()["model"] in versions)
         stop.set()
         for thread in threads:
             thread.join()

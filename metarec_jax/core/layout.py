@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -14,28 +15,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from metarec_jax.types import Params
 
 
-def set_columns(x: jax.Array, columns: jax.Array, value: Any) -> jax.Array:
-    """Set entries `columns` `[users, n]` of each row of `x` `[users, items]`; columns beyond the row are dropped.
-
-    The scatter has no index over users, so that sharded users stay on their devices.
-    """
-    return jax.vmap(lambda row, at: row.at[at].set(value, mode="drop"))(x, columns)
-
-
-def add_to_columns(x: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
-    """Add `values` `[users, n]` to entries `columns` `[users, n]` of each row of `x`; otherwise as `set_columns`."""
-    return jax.vmap(lambda row, at, value: row.at[at].add(value, mode="drop"))(x, columns, values)
-
-
 def _all_have(value: str) -> bool:
     """Whether every process passes the same value."""
     digest = np.frombuffer(sha256(value.encode()).digest(), np.uint32)
     return not np.ptp(multihost_utils.process_allgather(digest), axis=0).any()
 
 
+@partial(jax.jit, static_argnums=1)
+def _constrained(tree: Any, sharding: NamedSharding) -> Any:
+    """Constrain all arrays to one sharding; of the module, so that it is compiled once for each shape."""
+    return jax.lax.with_sharding_constraint(tree, sharding)
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Users sharded over one axis of a mesh; parameters replicated, large tables sharded by rows over another axis.
+    """Users sharded over one axis of a mesh; parameters replicated, or large tables sharded by rows.
 
     The mesh may span several processes (`jax.distributed.initialize`). Each of them then calls every method with the
     same arguments, and `batch` with the whole batch, of which it keeps the users of its devices.
@@ -43,9 +37,10 @@ class Layout:
     Attributes:
       mesh: the devices, with axes of any type; None: the default device.
       users: name of the axis over which users are sharded.
-      rows: name of the axis over which `split` shards tables; None: they are replicated.
+      rows: name of the axis over which `split` shards tables, which may be `users`; None: they are replicated.
 
     Raises:
+      TypeError: `mesh` is not a mesh.
       ValueError: the mesh has no such axis.
 
     Example:
@@ -61,6 +56,8 @@ class Layout:
     def __post_init__(self) -> None:
         if self.mesh is None:
             return
+        if not isinstance(self.mesh, Mesh):
+            raise TypeError(f'mesh: expected jax.make_mesh((jax.device_count(),), ("users",)), got {self.mesh!r}')
         for axis in filter(None, (self.users, self.rows)):
             if axis not in self.mesh.axis_names:
                 raise ValueError(
@@ -115,7 +112,7 @@ class Layout:
         if self.mesh is None or self.rows is None:
             return self.place(tree)
         devices = self.mesh.shape[self.rows]
-        if wrong := [x.shape for x in jax.tree.leaves(tree) if not x.ndim or x.shape[0] % devices]:
+        if wrong := [s for s in map(np.shape, jax.tree.leaves(tree)) if not s or s[0] % devices]:
             raise ValueError(f"rows must be a multiple of {devices}, the size of {self.rows!r}; pad arrays {wrong}")
         return self._put(tree, PartitionSpec(self.rows))
 
@@ -136,17 +133,17 @@ class Layout:
         """Constrain arrays, where they are traced, to be the same on every device."""
         if self.mesh is None:
             return tree
-        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return _constrained(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def gather(self, tree: Any) -> Any:
         """Return arrays on the host, whole on every process."""
         if self.mesh is None:
             return jax.device_get(tree)
-        replicated = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        replicated = NamedSharding(self.mesh, PartitionSpec())
 
         def whole(x: Any) -> np.ndarray:
-            partial = isinstance(x, jax.Array) and not x.is_fully_replicated
-            return np.asarray(replicated(x) if partial else x)
+            elsewhere = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+            return np.asarray(_constrained(x, replicated) if elsewhere else x)
 
         return jax.tree.map(whole, tree)
 
@@ -155,7 +152,7 @@ class Layout:
         sharding = NamedSharding(self.mesh, spec)
 
         def put(x: Any) -> jax.Array:
-            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
                 return jax.random.wrap_key_data(put(jax.random.key_data(x)))
             x = np.asarray(x)
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

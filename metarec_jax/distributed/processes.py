@@ -24,7 +24,8 @@ def start(
         ends all processes.
 
     Raises:
-      ValueError: only some of `address`, `count` and `rank`; a rank that is not below `count`.
+      ValueError: only some of `address`, `count` and `rank`, or none without a launcher that JAX knows; a rank that is
+        not below `count`.
       RuntimeError: JAX ran before, or joined another number of processes.
 
     Example:
@@ -42,9 +43,16 @@ def start(
         raise ValueError(f"rank is from 0 to count - 1, got rank {rank} of {count}")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if count != 1:
-        jax.distributed.initialize(
-            address, count, rank, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout
-        )
+        try:
+            jax.distributed.initialize(
+                address, count, rank, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout
+            )
+        except ValueError as error:
+            if address is not None:
+                raise
+            raise ValueError(
+                'no launcher that JAX knows started this process: mr.distributed.start("host:port", count, rank)'
+            ) from error
     if count is not None and jax.process_count() != count:
         raise RuntimeError(
             f"{count} processes were to join, JAX counts {jax.process_count()}: this backend trains each process alone"

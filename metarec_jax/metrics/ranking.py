@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metarec_jax.core.layout import ONE_DEVICE, Layout, set_columns
+from metarec_jax.core.columns import set_columns
+from metarec_jax.core.layout import ONE_DEVICE, Layout
 from metarec_jax.errors import DataError
 from metarec_jax.strategies.catalogue import adapt, score_shared
 from metarec_jax.strategies.strategy import Strategy

@@ -74,9 +74,9 @@ def score_tasks(
     """
     parts: list[Any] = []
     positions = []
+    key = layout.place(jax.random.key(0))
     for batch in tasks:
         n, query = len(batch.positions), batch.task.query
-        key = layout.place(jax.random.key(0))
         raw = layout.gather(score(strategy, params, layout.batch(batch.task), key))[:n]
         wanted, mask = np.asarray(query.target[:n]), np.asarray(query.mask[:n])
         truth = wanted if target.kind == "click" else target.decode(wanted)

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from metarec_jax.core.layout import add_to_columns
+from metarec_jax.core.columns import add_to_columns
 from metarec_jax.data.fields import NUMBERS, Field
 from metarec_jax.data.schema import ITEM, ITEM_ID, STATISTICS, USER
 from metarec_jax.models.model import Encoder, Model

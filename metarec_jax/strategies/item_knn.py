@@ -8,7 +8,7 @@ import optax
 
 from metarec_jax.collaborative import factorise
 from metarec_jax.collaborative.item_to_item import padded
-from metarec_jax.core.layout import add_to_columns
+from metarec_jax.core.columns import add_to_columns
 from metarec_jax.data.schema import ITEM_ID
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.ease import Weighed

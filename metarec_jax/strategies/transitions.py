@@ -21,7 +21,7 @@ from metarec_jax.collaborative.item_to_item import (
     vectors,
 )
 from metarec_jax.collaborative.item_to_item import transitions as counted
-from metarec_jax.core.layout import add_to_columns
+from metarec_jax.core.columns import add_to_columns
 from metarec_jax.data.schema import ITEM, ITEM_ID
 from metarec_jax.models.model import Model
 from metarec_jax.strategies.ease import MEMORY

@@ -114,6 +114,15 @@ def test_a_mesh_without_the_axis_is_refused():
         mr.train(mr.data.synthetic(users=30, items=20, ratings_per_user=(12, 15)), mesh=jax.make_mesh((1,), ("batch",)))
 
 
+def test_what_is_no_mesh_and_half_an_address_are_refused():
+    with pytest.raises(TypeError, match="mesh: expected jax.make_mesh"):
+        Layout(8)
+    with pytest.raises(ValueError, match="all of address, count and rank"):
+        mr.distributed.start("localhost:1")
+    with pytest.raises(ValueError, match="rank 5 of 2"):
+        mr.distributed.start("localhost:1", 2, 5)
+
+
 def test_a_layout_pads_users_and_returns_host_arrays():
     layout = Layout(jax.make_mesh((1,), ("users",)))
     batch = {"mask": np.ones((3, 2), np.float32)}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metarec_jax.core.layout import set_columns
+from metarec_jax.core.columns import set_columns
 from metarec_jax.data.schema import ITEM_ID
 from metarec_jax.strategies.catalogue import adapt, features, last, score, score_shared, support_of
 from metarec_jax.strategies.observed import popularity

@@ -115,7 +115,7 @@ def test_a_mesh_without_the_axis_is_refused():
 
 
 def test_what_is_no_mesh_and_half_an_address_are_refused():
-    with pytest.raises(TypeError, match="mesh: expected jax.make_mesh"):
+    with pytest.raises(TypeError, match=r"mesh: expected jax\.make_mesh"):
         Layout(8)
     with pytest.raises(ValueError, match="all of address, count and rank"):
         mr.distributed.start("localhost:1")

@@ -8,10 +8,11 @@ from metarec_jax.data.fetch import load
 from metarec_jax.data.fields import Field
 from metarec_jax.data.negatives import with_negatives
 from metarec_jax.data.normalise import centre_users, rescale
+from metarec_jax.data.prepared import Prepared
 from metarec_jax.data.recency import with_recency
 from metarec_jax.data.regroup import by_item, by_key
 from metarec_jax.data.simulation import synthetic
-from metarec_jax.data.stream import Prepared, prepare
+from metarec_jax.data.stream import prepare
 from metarec_jax.data.tables import from_tables, read_table
 from metarec_jax.data.vocabulary import Vocabulary
 

@@ -57,15 +57,17 @@ class Dataset:
     @cached_property
     def by_user(self) -> np.ndarray:
         """Indices `[interactions]` that sort by user, then by time, then by row."""
+        step, later = np.diff(self.user), self.timestamp[1:] >= self.timestamp[:-1]
+        if ((step > 0) | ((step == 0) & later)).all():  # sorted already, as `Prepared.dataset` is
+            return np.arange(len(self.user))
         return np.lexsort((self.timestamp, self.user))
 
     @cached_property
     def order(self) -> np.ndarray:
         """Number `[interactions]` int32 of earlier interactions of the same user (by time, then by row)."""
-        by_user = self.by_user
-        first = np.searchsorted(self.user[by_user], self.user[by_user])
+        counts = np.bincount(self.user, minlength=len(self.users))
         order = np.empty(len(self.user), np.int32)
-        order[by_user] = np.arange(len(self.user)) - first
+        order[self.by_user] = np.arange(len(self.user)) - np.repeat(np.cumsum(counts) - counts, counts)
         return order
 
     def __repr__(self) -> str:

@@ -30,7 +30,8 @@ def fingerprint(data: Dataset) -> str:
     arrays |= prefixed(CONTEXT, data.context_features)
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
-        array = array.astype(array.dtype.newbyteorder("<"))  # machine-independent byte order
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)  # machine-independent byte order
         digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
-        digest.update(array.tobytes())
+        if array.nbytes:
+            digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()[:12]

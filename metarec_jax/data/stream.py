@@ -7,13 +7,9 @@ progress.
 """
 
 import errno
-import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,87 +17,16 @@ import numpy as np
 
 from metarec_jax._files import write_whole
 from metarec_jax._progress import counter
-from metarec_jax.data.dataset import Dataset
-from metarec_jax.data.hashing import hashed
+from metarec_jax.data.prepared import ITEMS, MANIFEST, VERSION, Prepared, shard_name, shard_of, write_folder
 from metarec_jax.data.tables import COLUMNS, ids, numbers, seconds
-from metarec_jax.data.vocabulary import UNKNOWN, Vocabulary, as_ids
+from metarec_jax.data.vocabulary import Vocabulary
 from metarec_jax.errors import DataError
 
 if TYPE_CHECKING:
     import polars as pl
 
-VERSION = 1
-MANIFEST, SETTING, ITEMS = "manifest.json", "setting.json", "items.npy"
-ARRAYS = ("users", "starts", "item", "rating", "timestamp")
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Per-user histories on disk, as written by `prepare`.
-
-    Attributes:
-      path: the folder.
-      report: counts of `rows`, `duplicates`, rows `cut` from long histories, `users` and `items`.
-      shards: number of shards.
-
-    Example:
-      >>> import polars as pl
-      >>> plays = {"user_id": [1, 1], "item_id": [7, 8], "rating": [5, 4], "timestamp": [20, 10]}
-      >>> pl.DataFrame(plays).write_csv("a.csv")
-      >>> prepared = mr.data.prepare("a.csv", "of-a", shards=1, progress=False)
-      >>> prepared.history(1)  # items, ratings and timestamps in order of time
-      (array([8, 7]), array([4., 5.], dtype=float32), array([10, 20]))
-    """
-
-    path: Path
-    report: dict[str, int]
-    shards: int
-
-    @classmethod
-    def open(cls, path: str | Path) -> "Prepared":
-        """Open the finished output of `prepare` at `path`.
-
-        Raises:
-          DataError: there are no prepared histories, they are unfinished, or in another format version.
-        """
-        path = Path(path)
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: no prepared histories, or not finished ({error}); prepare them again") from error
-        if manifest["version"] != VERSION:
-            raise DataError(f"{path}: format {manifest['version']} found, expected {VERSION}; prepare it again")
-        return cls(path, manifest["report"], manifest["shards"])
-
-    @cached_property
-    def items(self) -> Vocabulary:
-        """Vocabulary of the items of all shards."""
-        return Vocabulary(np.load(self.path / ITEMS), "item_id")
-
-    def shard(self, number: int) -> Dataset:
-        """Return one shard as a memory-mapped dataset; each user's interactions are in order of time."""
-        users, starts, item, rating, timestamp = self._arrays(number)
-        return Dataset(
-            name=f"{self.path.name}, shard {number}",
-            user=np.repeat(np.arange(1, len(users) + 1, dtype=np.int32), np.diff(starts)),
-            item=item,
-            rating=rating,
-            timestamp=timestamp,
-            users=Vocabulary(users, "user_id"),
-            items=self.items,
-        )
-
-    def history(self, user: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a user's raw item ids, ratings and timestamps in order of time; empty for an unknown user."""
-        raw = as_ids([user], "user_id")
-        users, starts, item, rating, timestamp = self._arrays(int(_shard_of(raw, self.shards)[0]))
-        row = int(Vocabulary(users, "user_id").encode(raw)[0])
-        span = slice(0, 0) if row == UNKNOWN else slice(starts[row - 1], starts[row])
-        return self.items.ids[item[span] - 1], np.array(rating[span]), np.array(timestamp[span])
-
-    def _arrays(self, number: int) -> list[np.ndarray]:
-        folder = self.path / _shard_name(number)
-        return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
+SETTING = "setting.json"
+OPTIONAL = ("rating", "timestamp")
 
 
 def prepare(
@@ -121,7 +46,8 @@ def prepare(
     full disk, the same call resumes.
 
     Args:
-      sources: Parquet, CSV (also .tsv) or JSON-lines (.jsonl, .ndjson) files, all with the same columns.
+      sources: Parquet, CSV (also .tsv) or JSON-lines (.jsonl, .ndjson) files, all with the same columns. Without
+        ratings every interaction is a positive, with rating 1.
       out: the output folder.
       columns: names of your own columns, as in `from_tables`.
       shards: number of parts into which users are hashed.
@@ -150,6 +76,7 @@ def prepare(
     if missing := [f for f in files if not f.is_file()]:
         raise DataError(f"{missing[0]}: no such file")
     out, names = Path(out), {c: c for c in COLUMNS} | dict(columns or {})
+    _check_columns(files, names, columns or {})
     marks: list[Any] = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     setting = {"files": marks, "columns": names, "shards": shards, "piece": piece, "max_history": max_history}
     setting["version"] = VERSION
@@ -168,10 +95,10 @@ def prepare(
         items = Vocabulary(np.load(out / ITEMS), "item_id")
         with counter(progress, "writing shards", shards) as advance:
             for number in range(shards):
-                if not (out / _shard_name(number)).exists():
+                if not (out / shard_name(number)).exists():
                     _gather(number, pieces, items, out, max_history)
                 advance(1)
-        counts = [json.loads((out / _shard_name(n) / "counts.json").read_text()) for n in range(shards)]
+        counts = [json.loads((out / shard_name(n) / "counts.json").read_text()) for n in range(shards)]
         report = {key: sum(c[key] for c in counts) for key in counts[0]} | {"items": len(items) - 1}
         manifest = {"version": VERSION, "shards": shards, "report": report}
         write_whole(out / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -201,16 +128,17 @@ def _partition(
         if frame is not None:
             what = f"{file} (rows counted from row {begin})"
             user, item = (ids(frame, names[k], what) for k in ("user_id", "item_id"))
-            rating = numbers(frame, names["rating"], what)
+            rated = names["rating"] in frame.columns
+            rating = numbers(frame, names["rating"], what) if rated else np.ones(len(user), np.float32)
             timed = names["timestamp"] in frame.columns
             time = seconds(frame, names["timestamp"], what) if timed else np.zeros(len(user), np.int64)
-            shard = _shard_of(user, shards)
+            shard = shard_of(user, shards)
             order = np.argsort(shard, kind="stable")
             arrays = {"user": user, "item": item, "rating": rating, "time": time}
             content = {name: array[order] for name, array in arrays.items()}
             content["bounds"] = np.searchsorted(shard[order], np.arange(shards + 1))
             content["items"] = np.unique(item)
-            _write_folder(folder, content)
+            write_folder(folder, content)
         folders.append(folder)
         advance(height)
     if not folders:
@@ -224,17 +152,8 @@ def _pieces(
     """Yield first row, number of rows and wanted columns of each piece; None for the columns of a `done` piece."""
     import polars as pl
 
-    scanners: dict[str, Callable[[Path], pl.LazyFrame]] = {
-        ".parquet": pl.scan_parquet,
-        ".csv": pl.scan_csv,
-        ".tsv": lambda f: pl.scan_csv(f, separator="\t"),
-        ".jsonl": pl.scan_ndjson,
-        ".ndjson": pl.scan_ndjson,
-    }
-    if file.suffix not in scanners:
-        raise DataError(f"{file}: unknown kind of table {file.suffix!r}; use {', '.join(scanners)}")
     try:
-        scan = scanners[file.suffix](file)
+        scan = _scan(file)
         available = scan.collect_schema().names()
         scan = scan.select([n for n in names.values() if n in available])
         if file.suffix == ".parquet":
@@ -251,6 +170,37 @@ def _pieces(
         raise DataError(f"{file}: cannot be read, it may be damaged or cut short ({error})") from error
 
 
+def _scan(file: Path) -> "pl.LazyFrame":
+    """Open a table without reading its rows."""
+    import polars as pl
+
+    scanners: dict[str, Callable[[Path], pl.LazyFrame]] = {
+        ".parquet": pl.scan_parquet,
+        ".csv": pl.scan_csv,
+        ".tsv": lambda f: pl.scan_csv(f, separator="\t"),
+        ".jsonl": pl.scan_ndjson,
+        ".ndjson": pl.scan_ndjson,
+    }
+    if file.suffix not in scanners:
+        raise DataError(f"{file}: unknown kind of table {file.suffix!r}; use {', '.join(scanners)}")
+    return scanners[file.suffix](file)
+
+
+def _check_columns(files: list[Path], names: Mapping[str, str], chosen: Mapping[str, str]) -> None:
+    """Raise `DataError` if a file lacks an optional column that another file has, or that the caller has `chosen`."""
+    import polars as pl
+
+    try:
+        available = [_scan(file).collect_schema().names() for file in files]
+    except (pl.exceptions.PolarsError, UnicodeDecodeError):
+        return  # reading the rows says what is wrong
+    for name in OPTIONAL:
+        has = [names[name] in columns for columns in available]
+        if (any(has) or name in chosen) and not all(has):
+            why = "`columns` names it" if name in chosen else f"{files[has.index(True)]} has it"
+            raise DataError(f"{files[has.index(False)]}: column {names[name]!r} is missing, and {why}")
+
+
 def _merge_items(pieces: list[Path], out: Path) -> None:
     """Write the sorted item ids of all pieces, the vocabulary of all shards."""
     if (out / ITEMS).exists():
@@ -261,7 +211,7 @@ def _merge_items(pieces: list[Path], out: Path) -> None:
         if more.dtype.kind != merged.dtype.kind:
             raise DataError("item ids are integers in one file and strings in another; make them one type")
         merged = np.union1d(merged, more)
-    write_whole(out / ITEMS, _bytes(merged))
+    write_whole(out / ITEMS, merged)
 
 
 def _gather(number: int, pieces: list[Path], items: Vocabulary, out: Path, max_history: int | None) -> None:
@@ -295,7 +245,7 @@ def _gather(number: int, pieces: list[Path], items: Vocabulary, out: Path, max_h
     }
     content = {"users": users, "starts": starts, "item": item[kept], "rating": column("rating")[kept]}
     content["timestamp"] = time[kept]
-    _write_folder(out / _shard_name(number), content, {"counts.json": json.dumps(counts).encode()})
+    write_folder(out / shard_name(number), content, {"counts.json": json.dumps(counts).encode()})
 
 
 def _same_setting(out: Path, setting: dict[str, Any]) -> bool:
@@ -307,29 +257,3 @@ def _same_setting(out: Path, setting: dict[str, Any]) -> bool:
     if json.loads((out / SETTING).read_text()) != setting:
         raise DataError(f"{out} was prepared from other files or with other options; delete it or give another folder")
     return True
-
-
-def _shard_of(users: np.ndarray, shards: int) -> np.ndarray:
-    return (hashed(users) % np.uint64(shards)).astype(np.int64)
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05}"
-
-
-def _bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def _write_folder(folder: Path, arrays: Mapping[str, np.ndarray], others: Mapping[str, bytes] | None = None) -> None:
-    """Write arrays and other files to a folder that appears under its name only when complete."""
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    for name, array in arrays.items():
-        write_whole(unfinished / f"{name}.npy", _bytes(array))
-    for name, content in (others or {}).items():
-        write_whole(unfinished / name, content)
-    os.replace(unfinished, folder)

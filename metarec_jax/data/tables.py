@@ -84,10 +84,10 @@ def from_tables(
 
     user_table = None if users is None else to_polars(users, "users")
     item_table = None if items is None else to_polars(items, "items")
-    user_vocabulary = _vocabulary(user_ids, user_table, names["user_id"], "users")
-    item_vocabulary = _vocabulary(item_ids, item_table, names["item_id"], "items")
-    user_fields, user_features, _ = _attributes(user_table, names["user_id"], user_vocabulary, None, fields)
-    item_fields, item_features, titles = _attributes(item_table, names["item_id"], item_vocabulary, title, fields)
+    user_vocabulary = vocabulary(user_ids, user_table, names["user_id"], "users")
+    item_vocabulary = vocabulary(item_ids, item_table, names["item_id"], "items")
+    user_fields, user_features, _ = attributes(user_table, names["user_id"], user_vocabulary, None, fields)
+    item_fields, item_features, titles = attributes(item_table, names["item_id"], item_vocabulary, title, fields)
     user, item = user_vocabulary.encode(user_ids), item_vocabulary.encode(item_ids)
     keep = _last_of_each_pair(user, item, timestamp)
     context_fields, context_features = _contexts(table, context, set(names.values()), keep, fields)
@@ -283,7 +283,12 @@ def _column(table: "pl.DataFrame", column: str, what: str) -> "pl.Series":
     return table[column]
 
 
-def _vocabulary(raw: np.ndarray, table: "pl.DataFrame | None", key: str, what: str) -> Vocabulary:
+def vocabulary(raw: np.ndarray, table: "pl.DataFrame | None", key: str, what: str) -> Vocabulary:
+    """Return the vocabulary of raw ids and of the ids of an attribute table.
+
+    Raises:
+      DataError: the table has another type of ids, or an id twice.
+    """
     if table is None:
         return Vocabulary.of(raw, key)
     listed = ids(table, key, what)
@@ -297,20 +302,20 @@ def _vocabulary(raw: np.ndarray, table: "pl.DataFrame | None", key: str, what: s
     return Vocabulary.of(np.concatenate([raw, listed]), key)
 
 
-def _attributes(
-    table: "pl.DataFrame | None", key: str, vocabulary: Vocabulary, title: str | None, options: Options
+def attributes(
+    table: "pl.DataFrame | None", key: str, known: Vocabulary, title: str | None, options: Options
 ) -> tuple[tuple[Field, ...], dict[str, np.ndarray], np.ndarray | None]:
     """Return the fields, the features `[rows, ...]` and the titles of an attribute table."""
     if table is None:
         return (), {}, None
-    rows = vocabulary.encode(ids(table, key, key))
+    rows = known.encode(ids(table, key, key))
     values = {c: _values(table[c]) for c in table.columns if c not in (key, title)}
     fields = tuple(Field.fit(c, v, **(options or {}).get(c, {})) for c, v in values.items())
     titles = None
     if title in table.columns:
-        titles = np.full(len(vocabulary), "", object)
+        titles = np.full(len(known), "", object)
         titles[rows] = ["" if t is None else str(t) for t in table[title].to_list()]
-    return fields, encode_table(fields, values, rows, len(vocabulary)), titles
+    return fields, encode_table(fields, values, rows, len(known)), titles
 
 
 def _contexts(

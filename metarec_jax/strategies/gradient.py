@@ -1,6 +1,7 @@
 """Gradient-based strategies: MAML, FOMAML, ANIL and MeLU, one inner loop over different groups of parameters."""
 
 from collections.abc import Callable, Collection
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -25,9 +26,10 @@ def default_inner(loss: PointwiseLoss, scale: float = 0.025) -> optax.GradientTr
     return optax.sgd(scale / (curvature(loss) or 0.25))
 
 
+@lru_cache(maxsize=64)
 def curvature(loss: PointwiseLoss) -> float:
     """Return the second derivative of a loss in the score at score = target = 0; 0 if the loss has none there."""
-    return max(float(jax.grad(jax.grad(loss))(0.0, 0.0)), 0.0)
+    return max(float(jax.jit(jax.grad(jax.grad(loss)))(0.0, 0.0)), 0.0)
 
 
 def leaves_of(model: Model, groups: Collection[str]) -> Callable[[Params], Params]:

@@ -1,6 +1,7 @@
 """Likelihood: the distribution of the target given the score of which a loss is the negative logarithm."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
 import jax
@@ -10,14 +11,16 @@ import numpy as np
 from metarec_jax.types import Examples, PointwiseLoss
 
 
+@lru_cache(maxsize=64)
 def likelihood(loss: PointwiseLoss) -> Literal["bernoulli", "gaussian"] | None:
     """Return "bernoulli" for the logistic loss, "gaussian" for a multiple of the squared error, else None.
 
     They are told apart by the curvature of the loss in the score: p (1 - p), or constant.
     """
-    scores = jnp.array([-1.0, 0.0, 2.0])
-    curvature = np.asarray(jax.vmap(jax.grad(jax.grad(loss)))(scores, jnp.zeros(3)))
-    if np.allclose(curvature, jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores), atol=1e-4):
+    scores = np.array([-1.0, 0.0, 2.0], np.float32)
+    curvature = np.asarray(jax.jit(jax.vmap(jax.grad(jax.grad(loss))))(scores, np.zeros(3, np.float32)))
+    p = 1 / (1 + np.exp(-scores))
+    if np.allclose(curvature, p * (1 - p), atol=1e-4):
         return "bernoulli"
     return "gaussian" if curvature[0] > 0 and np.allclose(curvature, curvature[0], rtol=1e-4) else None
 

@@ -27,7 +27,8 @@ class Ranking:
         recommendations without a history are not trained.
       dislikes: share of training users whose support includes interactions below the threshold.
       unknown: share of users and items whose identity is hidden in a step, to train the embeddings of unknown ones.
-      folds: number of folds for cross-fitting: closed-form parts are fitted to the users of the other folds.
+      folds: number of folds for cross-fitting: closed-form parts are fitted to the users of the other folds. Of more
+        than 131,072 training users, 16,384 are one fold, and only they are drawn.
       query: largest number of query positives of a training user.
 
     Example:

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from metarec_jax.data.schema import ITEM, ITEM_ID, STATISTICS, prefixed
-from metarec_jax.tasks.splits import Histories
+from metarec_jax.tasks.splits import Histories, sort_within
 from metarec_jax.tasks.statistics import ItemStatistics
 from metarec_jax.tasks.target import Target
 
@@ -73,7 +73,7 @@ def observe(histories: Histories, target: Target, statistics: ItemStatistics | N
     users, first = np.unique(histories.users, return_index=True)
     part = histories.take(first)
     owner = np.repeat(np.arange(len(users)), part.lengths)
-    index = part.index[np.lexsort((data.order[part.index], owner))]
+    index = part.index[sort_within(part.starts, data.order[part.index])]
     features = {ITEM_ID: np.arange(len(data.items), dtype=np.int32)}
     features |= prefixed(ITEM, data.item_features)
     if statistics is not None:

@@ -13,6 +13,7 @@ from metarec_jax.tasks.splits import Histories
 from metarec_jax.tasks.target import Target
 
 USERS = 4096  # most training users an epoch
+NO_FOLD = -1  # of users that are never drawn
 EMPTY = 0.15  # share of empty support sets among the short ones
 
 
@@ -38,7 +39,7 @@ def drawn(
     rng: np.random.Generator,
     following: bool = False,
 ) -> Iterator[tuple[RankingTask, int]]:
-    """Yield batches of ranking tasks that cover the training users once (at most `USERS` of them).
+    """Yield batches of ranking tasks that cover the users of all folds once (at most `USERS` of them).
 
     A user's positives are shuffled, or, if histories are ordered, cut at a random time. The first part is the support,
     the rest (if ordered, at most the next fifth) the query. A share `objective.short` of the users gets a support size
@@ -55,7 +56,7 @@ def drawn(
       objective: settings of the ranking objective.
       batch_size: users a batch; smaller batches are padded.
       widths: padded support widths, ascending.
-      fold: `[users]` fold of each user.
+      fold: `[users]` fold of each user; `NO_FOLD` for users that are not drawn.
       rng: generator of all draws.
       following: draw tasks for `ranking_loss(..., following=True)`; histories must be ordered.
 
@@ -68,7 +69,7 @@ def drawn(
     data = histories.data
     positive = data.rating[histories.index] >= target.threshold
     count = np.add.reduceat(np.append(positive, False).astype(int), histories.starts[:-1]) * (histories.lengths > 0)
-    chosen = rng.permutation(np.flatnonzero(count >= 2))[:USERS]
+    chosen = rng.permutation(np.flatnonzero((count >= 2) & (fold != NO_FOLD)))[:USERS]
     if not len(chosen):
         raise DataError(
             f"{data.name}: no training user has two positives (threshold {target.threshold:g}), one for the support "

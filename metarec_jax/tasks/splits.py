@@ -10,6 +10,7 @@ from metarec_jax.errors import DataError
 
 Kind = Literal["click", "rating", "ranking"]  # a protocol's `target`
 KINDS = get_args(Kind)
+SORTED = 1 << 16  # interactions sorted at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +62,11 @@ class Histories:
           users: `[n]` user rows.
           keep: `[interactions]` bool mask of the interactions to use (default: all).
         """
-        order = np.argsort(data.user, kind="stable")
+        sorted_ = (data.user[1:] >= data.user[:-1]).all()
+        order = np.arange(len(data.user)) if sorted_ else np.argsort(data.user, kind="stable")
         order = order if keep is None else order[keep[order]]
-        bounds = np.searchsorted(data.user[order], np.arange(len(data.users) + 1))
+        counts = np.bincount(data.user if keep is None else data.user[keep], minlength=len(data.users))
+        bounds = np.concatenate([[0], np.cumsum(counts)])
         return cls(data, np.arange(len(data.users)), bounds, order).take(np.asarray(users))
 
     def take(self, positions: np.ndarray, most: int | None = None) -> "Histories":
@@ -103,8 +106,23 @@ class Histories:
                 "these histories have query sizes (`queries`), which count each user's first interactions; another "
                 "order would mix query and support; drop the counts first: dataclasses.replace(histories, queries=None)"
             )
-        owner = np.repeat(np.arange(len(self)), self.lengths)
-        return replace(self, index=self.index[np.lexsort((key, owner))], **changes)
+        return replace(self, index=self.index[sort_within(self.starts, key)], **changes)
+
+
+def sort_within(starts: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Return positions `[n]` that sort each span `starts[i]:starts[i + 1]` by ascending `key` `[n]`.
+
+    Spans are sorted in blocks, which is faster than all at once and takes less memory.
+    """
+    order = np.empty(len(key), np.int64)
+    first = 0
+    while first < len(starts) - 1:
+        last = max(int(np.searchsorted(starts, starts[first] + SORTED, side="right")) - 1, first + 1)
+        span = slice(starts[first], starts[last])
+        owner = np.repeat(np.arange(last - first), np.diff(starts[first : last + 1]))
+        order[span] = starts[first] + np.lexsort((key[span], owner))
+        first = last
+    return order
 
 
 class Split(NamedTuple):

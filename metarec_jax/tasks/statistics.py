@@ -57,10 +57,10 @@ class ItemStatistics:
         total = _sums(items, values - mean, len(data.items))
         count = np.bincount(items, minlength=len(data.items)).astype(float)
         field = Field.fit(STATISTICS, _raw(total, count)[1:])
-        pair, place, times = np.unique(
-            data.user[train.index] * np.int64(len(data.items)) + items, return_inverse=True, return_counts=True
-        )
-        pairs = (pair, _sums(place, values - mean, len(pair)), times) if len(pair) < len(items) else None
+        key, pairs = data.user[train.index] * np.int64(len(data.items)) + items, None
+        if (np.diff(np.sort(key)) == 0).any():
+            pair, place, times = np.unique(key, return_inverse=True, return_counts=True)
+            pairs = pair, _sums(place, values - mean, len(pair)), times
         return cls(target, total, count, mean, field, pairs)
 
     def extend(self, data: Dataset) -> Dataset:

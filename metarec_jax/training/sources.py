@@ -19,14 +19,16 @@ from metarec_jax.strategies.wrappers.ranked import TABLES, ranking_loss
 from metarec_jax.tasks.batching import batches, bucket_sizes
 from metarec_jax.tasks.objective import Ranking
 from metarec_jax.tasks.observed import observe
-from metarec_jax.tasks.ranking_draws import drawn, widths_of
+from metarec_jax.tasks.ranking_draws import NO_FOLD, drawn, widths_of
 from metarec_jax.tasks.splits import Histories, Split
 from metarec_jax.tasks.statistics import ItemStatistics
 from metarec_jax.tasks.target import Target
 from metarec_jax.types import Params
 
 FOLDS = 4  # folds of training users for click and rating strategies with tables fitted in closed form
-VALIDATED = 1024  # validation users evaluated after each epoch of a ranking
+VALIDATED = 1024  # most validation users evaluated after each epoch of a ranking,
+SCORED = 1 << 28  # and most scores of them
+MANY, HELD_OUT = 1 << 17, 1 << 14  # of more training users, meta-train on as many that the tables are not fitted to
 
 
 class Source(NamedTuple):
@@ -119,7 +121,7 @@ def ranking(
     """Build the source of a ranking: tasks over all items, with tables fitted on the other folds of users."""
     widths = widths_of(split.train, max_support, buckets) if isinstance(buckets, int) else buckets
     users, user_rows = np.unique(split.train.users, return_inverse=True)
-    fold_of = np.random.default_rng([seed, 1]).permutation(len(users)) % objective.folds
+    fold_of, count = _folds(len(users), objective.folds, seed)
     fold, observed = fold_of[user_rows], observe(split.train, target)
 
     def tables_without(k: int) -> Params:
@@ -139,14 +141,15 @@ def ranking(
     def folds() -> list[Params]:
         with one_thread(), ThreadPoolExecutor(os.cpu_count()) as threads:
             full = threads.submit(full_tables)
-            fold_tables = [layout.place(tables) for tables in threads.map(tables_without, range(objective.folds))]
+            fold_tables = [layout.place(tables) for tables in threads.map(tables_without, range(count))]
             full.result()
         return fold_tables
 
     following = strategy.prefixes is not None and split.train.ordered
     loss = _ranking_loss(strategy, objective, following)
     draw = partial(drawn, batch_size=batch_size, widths=widths, fold=fold, following=following)
-    validation = split.validation.take(np.arange(min(len(split.validation), VALIDATED))), target
+    validated = min(len(split.validation), VALIDATED, max(SCORED // observed.items, 1))
+    validation = split.validation.take(np.arange(validated)), target
 
     def epoch(rng: np.random.Generator) -> Iterator[tuple[Any, Params]]:
         for task, k in draw(split.train, target, objective, rng=rng):
@@ -159,11 +162,16 @@ def ranking(
         metrics = by_support(
             lambda size: rank(strategy, whole(params), *validation, query=query, support=size, layout=layout)
         )
-        ndcg = [float(np.nanmean(values)) for name, values in metrics.items() if name.startswith("ndcg@100")]
-        return {"ndcg@100": float(np.mean(ndcg))}
+        return {"ndcg@100": float(np.mean([np.nanmean(x) for name, x in metrics.items() if "ndcg@100" in name]))}
 
     setting = {"objective": asdict(objective), "batch_size": batch_size, "widths": [*map(int, widths)]}
     return Source(epoch, loss, validate, whole, setting)
+
+
+def _folds(users: int, folds: int, seed: int) -> tuple[np.ndarray, int]:
+    """Return the fold of each user and the number of folds: one of `HELD_OUT` users if there are more than `MANY`."""
+    shuffled = np.random.default_rng([seed, 1]).permutation(users)
+    return (shuffled % folds, folds) if users <= MANY else (np.where(shuffled < HELD_OUT, 0, NO_FOLD), 1)
 
 
 @lru_cache(maxsize=64)

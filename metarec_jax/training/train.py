@@ -14,6 +14,7 @@ from metarec_jax._progress import tensorboard as event_files
 from metarec_jax.core import Layout
 from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.fingerprint import fingerprint
+from metarec_jax.data.prepared import Prepared
 from metarec_jax.data.schema import ITEM_ID, fields_of
 from metarec_jax.data.tables import from_tables
 from metarec_jax.errors import OptionError
@@ -57,8 +58,8 @@ def train(
     """Meta-train a recommender on a dataset.
 
     Args:
-      data: a dataset from `metarec_jax.data`, or a table as in `metarec_jax.data.from_tables`, with the columns
-        user_id, item_id and optionally rating and timestamp.
+      data: a dataset from `metarec_jax.data`, what `metarec_jax.data.prepare` returns, or a table as in
+        `metarec_jax.data.from_tables`, with the columns user_id, item_id and optionally rating and timestamp.
       strategy: a name in `metarec_jax.strategies.STRATEGIES` or `RANKING`, or a function `(model, loss=...) ->
         Strategy` (default: "stack" for rankings, "alpaca" for clicks and ratings).
       model: a name in `metarec_jax.models.MODELS`, or a function `(fields) -> Model` (default: the strategy's entry in
@@ -99,6 +100,8 @@ def train(
         raise ValueError(f"ratings: {ratings!r} is unknown; choose from {', '.join(RATING | STRATEGIES)}, or None")
     if start is None and shared is not None:
         raise ValueError("`shared` names fields in common with the data of `start`: give both or none")
+    if isinstance(data, Prepared):
+        data = data.dataset()
     if not isinstance(data, Dataset):
         data = from_tables(data)
     protocol, ranking = _resolve_objective(objective, protocol)

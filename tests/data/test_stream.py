@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 import metarec_jax as mr
-from metarec_jax.data import stream
+from metarec_jax.data import prepared, stream
 from metarec_jax.errors import DataError
 
 SMALL = {"shards": 3, "piece": 70, "progress": False}
@@ -148,9 +148,11 @@ def test_a_full_disk_is_told_and_the_next_call_goes_on(tmp_path, monkeypatch):
     for space in (9, 30, 12):
         room[0] = space
         monkeypatch.setattr(stream, "write_whole", full)
+        monkeypatch.setattr(prepared, "write_whole", full)
         with pytest.raises(DataError, match=r"no space left.*bytes.*call prepare"):
             mr.data.prepare(files, tmp_path / "out", **SMALL)
     monkeypatch.setattr(stream, "write_whole", real)
+    monkeypatch.setattr(prepared, "write_whole", real)
     assert content(mr.data.prepare(files, tmp_path / "out", **SMALL).path) == expected
 
 
@@ -199,8 +201,11 @@ def test_damaged_missing_and_strange_files_are_told(tmp_path):
     with pytest.raises(DataError, match="unknown kind of table"):
         mr.data.prepare(tmp_path / "a.xlsx", tmp_path / "out4", **SMALL)
     (tmp_path / "few.csv").write_text("user_id,item_id\n1,2\n")
-    with pytest.raises(DataError, match="'rating' is missing"):
-        mr.data.prepare(tmp_path / "few.csv", tmp_path / "out5", **SMALL)
+    with pytest.raises(DataError, match=r"few\.csv: column 'stars' is missing, and `columns` names it"):
+        mr.data.prepare(tmp_path / "few.csv", tmp_path / "out5", columns={"rating": "stars"}, **SMALL)
+    rated = write(table(0), tmp_path / "rated.csv")
+    with pytest.raises(DataError, match=r"few\.csv: column 'rating' is missing, and .*rated\.csv has it"):
+        mr.data.prepare([rated, tmp_path / "few.csv"], tmp_path / "out5", **SMALL)
     mixed = [write(table(0), tmp_path / "n.parquet"), write(table(0, names=True), tmp_path / "s.parquet")]
     with pytest.raises(DataError, match="integers in one file and strings in another"):
         mr.data.prepare(mixed, tmp_path / "out6", **SMALL)

@@ -94,6 +94,17 @@ def tiny_reading_apply(params, features):
     return tiny_apply(params, x * (others @ signed / jnp.maximum(others.sum(-1, keepdims=True), 1)))
 
 
+@pytest.fixture(scope="session")
+def jitted():
+    """Compiles the functions of a strategy, each as one program and not operation by operation."""
+
+    def compiled(strategy):
+        names = ("init", "adapt", "predict", "loss", "deviation", "sample")
+        return strategy._replace(**{n: jax.jit(f) for n in names if (f := getattr(strategy, n))})
+
+    return compiled
+
+
 @pytest.fixture
 def task_batch():
     """The function that makes random task batches."""

@@ -171,7 +171,7 @@ FAMILIES = ("ridge", "alpaca", "melu", "nlba", "tanp", "mwuf", "in_context", "ga
 
 CLICKS, RATINGS = (
     [n if n in some else pytest.param(n, marks=pytest.mark.grid) for n in FAMILIES]
-    for some in (("ridge", "nlba", "melu", "mwuf", "in_context"), ("ridge", "melu", "tanp"))
+    for some in (("ridge", "mwuf", "in_context"), ("ridge", "tanp"))
 )
 
 

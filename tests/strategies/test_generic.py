@@ -17,6 +17,7 @@ from metarec_jax.types import Examples, Task
 LOGISTIC = optax.losses.sigmoid_binary_cross_entropy
 READERS = ("in_context",)  # strategies whose model must read the history
 FAMILIES = ("ridge", "maml", "mamlpp", "in_context", "alpaca", "prototypes", "tanp", "mwuf", "gated", "lora", "reptile")
+LEARNING = ("ridge", "maml", "in_context", "alpaca", "mwuf")  # the slowest test
 PLAINLY_TRAINED = ("pretrain", "finetune", "finetune_head", "lora")  # training does not see any adaptation
 
 
@@ -25,6 +26,11 @@ def strategy(request, tiny_model, tiny_reading_model):
     """Of a module, so that a strategy's tests follow one another and share compiled programs."""
     model = tiny_reading_model if request.param in READERS else tiny_model
     return mr.STRATEGIES[request.param](model, loss=LOGISTIC)
+
+
+FAMILY = pytest.mark.parametrize(
+    "strategy", [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.grid) for n in mr.STRATEGIES], indirect=True
+)
 
 
 @pytest.fixture(params=[n if n in FAMILIES else pytest.param(n, marks=pytest.mark.grid) for n in mr.STRATEGIES])
@@ -56,9 +62,7 @@ def test_shapes_are_those_of_the_interface(strategy, task_batch):
     assert isinstance(aux, dict)
 
 
-@pytest.mark.parametrize(
-    "strategy", [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.grid) for n in mr.STRATEGIES], indirect=True
-)
+@FAMILY
 def test_padding_and_empty_users_never_change_loss_gradient_or_scores(strategy, task_batch):
     task, params = task_batch(mask=False), parameters(strategy)
 
@@ -92,6 +96,7 @@ def test_users_do_not_influence_each_other(strategy, task_batch):
         np.testing.assert_allclose(scores(strategy, params, alone)[0], together[u], rtol=1e-4, atol=1e-5)
 
 
+@FAMILY
 def test_the_order_of_the_support_set_does_not_matter(strategy, task_batch):
     task, params = task_batch(), parameters(strategy)
     reversed_ = jax.tree.map(lambda x: np.asarray(x)[:, ::-1].copy(), task.support)
@@ -100,6 +105,7 @@ def test_the_order_of_the_support_set_does_not_matter(strategy, task_batch):
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
 
 
+@FAMILY
 def test_no_support_one_class_and_any_constant_targets_give_finite_scores_and_gradients(strategy, task_batch):
     task, params = task_batch(), initial(strategy)
     for target in (-2.0, 0.0, 1.0, 3.0):  # learned labels are not bounded
@@ -126,16 +132,17 @@ def test_a_loss_on_the_support_set_moves_neither_its_targets_nor_its_weights(nam
         return strategy.loss(params, Task(task.support._replace(target=target, mask=mask), task.query), key)[0]
 
     target, mask = jnp.asarray(task.support.target), jnp.asarray(task.support.mask)
-    value, gradients = jax.value_and_grad(loss, (0, 1))(target, mask)
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(target, mask)
     assert np.isfinite(value)
     assert not any(np.asarray(gradient).any() for gradient in gradients)
+    loss = jax.jit(loss)
     assert loss(jnp.full_like(target, 50.0), mask) == loss(jnp.ones_like(target), mask)
 
 
 @pytest.mark.parametrize(
     "strategy",
     [
-        n if n in FAMILIES else pytest.param(n, marks=pytest.mark.grid)
+        n if n in LEARNING else pytest.param(n, marks=pytest.mark.grid)
         for n in mr.STRATEGIES
         if n not in PLAINLY_TRAINED
     ],
@@ -193,7 +200,7 @@ def scores(strategy, params, task):
     return strategy.predict(params, strategy.adapt(params, task.support, jax.random.key(0)), task.query.features)
 
 
-@pytest.mark.parametrize("network", ["deepfm", "gru", "hstu"])
+@pytest.mark.parametrize("network", ["deepfm", pytest.param("gru", marks=pytest.mark.grid), "hstu"])
 def test_every_strategy_differentiates_through_every_kind_of_network(name, network, reading_task):
     """By shapes alone, which no compiler needs to see; values are tested on the small networks."""
     data, task = reading_task
@@ -222,17 +229,14 @@ def takes(name, argument):
     ],
 )
 def test_a_count_holds_users_of_few_examples_back(name, task_batch, tiny_model):
-    task, key = task_batch(), jax.random.key(1)
+    task = task_batch()
     nothing = task.support._replace(mask=np.zeros_like(task.support.mask))
 
     def moved(count):
         strategy = mr.STRATEGIES[name](tiny_model, loss=LOGISTIC, count=count)
-        params = strategy.init(key)
-        scores = [
-            strategy.predict(params, strategy.adapt(params, support, key), task.query.features)
-            for support in (task.support, nothing)
-        ]
-        return float(jnp.abs(scores[0] - scores[1]).max())
+        params = initial(strategy)
+        one, two = (scores(strategy, params, Task(support, task.query)) for support in (task.support, nothing))
+        return np.abs(one - two).max()
 
     assert moved(1e9) < 1e-3 * moved(0.0)
     with pytest.raises(ValueError, match="count must be 0 or more"):

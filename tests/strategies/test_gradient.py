@@ -25,31 +25,31 @@ LOSS = optax.losses.squared_error
         ("anil", {"w2", "b2"}),
     ],
 )
-def test_each_adapts_its_own_groups_and_shares_the_rest(name, adapted, task_batch, tiny_model):
-    strategy = mr.STRATEGIES[name](tiny_model)
+def test_each_adapts_its_own_groups_and_shares_the_rest(name, adapted, task_batch, tiny_model, jitted):
+    strategy = jitted(mr.STRATEGIES[name](tiny_model))
     params = strategy.init(jax.random.key(0))
     fast = strategy.adapt(params, task_batch().support, jax.random.key(0))
     own = core.weights(params.get("model", params), fast)
     assert {leaf for leaf, value in own.items() if value is not None} == adapted
 
 
-def test_fomaml_is_the_query_gradient_at_the_adapted_weights(task_batch, tiny_model):
+def test_fomaml_is_the_query_gradient_at_the_adapted_weights(task_batch, tiny_model, jitted):
     task, key, inner = task_batch(mask=False), jax.random.key(0), optax.sgd(0.1)
-    strategy = mr.fomaml(tiny_model, inner=inner, learn_step_size=False, steps=2)
+    strategy = jitted(mr.fomaml(tiny_model, inner=inner, learn_step_size=False, steps=2))
     params = strategy.init(key)
     fast = core.weights(params["model"], strategy.adapt(params, task.support, key))
     per_user = jax.vmap(jax.grad(lambda w, x, y: LOSS(tiny_model.apply(w, x), y).mean()))
     expected = jax.tree.map(lambda g: g.mean(0), per_user(fast, task.query.features, task.query.target))
     gradient = jax.jit(jax.grad(lambda p: strategy.loss(p, task, key)[0]))(params)["model"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected)
-    exact = mr.maml(tiny_model, inner=inner, learn_step_size=False, steps=2)
+    exact = jitted(mr.maml(tiny_model, inner=inner, learn_step_size=False, steps=2))
     second_order = jax.jit(jax.grad(lambda p: exact.loss(p, task, key)[0]))(params)["model"]
     assert not np.allclose(second_order["w1"], gradient["w1"], rtol=1e-2)
 
 
-def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tiny_model):
+def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tiny_model, jitted):
     task, key = task_batch(), jax.random.key(0)
-    strategy = mr.reptile(tiny_model, inner=optax.sgd(0.1), steps=3)
+    strategy = jitted(mr.reptile(tiny_model, inner=optax.sgd(0.1), steps=3))
     params = strategy.init(key)
     everything = jax.tree.map(lambda s, q: jnp.concatenate([s, q], 1), task.support, task.query)
     own = core.inner.adapt(tiny_model.apply, params, everything, loss=LOSS, steps=3)
@@ -62,7 +62,7 @@ def test_reptile_moves_towards_the_mean_of_the_users_own_weights(task_batch, tin
     )
 
 
-def test_reptile_never_scores_an_example_by_reading_itself(task_batch, tiny_model):
+def test_reptile_never_scores_an_example_by_reading_itself(task_batch, tiny_model, jitted):
     def apply(params, features):
         """Score of an example: how often its own target's place is read, all others being hidden."""
         if not isinstance(features, History):
@@ -74,7 +74,7 @@ def test_reptile_never_scores_an_example_by_reading_itself(task_batch, tiny_mode
 
     task = task_batch(mask=False)
     model = mr.Model(lambda key: {"b": jnp.zeros(())}, apply, history=True)
-    strategy = mr.with_history(mr.reptile(model, loss=LOSS, steps=1))
+    strategy = jitted(mr.with_history(mr.reptile(model, loss=LOSS, steps=1)))
     value, _ = strategy.loss(model.init(None), task, jax.random.key(0))
     # with no score but the bias, the loss after one step from 0 is that of the bias alone
     target = np.concatenate([task.support.target, task.query.target], 1)

@@ -34,9 +34,9 @@ def observed(data):
     return observe(histories, mr.tasks.Target("ranking", 4.0))
 
 
-def made(data, observed, **options):
+def made(jitted, data, observed, **options):
     """The strategy and parameters away from their initial zeros."""
-    strategy = mr.ials(MODELS["design"](fields_of(data)), rank=RANK, **options)
+    strategy = jitted(mr.ials(MODELS["design"](fields_of(data)), rank=RANK, **options))
     params = jax.tree.map(
         lambda x: 0.03 * jnp.cos(1 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), strategy.init(KEY)
     )
@@ -76,8 +76,8 @@ def by_hand(params, observed, rows, target, prior_mean, everything):
 
 
 @pytest.mark.parametrize("rows", [[], [4], [4, 6, 9, 15, 2]], ids=len)
-def test_adapting_and_the_deviation_follow_the_docstring(rows, data, observed):
-    strategy, params = made(data, observed)
+def test_adapting_and_the_deviation_follow_the_docstring(rows, data, observed, jitted):
+    strategy, params = made(jitted, data, observed)
     target = [1.0, 1.0, 0.25, 0.0, 0.75][: len(rows)]
     padded = [*rows, 0, 0], [*target, 0.5, 0.0]
     known = support(observed, *padded, user=1, mask=[*np.ones(len(rows)), 0, 0])
@@ -96,9 +96,9 @@ def test_adapting_and_the_deviation_follow_the_docstring(rows, data, observed):
     np.testing.assert_allclose(strategy.deviation(params, adapted, every)[0], spread, rtol=1e-3, atol=1e-5)
 
 
-def test_older_examples_weigh_less_with_a_half_life(data, observed):
-    fading, params = made(data, observed, half_life=2.0)
-    plain, same = made(data, observed)
+def test_older_examples_weigh_less_with_a_half_life(data, observed, jitted):
+    fading, params = made(jitted, data, observed, half_life=2.0)
+    plain, same = made(jitted, data, observed)
     of_count = {name: jnp.zeros(3) for name in ("unobserved", "penalty", "prior", "mean", "scale")}
     known = support(observed, [3, 5, 8], [1.0, 1.0, 1.0])
     halved = known._replace(mask=np.array([[0.5, 0.5**0.5, 1.0]], np.float32))  # two, one and no place ago
@@ -107,8 +107,8 @@ def test_older_examples_weigh_less_with_a_half_life(data, observed):
     np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-4, atol=1e-6)
 
 
-def test_the_item_side_gives_the_scores_of_predict(data, observed):
-    strategy, params = made(data, observed)
+def test_the_item_side_gives_the_scores_of_predict(data, observed, jitted):
+    strategy, params = made(jitted, data, observed)
     adapted = strategy.adapt(params, support(observed, [4, 6], [1.0, 0.0]), KEY)
     items = dict(observed.features)
     items["item_id"] = np.where(np.arange(len(data.items)) % 5 == 0, 0, items["item_id"])  # some are new
@@ -117,8 +117,8 @@ def test_the_item_side_gives_the_scores_of_predict(data, observed):
     np.testing.assert_allclose(strategy.score(params, adapted, strategy.items(params, items)), expected, rtol=1e-5)
 
 
-def test_a_new_item_is_scored_by_its_fields(data, observed):
-    strategy, params = made(data, observed)
+def test_a_new_item_is_scored_by_its_fields(data, observed, jitted):
+    strategy, params = made(jitted, data, observed)
     tables = params["tables"]
     rows = data.items.encode([23])
     fresh = {name: np.asarray(table[rows])[None] for name, table in observed.features.items()}
@@ -135,8 +135,8 @@ def test_a_new_item_is_scored_by_its_fields(data, observed):
     np.testing.assert_allclose(tables["fitted"]["vectors"][rows[0]], columns @ content, rtol=1e-4, atol=1e-6)
 
 
-def test_prior_and_content_are_ridge_regressions(data, observed):
-    _, params = made(data, observed)
+def test_prior_and_content_are_ridge_regressions(data, observed, jitted):
+    _, params = made(jitted, data, observed)
     fitted = params["tables"]["fitted"]
     matrix = observed.confidences()
     vectors = factorise.ials(matrix, RANK)
@@ -159,8 +159,8 @@ def test_prior_and_content_are_ridge_regressions(data, observed):
     np.testing.assert_allclose(fitted["precision"] @ covariance, np.eye(RANK), atol=1e-2)
 
 
-def test_without_a_history_attributes_choose_the_items_of_the_users_group(data, observed):
-    strategy, params = made(data, observed)
+def test_without_a_history_attributes_choose_the_items_of_the_users_group(data, observed, jitted):
+    strategy, params = made(jitted, data, observed)
     params |= jax.tree.map(jnp.zeros_like, {name: x for name, x in params.items() if name != "tables"})
     nothing = [support(observed, [0], [0.0], user, mask=[0]) for user in (0, 1)]
     every = support(observed, data.items.encode(np.arange(ITEMS - 2).tolist()), np.zeros(ITEMS - 2)).features

@@ -96,9 +96,11 @@ def test_a_user_starts_from_what_the_memories_say_and_descends_from_there(model,
         np.testing.assert_allclose(scores[u], score(w, batch.query.features[u]), rtol=1e-3, atol=1e-4)
 
 
-def test_faithful_mamo_writes_each_memory_by_attention(model, batch):
+def test_faithful_mamo_writes_each_memory_by_attention(model, batch, jitted):
     lr, rate, tau, squared = 0.05, 0.2, 0.7, optax.losses.squared_error
-    strategy = mr.mamo(model, inner=optax.sgd(lr), steps=2, tau=tau, memories=3, size=4, hidden=5, faithful=True)
+    strategy = jitted(
+        mr.mamo(model, inner=optax.sgd(lr), steps=2, tau=tau, memories=3, size=4, hidden=5, faithful=True)
+    )
     params = perturbed(strategy.init(KEY))
     assert "log_step_size" not in params
     assert strategy.outer == "own"
@@ -126,10 +128,10 @@ def test_faithful_mamo_writes_each_memory_by_attention(model, batch):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), after[name], expected)
 
 
-def test_faithful_mamo_trains_all_but_the_memories_on_the_query_loss(task_batch, tiny_model):
+def test_faithful_mamo_trains_all_but_the_memories_on_the_query_loss(task_batch, tiny_model, jitted):
     task = task_batch()
     options = {"steps": 2, "memories": 3, "size": 4, "hidden": 5}
-    strategy = mr.mamo(tiny_model, faithful=True, **options)
+    strategy = jitted(mr.mamo(tiny_model, faithful=True, **options))
     params = perturbed(strategy.init(KEY))
 
     def query_loss(params):
@@ -142,8 +144,8 @@ def test_faithful_mamo_trains_all_but_the_memories_on_the_query_loss(task_batch,
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), got[name], exact[name])
 
 
-def test_every_memory_gets_the_exact_meta_gradient(model, batch):
-    strategy = mr.mamo(model, steps=2, memories=3, size=4, hidden=5)
+def test_every_memory_gets_the_exact_meta_gradient(model, batch, jitted):
+    strategy = jitted(mr.mamo(model, steps=2, memories=3, size=4, hidden=5))
     params = perturbed(strategy.init(KEY))
     loss = jax.jit(lambda p: strategy.loss(p, batch, KEY)[0])
     gradient = jax.jit(jax.grad(loss))(params)
@@ -161,8 +163,8 @@ def test_every_memory_gets_the_exact_meta_gradient(model, batch):
             assert any(np.abs(g).max() > 1e-6 for g in jax.tree.leaves(gradient[name]))
 
 
-def test_users_start_apart_without_any_example(model, batch):
-    strategy = mr.mamo(model)
+def test_users_start_apart_without_any_example(model, batch, jitted):
+    strategy = jitted(mr.mamo(model))
     params = perturbed(strategy.init(KEY))
     nothing = batch.support._replace(mask=np.zeros((5, 7), np.float32))
     _, user = strategy.adapt(params, nothing, KEY)

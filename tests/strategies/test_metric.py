@@ -33,12 +33,12 @@ def correction(name, own, phi, p):
 
 @pytest.mark.parametrize("loss", [LOGISTIC, optax.losses.squared_error])
 @pytest.mark.parametrize("name", NAMES)
-def test_scores_are_those_of_the_defining_equation(name, loss, task_batch, tiny_model):
+def test_scores_are_those_of_the_defining_equation(name, loss, task_batch, tiny_model, jitted):
     task, key = task_batch(), jax.random.key(0)
     task = task._replace(support=task.support._replace(features=2 * task.support.features))
     if loss is not LOGISTIC:
         task = task._replace(support=task.support._replace(target=3 * task.support.target - 1))
-    strategy = mr.STRATEGIES[name](tiny_model, loss=loss)
+    strategy = jitted(mr.STRATEGIES[name](tiny_model, loss=loss))
     params = trained(strategy)
     scores = strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)
     phi = {part: np.asarray(tiny_model.embed(params["model"], getattr(task, part).features)) for part in task._fields}
@@ -56,12 +56,12 @@ def test_scores_are_those_of_the_defining_equation(name, loss, task_batch, tiny_
         np.testing.assert_allclose(scores[u], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_prototypes_without_a_prior_or_a_shared_score_are_the_nearest_centroid_classifier():
+def test_prototypes_without_a_prior_or_a_shared_score_are_the_nearest_centroid_classifier(jitted):
     model = mr.Model(lambda key: {}, lambda params, x: jnp.zeros(x.shape[:-1]), lambda params, x: x, width=3)
     rng = np.random.default_rng(0)
     x, new = (rng.normal(size=(1, n, 3)).astype(np.float32) for n in (12, 200))
     y = (np.arange(12) % 3 == 0).astype(np.float32)[None]
-    strategy = mr.prototypes(model, loss=LOGISTIC, count=1e-6)
+    strategy = jitted(mr.prototypes(model, loss=LOGISTIC, count=1e-6))
     params = strategy.init(jax.random.key(0)) | {"odds": jnp.zeros(())}
     classes = strategy.adapt(params, mr.Examples(x, y, np.ones((1, 12), np.float32)), jax.random.key(0))
     oracle = NearestCentroid().fit(x[0], y[0]).predict(new[0])
@@ -69,9 +69,9 @@ def test_prototypes_without_a_prior_or_a_shared_score_are_the_nearest_centroid_c
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_class_without_examples_is_its_learned_prior(name, task_batch, tiny_model):
+def test_a_class_without_examples_is_its_learned_prior(name, task_batch, tiny_model, jitted):
     support = task_batch().support._replace(target=np.ones((5, 7), np.float32))
-    strategy = mr.STRATEGIES[name](tiny_model, loss=LOGISTIC)
+    strategy = jitted(mr.STRATEGIES[name](tiny_model, loss=LOGISTIC))
     params = trained(strategy)
     classes = strategy.adapt(params, support, jax.random.key(0))
     np.testing.assert_allclose(classes.mean[:, 0], np.broadcast_to(params["centre"][0], (5, 4)), rtol=1e-6)
@@ -79,19 +79,19 @@ def test_a_class_without_examples_is_its_learned_prior(name, task_batch, tiny_mo
 
 
 @pytest.mark.parametrize("name", ["prototypes", "lwa"])
-def test_without_support_the_shared_model_answers_at_first(name, task_batch, tiny_model):
+def test_without_support_the_shared_model_answers_at_first(name, task_batch, tiny_model, jitted):
     task, key = task_batch(), jax.random.key(0)
-    strategy = mr.STRATEGIES[name](tiny_model, loss=LOGISTIC)
+    strategy = jitted(mr.STRATEGIES[name](tiny_model, loss=LOGISTIC))
     params = strategy.init(key)
     classes = strategy.adapt(params, task.support._replace(mask=np.zeros((5, 7), np.float32)), key)
     scores = strategy.predict(params, classes, task.query.features)
     np.testing.assert_allclose(scores, tiny_model.apply(params["model"], task.query.features), rtol=1e-5)
 
 
-def test_nlba_moves_hidden_biases_and_the_output_bias_only(task_batch, tiny_model):
+def test_nlba_moves_hidden_biases_and_the_output_bias_only(task_batch, tiny_model, jitted):
     """With every hidden unit on the network is linear: a user's biases can only shift all scores alike."""
     task, key = task_batch(), jax.random.key(0)
-    strategy = mr.nlba(tiny_model, loss=LOGISTIC)
+    strategy = jitted(mr.nlba(tiny_model, loss=LOGISTIC))
     params = trained(strategy)
     params["own"]["bias"] += 100.0
     scores = strategy.predict(params, strategy.adapt(params, task.support, key), task.query.features)

@@ -29,9 +29,9 @@ def meta_gradient(strategy, params, task):
     return jax.jit(jax.grad(lambda p: strategy.loss(p, task, KEY)[0]))(params)
 
 
-def test_meta_sgd_steps_by_theta_minus_alpha_times_gradient_elementwise(task_batch, tiny_model):
+def test_meta_sgd_steps_by_theta_minus_alpha_times_gradient_elementwise(task_batch, tiny_model, jitted):
     support = task_batch().support
-    strategy = mr.meta_sgd(tiny_model, inner=STEP)
+    strategy = jitted(mr.meta_sgd(tiny_model, inner=STEP))
     params = strategy.init(KEY)
     assert jax.tree.map(jnp.shape, params["step_size"]) == jax.tree.map(jnp.shape, params["model"])
     change = jax.tree.map(lambda w: 2 * jnp.cos(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape), params["model"])
@@ -63,9 +63,9 @@ def test_mamlpp_with_equal_rates_and_no_multi_step_loss_is_maml(task_batch, tiny
     assert {g.shape for g in jax.tree.leaves(one["log_step_size"])} == {(3,)}
 
 
-def test_mamlpp_takes_each_step_of_each_layer_with_its_own_rate_and_looks_at_every_step(task_batch, tiny_model):
+def test_mamlpp_takes_each_step_of_each_layer_with_its_own_rate_and_looks_at_every_step(task_batch, tiny_model, jitted):
     task, steps = task_batch(mask=False), 3
-    strategy = mr.mamlpp(tiny_model, inner=STEP, steps=steps, multi_step=0.3)
+    strategy = jitted(mr.mamlpp(tiny_model, inner=STEP, steps=steps, multi_step=0.3))
     params = strategy.init(KEY)
     rates = {n: jnp.linspace(-1, 1, steps) + i for i, n in enumerate(sorted(params["model"]))}
     params = params | {"log_step_size": rates}
@@ -84,13 +84,13 @@ def test_mamlpp_takes_each_step_of_each_layer_with_its_own_rate_and_looks_at_eve
 
 
 @pytest.mark.parametrize(("options", "tolerance"), [({}, 0.02), ({"steps": 60, "iterations": 8}, 1e-4)])
-def test_imaml_has_the_meta_gradient_of_the_exact_proximal_minimum(options, tolerance, task_batch):
+def test_imaml_has_the_meta_gradient_of_the_exact_proximal_minimum(options, tolerance, task_batch, jitted):
     """A linear model, solved in float64: w_u = (H + l)^-1 (l theta + X'y 2/n), gradient l (H + l)^-1 dL_query."""
     model = mr.Model(
         lambda key: {"w": jnp.array([0.3, -0.2, 0.1]), "b": jnp.array(0.2)}, lambda p, x: x @ p["w"] + p["b"]
     )
     task, damping = task_batch(mask=False), 8.0  # the default: 4 times the curvature of the squared error
-    strategy = mr.imaml(model, **options)
+    strategy = jitted(mr.imaml(model, **options))
     params = strategy.init(KEY)
     theta, expected, value = np.array([0.3, -0.2, 0.1, 0.2]), np.zeros(4), 0.0
     for u in range(5):
@@ -125,9 +125,9 @@ def test_imaml_agrees_with_maml_unrolled_to_convergence_on_the_same_proximal_pro
     assert np.linalg.norm(got - expected) < 0.01 * np.linalg.norm(expected)
 
 
-def test_cavia_moves_only_a_context_that_starts_at_zero_by_gradient_steps(task_batch, tiny_model):
+def test_cavia_moves_only_a_context_that_starts_at_zero_by_gradient_steps(task_batch, tiny_model, jitted):
     support = task_batch().support
-    strategy = mr.cavia(tiny_model, inner=STEP, steps=2, size=6)
+    strategy = jitted(mr.cavia(tiny_model, inner=STEP, steps=2, size=6))
     params = strategy.init(KEY) | {"log_step_size": jnp.log(3.0)}
     got = strategy.adapt(params, support, KEY)
     assert got.shape == (5, 6)
@@ -145,8 +145,8 @@ def test_cavia_moves_only_a_context_that_starts_at_zero_by_gradient_steps(task_b
     np.testing.assert_array_equal(strategy.adapt(params, empty, KEY), 0)
 
 
-def test_limaml_keeps_what_the_adapted_block_says_and_nothing_else(task_batch, tiny_model):
-    strategy = mr.limaml(tiny_model, inner=STEP, steps=2, size=6, hidden=5)
+def test_limaml_keeps_what_the_adapted_block_says_and_nothing_else(task_batch, tiny_model, jitted):
+    strategy = jitted(mr.limaml(tiny_model, inner=STEP, steps=2, size=6, hidden=5))
     params, network = strategy.init(KEY), decoder(tiny_model, 6)
     params["log_step_size"]["w2"] = jnp.log(2.0)
     small, large = task_batch().support, task_batch(support=30).support
@@ -167,8 +167,8 @@ def test_limaml_keeps_what_the_adapted_block_says_and_nothing_else(task_batch, t
     close(scores, network.apply(params["network"], got, small.features))
 
 
-def test_limaml_trains_both_parts(task_batch, tiny_model):
-    strategy = mr.limaml(tiny_model)
+def test_limaml_trains_both_parts(task_batch, tiny_model, jitted):
+    strategy = jitted(mr.limaml(tiny_model))
     gradient = meta_gradient(strategy, strategy.init(KEY), task_batch())
     assert all(np.abs(gradient[part][leaf]).max() > 0 for part, leaf in [("block", "w2"), ("network", "head")])
 

@@ -44,9 +44,9 @@ def attention(p, query, key, value, heads):
     )
 
 
-def test_a_cnp_user_is_the_mean_of_the_encoded_examples(task_batch, tiny_model):
+def test_a_cnp_user_is_the_mean_of_the_encoded_examples(task_batch, tiny_model, jitted):
     support = task_batch().support
-    strategy = mr.cnp(tiny_model, size=6, hidden=8)
+    strategy = jitted(mr.cnp(tiny_model, size=6, hidden=8))
     params = perturbed(strategy.init(KEY))
     r = strategy.adapt(params, support, KEY)
     for u in range(5):
@@ -54,18 +54,18 @@ def test_a_cnp_user_is_the_mean_of_the_encoded_examples(task_batch, tiny_model):
         np.testing.assert_allclose(r[u], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_without_support_the_shared_model_of_a_cnp_answers(task_batch, tiny_model):
+def test_without_support_the_shared_model_of_a_cnp_answers(task_batch, tiny_model, jitted):
     task = task_batch()
-    strategy = mr.cnp(tiny_model)
+    strategy = jitted(mr.cnp(tiny_model))
     params = perturbed(strategy.init(KEY))
     r = strategy.adapt(params, task.support._replace(mask=np.zeros((5, 7))), KEY)
     expected = tiny_model.apply(params["model"], task.query.features)
     np.testing.assert_allclose(strategy.predict(params, r, task.query.features), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_anp_attends_as_numpy_does_over_one_users_real_examples(task_batch, tiny_model):
+def test_anp_attends_as_numpy_does_over_one_users_real_examples(task_batch, tiny_model, jitted):
     task = task_batch()
-    strategy = mr.anp(tiny_model, size=6, hidden=8, heads=2)
+    strategy = jitted(mr.anp(tiny_model, size=6, hidden=8, heads=2))
     params = perturbed(strategy.init(KEY))
     adapted = strategy.adapt(params, task.support, KEY)
     scores = strategy.predict(params, adapted, task.query.features)
@@ -115,10 +115,10 @@ def test_the_deviation_of_the_latent_stays_between_a_tenth_and_one():
 
 
 @pytest.mark.parametrize("name", ["anp", "tanp"])
-def test_training_draws_the_latent_from_support_and_query_together(name, task_batch, tiny_model):
+def test_training_draws_the_latent_from_support_and_query_together(name, task_batch, tiny_model, jitted):
     task = task_batch()
     nothing = {"clustering": 0.0} if name == "tanp" else {}
-    strategy = mr.STRATEGIES[name](tiny_model, kl=3.0, **nothing)
+    strategy = jitted(mr.STRATEGIES[name](tiny_model, kl=3.0, **nothing))
     params = perturbed(strategy.init(KEY))
     value, aux = strategy.loss(params, task, KEY)
     assert aux["kl"] > 0
@@ -156,9 +156,9 @@ def test_tanps_clustering_loss_is_the_divergence_from_the_sharpened_assignment()
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_tanps_decoder_is_modulated_layer_by_layer(gated, task_batch, tiny_model):
+def test_tanps_decoder_is_modulated_layer_by_layer(gated, task_batch, tiny_model, jitted):
     task = task_batch()
-    strategy = mr.tanp(tiny_model, size=6, hidden=8, gated=gated, clusters=3)
+    strategy = jitted(mr.tanp(tiny_model, size=6, hidden=8, gated=gated, clusters=3))
     params = perturbed(strategy.init(KEY))
     adapted = strategy.adapt(params, task.support, KEY)
     scores = strategy.predict(params, adapted, task.query.features)

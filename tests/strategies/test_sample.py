@@ -1,5 +1,7 @@
 """Draws from the posterior have its mean and its deviation, and a user's draw depends on that user's key alone."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +22,18 @@ NOISE = {  # variance of the noise, which the deviation holds and a draw does no
 OPTIONS = {"ials": {"rank": 6, "sweeps": 1}, "stack": {"members": ["ials", "ease"], "options": [{"rank": 6}, {}]}}
 
 
-@pytest.mark.parametrize("length", [3, 40])
-@pytest.mark.parametrize("name", NOISE)
+SOME = [("ials", 3), ("als", 40), ("alpaca", 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [x if x in SOME else pytest.param(*x, marks=pytest.mark.grid) for x in product(NOISE, (3, 40))],
+)
 def test_draws_have_the_mean_and_the_deviation_of_the_posterior(name, length):
     objective = "ranking" if name in ("ials", "stack") else "rating"
     trained = mr.train(
         DATA, name, objective=objective, epochs=1, progress=False, buckets=1, ratings=None,
-        strategy_options=OPTIONS.get(name),
+        strategy_options=OPTIONS.get(name), model_options={"width": 4} if name == "alpaca" else None,
     ).trained  # fmt: skip
     predictor = Predictor(trained)
     strategy, ranker = trained.strategy, predictor.ranker
@@ -45,7 +52,7 @@ def test_draws_have_the_mean_and_the_deviation_of_the_posterior(name, length):
     features = {name: table[rows] for name, table in ranker.tables.items()}
     features["order"] = jnp.full(rows.shape, length, jnp.int32)
     features |= {f"user/{n}": jnp.repeat(jnp.asarray(x)[:, None], 8, 1) for n, x in known.user.items()}
-    deviation = np.asarray(strategy.deviation(ranker.params, adapted, features))[0]
+    deviation = np.asarray(jax.jit(strategy.deviation)(ranker.params, adapted, features))[0]
     spread = np.sqrt(deviation**2 - np.asarray(NOISE[name](ranker.params)))
     mean = np.asarray(scores(adapted, 1))[0]
     assert np.abs(found.mean(0) - mean).max() < 5 * spread.max() / DRAWS**0.5
@@ -54,5 +61,5 @@ def test_draws_have_the_mean_and_the_deviation_of_the_posterior(name, length):
     twice = np.asarray(scores(drawn(2.0), DRAWS))
     np.testing.assert_allclose(twice - mean, 2 * (found - mean), rtol=1e-2, atol=1e-3)
     alone = jax.tree.map(lambda x: x[:1], copies)
-    one = strategy.sample(ranker.params, alone, keys[7:8], 1.0)
+    one = jax.jit(strategy.sample)(ranker.params, alone, keys[7:8], 1.0)
     np.testing.assert_allclose(scores(one, 1)[0], found[7], rtol=1e-3, atol=1e-4)

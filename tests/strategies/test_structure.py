@@ -38,9 +38,9 @@ def test_the_step_function_passes_its_gradient_straight_through():
 
 
 @pytest.mark.parametrize("masks", ["array", "row", "column", "weight"])
-def test_masked_weights_stay_and_the_others_take_plain_gradient_steps(masks, task_batch, tiny_model):
+def test_masked_weights_stay_and_the_others_take_plain_gradient_steps(masks, task_batch, tiny_model, jitted):
     support = task_batch().support
-    strategy = mr.sparse_maml(tiny_model, loss=LOSS, inner=INNER, steps=3, masks=masks)
+    strategy = jitted(mr.sparse_maml(tiny_model, loss=LOSS, inner=INNER, steps=3, masks=masks))
     params = strategy.init(KEY)
     shapes = {
         "array": {"w1": (), "b1": (), "w2": (), "b2": ()},
@@ -60,10 +60,10 @@ def test_masked_weights_stay_and_the_others_take_plain_gradient_steps(masks, tas
         assert_close(jax.tree.map(lambda x: x[u], found), w)
 
 
-def test_a_mask_learns_from_what_its_weight_would_gain_also_while_it_is_off(task_batch, tiny_model):
+def test_a_mask_learns_from_what_its_weight_would_gain_also_while_it_is_off(task_batch, tiny_model, jitted):
     """Straight through: the gradient of m is that of a factor on the update, at the mask's value."""
     task = task_batch()
-    strategy = mr.sparse_maml(tiny_model, loss=LOSS, inner=INNER, steps=2)
+    strategy = jitted(mr.sparse_maml(tiny_model, loss=LOSS, inner=INNER, steps=2))
     params = strategy.init(KEY)
     params["mask"] = noise(params["mask"], seed=3)
     gradient = jax.jit(jax.grad(lambda p: strategy.loss(p, task, KEY)[0]))(params)["mask"]
@@ -83,21 +83,21 @@ def test_a_mask_learns_from_what_its_weight_would_gain_also_while_it_is_off(task
 
 
 @pytest.mark.parametrize("name", ["sparse_maml", "meta_reg"])
-def test_layers_stay_factored(name, task_batch):
+def test_layers_stay_factored(name, task_batch, jitted):
     def apply(params, x):
         return (jnp.tanh(x @ params["w1"]) @ params["w2"]).sum(-1)
 
     def init(key):
         return {"w1": jax.random.normal(key, (128, 256)) / 16, "w2": jnp.zeros((256, 128))}
 
-    strategy = mr.STRATEGIES[name](mr.Model(init, apply), loss=LOSS, steps=2)
+    strategy = jitted(mr.STRATEGIES[name](mr.Model(init, apply), loss=LOSS, steps=2))
     adapted = strategy.adapt(strategy.init(KEY), task_batch(width=128).support, KEY)
     assert [type(leaf) for leaf in adapted.leaves] == [Factored, Factored]
 
 
-def test_the_regulariser_pulls_each_array_to_its_start_by_its_own_strength(task_batch, tiny_model):
+def test_the_regulariser_pulls_each_array_to_its_start_by_its_own_strength(task_batch, tiny_model, jitted):
     support = task_batch().support
-    strategy = mr.meta_reg(tiny_model, loss=LOSS, inner=INNER, steps=4, penalty=0.7)
+    strategy = jitted(mr.meta_reg(tiny_model, loss=LOSS, inner=INNER, steps=4, penalty=0.7))
     params = strategy.init(KEY)
     params["log_strength"] = noise(params["log_strength"], 1)
     params["log_step_size"] = noise(params["log_step_size"], 2, 0.3)
@@ -113,9 +113,9 @@ def test_the_regulariser_pulls_each_array_to_its_start_by_its_own_strength(task_
         assert_close(jax.tree.map(lambda x: x[u], found), w)
 
 
-def test_the_strengths_gradient_is_that_of_finite_differences(task_batch, tiny_model):
+def test_the_strengths_gradient_is_that_of_finite_differences(task_batch, tiny_model, jitted):
     task = task_batch()
-    strategy = mr.meta_reg(tiny_model, loss=LOSS, inner=optax.sgd(0.3), steps=4)
+    strategy = jitted(mr.meta_reg(tiny_model, loss=LOSS, inner=optax.sgd(0.3), steps=4))
     params = strategy.init(KEY)
     loss = jax.jit(lambda s: strategy.loss({**params, "log_strength": s}, task, KEY)[0])
     at = jax.tree.map(lambda s: s + 1.0, params["log_strength"])
@@ -125,9 +125,9 @@ def test_the_strengths_gradient_is_that_of_finite_differences(task_batch, tiny_m
         np.testing.assert_allclose(gradient[name], (up - down) / 0.1, rtol=0.05, atol=1e-5)
 
 
-def test_a_gate_changes_what_its_feature_adds_to_the_shared_score(task_batch, tiny_model):
+def test_a_gate_changes_what_its_feature_adds_to_the_shared_score(task_batch, tiny_model, jitted):
     task = task_batch()
-    strategy = mr.gated(tiny_model, loss=LOSS, inner=INNER, steps=2, hidden=3)
+    strategy = jitted(mr.gated(tiny_model, loss=LOSS, inner=INNER, steps=2, hidden=3))
     params = strategy.init(KEY)
     empty = strategy.adapt(params, task.support._replace(mask=np.zeros((5, 7), np.float32)), KEY)
     net = params["model"]
@@ -143,7 +143,7 @@ def test_a_gate_changes_what_its_feature_adds_to_the_shared_score(task_batch, ti
     assert_close(strategy.predict(params, adapted, task.query.features), shared + change)
 
     # one step by hand: d loss / d z_j = mean of residual * v_j * h_j at z = 0
-    one = mr.gated(tiny_model, loss=LOSS, inner=INNER, steps=1, hidden=3)
+    one = jitted(mr.gated(tiny_model, loss=LOSS, inner=INNER, steps=1, hidden=3))
     own = core.weights(net, one.adapt(params, task.support, KEY))
     for u in range(5):
         n = int(task.support.mask[u].sum())

@@ -18,9 +18,9 @@ FAMILY = ("pretrain", "finetune", "finetune_head", "lora")
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_gradient_is_that_of_plain_training_on_all_examples_of_all_users(name, task_batch, tiny_model):
+def test_the_gradient_is_that_of_plain_training_on_all_examples_of_all_users(name, task_batch, tiny_model, jitted):
     task, key = task_batch(mask=False), jax.random.key(0)
-    strategy = mr.STRATEGIES[name](tiny_model, loss=LOGISTIC)
+    strategy = jitted(mr.STRATEGIES[name](tiny_model, loss=LOGISTIC))
     params = strategy.init(key)
     x, y = (np.concatenate([getattr(e, part) for e in task], 1) for part in ("features", "target"))
     flat_x, flat_y = x.reshape(-1, 3), y.reshape(-1)  # no users: 5 * 11 examples
@@ -32,9 +32,9 @@ def test_the_gradient_is_that_of_plain_training_on_all_examples_of_all_users(nam
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), got_gradient, {"model": gradient})
 
 
-def test_each_user_counts_once_however_many_examples_it_has(task_batch, tiny_model):
+def test_each_user_counts_once_however_many_examples_it_has(task_batch, tiny_model, jitted):
     task, key = task_batch(), jax.random.key(0)
-    strategy = mr.pretrain(tiny_model, loss=LOGISTIC)
+    strategy = jitted(mr.pretrain(tiny_model, loss=LOGISTIC))
     params = strategy.init(key)
     means = []
     for u in range(5):
@@ -61,9 +61,9 @@ def test_plain_training_adapts_nothing_and_the_family_shares_its_parameters(task
     assert made["pretrain"].adapt(params, task.support, key).size == 0
 
 
-def test_only_the_head_moves_and_each_step_is_one_of_gradient_descent(task_batch, tiny_model):
+def test_only_the_head_moves_and_each_step_is_one_of_gradient_descent(task_batch, tiny_model, jitted):
     task, key = task_batch(mask=False), jax.random.key(0)
-    strategy = mr.finetune_head(tiny_model, loss=LOGISTIC, inner=optax.sgd(0.3), steps=2)
+    strategy = jitted(mr.finetune_head(tiny_model, loss=LOGISTIC, inner=optax.sgd(0.3), steps=2))
     params = strategy.init(key)
     own = core.weights(params["model"], jax.jit(strategy.adapt)(params, task.support, key))
     assert {name for name, leaf in own.items() if leaf is not None} == {"w2", "b2"}
@@ -76,17 +76,17 @@ def test_only_the_head_moves_and_each_step_is_one_of_gradient_descent(task_batch
     np.testing.assert_allclose(own["b2"], b, rtol=1e-4, atol=1e-6)
 
 
-def test_finetuning_moves_every_parameter(task_batch, tiny_model):
+def test_finetuning_moves_every_parameter(task_batch, tiny_model, jitted):
     task, key = task_batch(), jax.random.key(0)
-    strategy = mr.finetune(tiny_model, loss=LOGISTIC)
+    strategy = jitted(mr.finetune(tiny_model, loss=LOGISTIC))
     params = strategy.init(key)
     own = core.weights(params["model"], jax.jit(strategy.adapt)(params, task.support, key))
     assert all(not np.allclose(own[name], leaf) for name, leaf in params["model"].items())
 
 
-def test_low_rank_finetuning_is_gradient_descent_on_the_factors_and_the_biases(task_batch, tiny_model):
+def test_low_rank_finetuning_is_gradient_descent_on_the_factors_and_the_biases(task_batch, tiny_model, jitted):
     task, key = task_batch(), jax.random.key(0)  # ragged: the mean is over a user's real examples
-    strategy = mr.lora(tiny_model, loss=LOGISTIC, inner=optax.sgd(0.3), steps=3, rank=2, groups=ALL, seed=7)
+    strategy = jitted(mr.lora(tiny_model, loss=LOGISTIC, inner=optax.sgd(0.3), steps=3, rank=2, groups=ALL, seed=7))
     params = strategy.init(key)
     fixed = params["model"]
     number = sorted(fixed).index("w1")  # leaves of a dict are sorted
@@ -138,9 +138,9 @@ def test_finetuning_tells_users_apart_of_whom_plain_training_learns_nothing(name
     assert 0.4 < shared < 0.6
 
 
-def test_on_a_model_with_tables_low_rank_finetuning_leaves_them_alone(synthetic):
+def test_on_a_model_with_tables_low_rank_finetuning_leaves_them_alone(synthetic, jitted):
     model = mr.models.mlp(mr.models.fields_of(synthetic), width=4, hidden=(8,))
-    strategy = mr.lora(model, loss=LOGISTIC, rank=2)
+    strategy = jitted(mr.lora(model, loss=LOGISTIC, rank=2))
     params = strategy.init(jax.random.key(0))
     rows = np.arange(1, 13).reshape(2, 6)
     support = mr.Examples(mr.tasks.features(synthetic, np.array([1, 2]), rows), np.eye(2, 6), np.ones((2, 6)))
@@ -151,9 +151,9 @@ def test_on_a_model_with_tables_low_rank_finetuning_leaves_them_alone(synthetic)
     )
 
 
-def test_an_example_of_the_support_never_reads_itself_in_training(task_batch, tiny_reading_model):
+def test_an_example_of_the_support_never_reads_itself_in_training(task_batch, tiny_reading_model, jitted):
     task, key = task_batch(mask=False), jax.random.key(0)
-    strategy = mr.with_history(mr.pretrain(tiny_reading_model, loss=LOGISTIC))
+    strategy = jitted(mr.with_history(mr.pretrain(tiny_reading_model, loss=LOGISTIC)))
     params = strategy.init(key)
     own = jnp.broadcast_to(jnp.arange(7), (5, 7))
     apart = [

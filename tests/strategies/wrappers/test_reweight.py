@@ -1,5 +1,7 @@
 """Weights and labels of support examples: what they mean, that they are learned, and that errors are found."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +21,13 @@ WEIGHING = (
     *("cnp", "anp", "tanp", "metaemb", "mwuf", "ensemble", "sparse_maml", "meta_reg", "gated"),
     *("finetune", "finetune_head", "lora"),
 )
-FAMILIES = ("ridge", "alpaca", "prototypes", "nlba", "maml", "mamo", "tanp", "mwuf", "ensemble", "gated", "finetune")
+FAMILIES = ("ridge", "alpaca", "maml", "tanp", "mwuf", "finetune")
 
 
+@partial(jax.jit, static_argnums=0)
 def scores(strategy, params, task):
-    adapted = jax.jit(strategy.adapt)(params, task.support, jax.random.key(0))
-    return np.asarray(strategy.predict(params, adapted, task.query.features))
+    adapted = strategy.adapt(params, task.support, jax.random.key(0))
+    return strategy.predict(params, adapted, task.query.features)
 
 
 @pytest.mark.parametrize("name", [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.grid) for n in WEIGHING])

@@ -163,8 +163,8 @@ def test_a_mix_orders_the_best_by_score_alone():
     [
         mr.StrongGeneralisation(dislikes=True, fold_ins=2),
         mr.NextItem(threshold=3.5),
-        mr.NextItem(),
-        mr.ColdUsers(target="ranking"),
+        pytest.param(mr.NextItem(), marks=pytest.mark.grid),
+        pytest.param(mr.ColdUsers(target="ranking"), marks=pytest.mark.grid),
         mr.TimeSplit(target="ranking", query=3),
         mr.Scenario(target="ranking", query=5, minimum=8),
     ],

@@ -67,7 +67,7 @@ def assert_best_of_all_scores(recommender, explained=True):
 
 
 @pytest.mark.parametrize(
-    "model", ["gru", "deepfm", *(pytest.param(n, marks=pytest.mark.grid) for n in ("mlp", "two_tower"))]
+    "model", ["gru", *(pytest.param(n, marks=pytest.mark.grid) for n in ("deepfm", "mlp", "two_tower"))]
 )
 def test_recommendations_of_every_kind_of_network_have_the_best_scores(model, synthetic):
     assert_best_of_all_scores(mr.train(synthetic, "ridge", model, **QUICK | {"epochs": 1}))

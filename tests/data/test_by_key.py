@@ -86,7 +86,7 @@ def test_statistics_leave_out_all_that_a_task_did_with_an_item(data):
 @pytest.mark.parametrize(
     ("keys", "protocol"),
     [
-        (("item/merchant",), mr.ColdUsers(query=4, minimum=8, target="rating")),
+        pytest.param(("item/merchant",), mr.ColdUsers(query=4, minimum=8, target="rating"), marks=pytest.mark.grid),
         (("user", "context/device"), mr.ColdUsers(query=4, minimum=8)),
         (("user", "context/device"), mr.TimeSplit(query=2)),
     ],

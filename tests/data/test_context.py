@@ -118,7 +118,12 @@ def test_a_strategy_that_ignores_contexts_says_so_once_a_call(ranking, tmp_path)
         live.recommend([3], context={"place": "home"})
 
 
-@pytest.mark.parametrize("strategy", ["softmax_ridge", "ease", "transitions", "content", "item_knn", "stack"])
+IGNORING = ("ease", "transitions", "content", "item_knn")
+
+
+@pytest.mark.parametrize(
+    "strategy", ["softmax_ridge", "stack", *(pytest.param(n, marks=pytest.mark.grid) for n in IGNORING)]
+)
 def test_scores_change_with_the_context_where_it_is_read(strategy):
     data = mr.data.from_tables(table(60), context=["device"])
     predictor = mr.train(data, strategy, epochs=1, progress=False, buckets=1, ratings=None).predictor

@@ -186,14 +186,14 @@ def test_an_attribute_of_an_item_or_user_without_interactions_shifts_no_row():
     np.testing.assert_allclose(ages, [10, 10, 20])
 
 
-def test_ten_million_items_are_encoded_without_a_python_loop():
-    ids = np.arange(10_000_000) * 3 - 5
+def test_two_million_items_are_encoded_without_a_python_loop():
+    ids = np.arange(2_000_000) * 3 - 5
     vocabulary = Vocabulary.of(ids)
-    assert len(vocabulary) == 10_000_001
+    assert len(vocabulary) == 2_000_001
     some = np.random.default_rng(0).integers(len(ids), size=1000)
     assert vocabulary.encode(ids[some]).tolist() == (some + 1).tolist()
     assert vocabulary.encode(ids[some] + 1).tolist() == [0] * 1000
-    assert vocabulary.ids.nbytes == 80_000_000
+    assert vocabulary.ids.nbytes == 16_000_000
 
 
 # Saving

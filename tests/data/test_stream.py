@@ -121,7 +121,7 @@ def test_killed_at_any_moment_it_goes_on_without_loss_or_duplication(tmp_path):
     def written() -> int:
         return len(list(out.glob("work/piece-*"))) + len(list(out.glob("shard-*")))
 
-    for _ in range(6):
+    for _ in range(4):
         command = [sys.executable, "-c", SCRIPT, *map(str, files), str(out)]
         with subprocess.Popen(command) as process:
             goal, end = written() + rng.randrange(1, 40), time.monotonic() + 60

@@ -47,7 +47,9 @@ def test_the_exported_function_recommends_the_same_in_a_fresh_process(stocked, t
         np.testing.assert_allclose([score for _, score in found], [r.score for r in expected], rtol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ridge", "in_context", "melu"])
+@pytest.mark.parametrize(
+    "strategy", ["in_context", *(pytest.param(n, marks=pytest.mark.grid) for n in ("ridge", "melu"))]
+)
 def test_other_strategies_are_exported_too_for_ratings(strategy, synthetic, tmp_path):
     import jax
 

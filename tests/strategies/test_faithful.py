@@ -458,7 +458,9 @@ def test_faithful_tanp_groups_by_the_sharpened_assignment_and_scores_by_its_deco
 # By name
 
 
-@pytest.mark.parametrize("name", ["maml", "anp", "prototypes", "mamo"])
+@pytest.mark.parametrize(
+    "name", ["mamo", *(pytest.param(n, marks=pytest.mark.grid) for n in ("maml", "anp", "prototypes"))]
+)
 def test_a_faithful_strategy_trains_by_name(name, synthetic):
     options = {"objective": "click", "epochs": 1, "progress": False, "buckets": 1, "model_options": {"width": 4}}
     recommender = mr.train(synthetic, name, strategy_options={"faithful": True}, **options)

@@ -141,8 +141,8 @@ def test_a_scenario_judges_its_own_users_and_items_and_trains_on_neither(seed, k
     "protocol",
     [
         mr.TimeSplit(moments=(1500, 1800), query=2),
-        mr.TimeSplit(query=2, target="rating"),
-        mr.Scenario("warm", query=3, minimum=5),
+        pytest.param(mr.TimeSplit(query=2, target="rating"), marks=pytest.mark.grid),
+        pytest.param(mr.Scenario("warm", query=3, minimum=5), marks=pytest.mark.grid),
         mr.Scenario("cold item", new=0.4, query=3, minimum=5, target="click"),
     ],
     ids=str,

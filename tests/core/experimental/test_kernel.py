@@ -73,12 +73,12 @@ def agree(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("steps", "activation", "loss", "sizes"),
     [
-        (1, jax.nn.relu, optax.losses.huber_loss, SIZES),
+        pytest.param(1, jax.nn.relu, optax.losses.huber_loss, SIZES, marks=pytest.mark.grid),
         (2, jax.nn.sigmoid, optax.losses.sigmoid_binary_cross_entropy, SIZES),  # sigmoid(0) in the padding
         (3, jnp.tanh, optax.losses.sigmoid_binary_cross_entropy, (5, 7, 1)),
-        (4, jax.nn.silu, optax.losses.squared_error, (5, 7, 1)),
-        (5, jax.nn.relu, optax.losses.squared_error, (5, 7, 1)),
-        (2, jnp.tanh, optax.losses.squared_error, (5, 1)),
+        pytest.param(4, jax.nn.silu, optax.losses.squared_error, (5, 7, 1), marks=pytest.mark.grid),
+        pytest.param(5, jax.nn.relu, optax.losses.squared_error, (5, 7, 1), marks=pytest.mark.grid),
+        pytest.param(2, jnp.tanh, optax.losses.squared_error, (5, 1), marks=pytest.mark.grid),
         (1, jnp.tanh, optax.losses.squared_error, (140, 3, 1)),  # two strips
     ],
 )

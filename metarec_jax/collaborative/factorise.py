@@ -13,7 +13,8 @@ from threadpoolctl import threadpool_limits
 
 from metarec_jax.errors import DataError
 
-CELLS = 1 << 22  # maximum matrix elements of the linear systems, or of a tile, computed at once
+SYSTEMS = 1 << 20  # maximum matrix elements of the linear systems solved at once, so that they stay in the cache
+CELLS = 1 << 22  # maximum elements of a tile computed at once
 
 
 class Factors(NamedTuple):
@@ -133,7 +134,7 @@ def fold_in(rows: sp.csr_matrix, vectors: np.ndarray, unobserved: float, penalty
     by_length, start = np.argsort(lengths, kind="stable"), 0
     while start < len(by_length):  # batches of rows of similar length bound the padding and the memory
         longest = max(int(lengths[by_length[min(start + 63, len(by_length) - 1)]]), 1)
-        part = by_length[start : start + max(64, CELLS // (rank * max(longest, rank)))]
+        part = by_length[start : start + max(64, SYSTEMS // (rank * max(longest, rank)))]
         part = part[lengths[part] <= longest]
         start += len(part)
         place = np.arange(longest)

@@ -152,8 +152,10 @@ class Prepared:
                 column[shift + np.arange(len(shift))] = shard[name]
             return column
 
-        row = np.repeat(np.arange(1, len(users) + 1, dtype=np.int32), counts[order])
-        columns = {"users": lambda: users[order], "user": lambda: row}
+        def rows() -> np.ndarray:
+            return np.repeat(np.arange(1, len(users) + 1, dtype=np.int32), counts[order])
+
+        columns = {"users": lambda: users[order], "user": rows}
         columns |= {name: partial(joined, name) for name in JOINED[2:]}
         with tempfile.TemporaryDirectory(prefix=f".{WHOLE}-", dir=self.path) as work:
             write_folder(Path(work) / WHOLE, columns)

@@ -59,7 +59,7 @@ class Dataset:
         """Indices `[interactions]` that sort by user, then by time, then by row."""
         step, later = np.diff(self.user), self.timestamp[1:] >= self.timestamp[:-1]
         if ((step > 0) | ((step == 0) & later)).all():  # sorted already, as `Prepared.dataset` is
-            return np.arange(len(self.user))
+            return np.arange(len(self.user), dtype=np.int32)
         return np.lexsort((self.timestamp, self.user))
 
     @cached_property

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
+from metarec_jax.data.dataset import Dataset
 from metarec_jax.data.schema import ITEM, ITEM_ID, STATISTICS, prefixed
 from metarec_jax.tasks.splits import Histories, sort_within
 from metarec_jax.tasks.statistics import ItemStatistics
@@ -53,7 +54,7 @@ class Observed(NamedTuple):
 
     def of(self, users: np.ndarray) -> "Observed":
         """Select users; the catalogue stays the same."""
-        row = np.full(self.users, -1)
+        row = np.full(self.users, -1, np.int32)
         row[users] = np.arange(len(users))
         kept = row[self.user] >= 0
         profile = {name: table[users] for name, table in self.profile.items()}
@@ -61,30 +62,38 @@ class Observed(NamedTuple):
         return Observed(row[self.user[kept]], item, grade, positive, self.features, profile, len(users))
 
 
-def observe(histories: Histories, target: Target, statistics: ItemStatistics | None = None) -> Observed:
+def observe(histories: Histories, target: Target) -> Observed:
     """Gather the interactions of some users for closed-form learners.
 
     Args:
       histories: training users; duplicate users count once.
       target: mapping of ratings to targets.
-      statistics: recompute the item field of `ItemStatistics` from these statistics, replacing the one in the data.
     """
     data = histories.data
     users, first = np.unique(histories.users, return_index=True)
     part = histories.take(first)
-    owner = np.repeat(np.arange(len(users)), part.lengths)
+    owner = np.repeat(np.arange(len(users), dtype=np.int32), part.lengths)
     index = part.index[sort_within(part.starts, data.order[part.index])]
-    features = {ITEM_ID: np.arange(len(data.items), dtype=np.int32)}
-    features |= prefixed(ITEM, data.item_features)
-    if statistics is not None:
-        features[ITEM + STATISTICS] = statistics.extend(data).item_features[STATISTICS]
     rating = data.rating[index]
     return Observed(
         owner,
         data.item[index],
         target.grade(rating).astype(np.float32),
         rating >= target.threshold,
-        features,
+        item_features(data),
         {name: table[users] for name, table in data.user_features.items()},
         len(users),
     )
+
+
+def item_features(data: Dataset, statistics: ItemStatistics | None = None) -> dict[str, np.ndarray]:
+    """Return the features of all items, including "item_id", each `[rows, ...]`.
+
+    Args:
+      data: the dataset.
+      statistics: compute the item field of `ItemStatistics` from these, replacing the one in the data.
+    """
+    features = {ITEM_ID: np.arange(len(data.items), dtype=np.int32)} | prefixed(ITEM, data.item_features)
+    if statistics is not None:
+        features[ITEM + STATISTICS] = statistics.extend(data).item_features[STATISTICS]
+    return features

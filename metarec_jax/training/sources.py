@@ -18,7 +18,7 @@ from metarec_jax.strategies.strategy import Strategy
 from metarec_jax.strategies.wrappers.ranked import TABLES, ranking_loss
 from metarec_jax.tasks.batching import batches, bucket_sizes
 from metarec_jax.tasks.objective import Ranking
-from metarec_jax.tasks.observed import observe
+from metarec_jax.tasks.observed import item_features, observe
 from metarec_jax.tasks.ranking_draws import NO_FOLD, drawn, widths_of
 from metarec_jax.tasks.splits import Histories, Split
 from metarec_jax.tasks.statistics import ItemStatistics
@@ -129,8 +129,8 @@ def ranking(
         kept = np.flatnonzero(fold_of != k)
         part = observed.of(kept)
         if statistics is not None:
-            histories = split.train.take(np.flatnonzero(fold != k))
-            part = part._replace(features=observe(histories, target, ItemStatistics.fit(histories, target)).features)
+            others = ItemStatistics.fit(split.train.take(np.flatnonzero(fold != k)), target)
+            part = part._replace(features=item_features(split.train.data, others))
         return fitted_tables(strategy, part)
 
     @cache

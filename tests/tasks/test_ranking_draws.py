@@ -7,7 +7,7 @@ import pytest
 
 import metarec_jax as mr
 from metarec_jax.data.schema import ITEM, STATISTICS
-from metarec_jax.tasks.observed import observe
+from metarec_jax.tasks.observed import item_features, observe
 from metarec_jax.tasks.ranking_draws import drawn, widths_of
 from metarec_jax.tasks.statistics import ItemStatistics
 
@@ -195,10 +195,10 @@ def test_what_is_observed_of_some_users_is_theirs_alone():
 
 
 def test_statistics_of_other_users_can_take_the_place_of_the_datas_own():
-    some, target = HISTORIES.take(np.arange(40)), TARGET
-    statistics = ItemStatistics.fit(some, target)
-    found = observe(HISTORIES, target, statistics)
-    np.testing.assert_array_equal(found.features[ITEM + STATISTICS], statistics.extend(DATA).item_features[STATISTICS])
+    statistics = ItemStatistics.fit(HISTORIES.take(np.arange(40)), TARGET)
+    found = item_features(DATA, statistics)
+    np.testing.assert_array_equal(found[ITEM + STATISTICS], statistics.extend(DATA).item_features[STATISTICS])
+    assert observe(HISTORIES, TARGET).features.keys() == found.keys() - {ITEM + STATISTICS}
 
 
 @pytest.mark.parametrize("positives", [0, 1])
